@@ -1,0 +1,85 @@
+"""Constraints: projections of the weights that hold after every optimizer step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_reg.base import Phase
+from lightning_reg.configuration import POSITIVE
+from lightning_reg.parameters import ParameterRegularizer
+from lightning_reg.tensors import fraction_beyond, local
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    from lightning_reg.schedules import Value
+    from lightning_reg.selection import Params
+
+__all__ = ["WeightClipping", "clip_weights_"]
+
+
+@torch.no_grad()
+def clip_weights_(params: Sequence[Tensor], clip_value: float) -> None:
+    r"""Clamp every entry: :math:`\arg\min_{\|w\|_\infty \le c} \|w - \theta\|`, which is :math:`\max(-c, \min(c, \theta))`.
+
+    Args:
+        params: Tensors, changed in place.
+        clip_value: The largest magnitude c, > 0.
+
+    Example:
+        >>> theta = torch.tensor([-3.0, 0.5, 4.0])
+        >>> clip_weights_([theta], 1.0)
+        >>> theta
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+    if params:
+        torch._foreach_clamp_min_([local(p) for p in params], -clip_value)
+        torch._foreach_clamp_max_([local(p) for p in params], clip_value)
+
+
+class WeightClipping(ParameterRegularizer):
+    r"""Keep every weight within bounds: :math:`\theta_i \leftarrow \max(-c, \min(c, \theta_i))`.
+
+    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler skips.
+
+    Not to be mixed up with :class:`~lightning_reg.RandomShrinkage`, which an article of this project's origin calls weight
+    clipping.
+
+    Args:
+        clip_value: The largest magnitude c > 0, or a schedule; infinity does nothing.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a bound that is not positive, or a selection of nothing.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[WeightClipping(0.01, params="critic.*")], logger=False)
+
+    Reference:
+        M. Arjovsky, S. Chintala, L. Bottou, "Wasserstein GAN", 2017.
+    """
+
+    phase = Phase.CONSTRAINT
+    limits = {"clip_value": POSITIVE}
+
+    def __init__(self, clip_value: Value, *, params: Params = "weights", name: str | None = None) -> None:
+        self.clip_value = clip_value
+        super().__init__(params, name)
+
+    def weights(self, params: list[Parameter], step: int) -> None:
+        """Clamp the weights, and keep the fraction that this changes."""
+        clip_value = self.current["clip_value"]
+        if self.logging:
+            self.observe(constrained=fraction_beyond(params, clip_value))
+        clip_weights_(params, clip_value)
+
+    def route(self) -> str:
+        """Say that it acts after the step."""
+        return "after the step"

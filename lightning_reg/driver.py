@@ -1,0 +1,138 @@
+"""Calls every regularizer of a trainer at its place in the step, in one order that the callback list cannot change.
+
+The first regularizer in the trainer's list owns the driver; the others only hold their configuration. Regularizers of the same
+phase are sorted by class and name, so that even sums of floats come out the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_reg import host
+from lightning_reg.summary import print_summary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+    from torch.utils.hooks import RemovableHandle
+
+    from lightning_reg.base import Regularizer
+    from lightning_reg.plan import Plan
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """One fit's regularizers, in their order.
+
+    Args:
+        trainer: The trainer of the fit.
+        pl_module: The module that is trained.
+        regularizers: Its regularizers, in any order.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, regularizers: Sequence[Regularizer]) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.regularizers = sorted(regularizers, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
+        self._plan: Plan | None = None
+        self._handles: list[RemovableHandle] = []
+        self._logging = False
+        self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
+
+    def start(self) -> None:
+        """Attach every regularizer to the module, follow the optimizers' steps, and print the summary."""
+        for regularizer in self.regularizers:
+            regularizer.listening = bool(self.trainer.loggers)
+            regularizer.attach(self.trainer, self.pl_module)
+        for optimizer in self.trainer.optimizers:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        print_summary(self.trainer, self.regularizers)
+
+    def stop(self) -> None:
+        """Leave no trace in the module and the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for regularizer in self.regularizers:
+            regularizer.detach()
+
+    def plan(self) -> None:
+        """Bind the schedules to the length of the fit."""
+        self._plan = host.plan(self.trainer)
+        for regularizer in self.regularizers:
+            regularizer.resolve(self._plan)
+
+    def before_batch(self, batch_idx: int) -> None:
+        """Move every value to the progress at which the current optimizer step began."""
+        assert self._plan is not None, "Lightning calls on_train_start before the first batch"
+        if host.begins_step(self.trainer, batch_idx):
+            self._has_gradients = not self.pl_module.automatic_optimization
+        progress = self._plan.progress(host.batches_at_step_start(self.trainer, batch_idx))
+        self._logging = host.logs_this_step(self.trainer)
+        for regularizer in self.regularizers:
+            regularizer.logging = self._logging
+            regularizer.update(progress)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Add to the loss what belongs there, once per optimizer step: with its last micro-batch."""
+        self._has_gradients = True
+        adding = [regularizer for regularizer in self.regularizers if regularizer.adds_to_loss]
+        last_micro_batch = not host.accumulates(self.trainer)
+        for regularizer in adding:
+            regularizer.in_loss = last_micro_batch
+        if adding and last_micro_batch:
+            optimizer = self.trainer.optimizers[0]
+            _add_(loss, [cb.loss_term(cb.members(optimizer)) for cb in adding], host.grad_scaler(self.trainer))
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Let every regularizer change the gradients of the optimizer that is about to step."""
+        if not self._has_gradients:
+            return
+        with torch.no_grad():
+            for regularizer in self.regularizers:
+                if params := regularizer.members(optimizer):
+                    regularizer.gradients(params)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Let every regularizer change the weights that an optimizer has just updated."""
+        if not self._has_gradients:
+            return
+        with torch.no_grad():
+            for regularizer in self.regularizers:
+                if params := regularizer.members(optimizer):
+                    regularizer.weights(params, self.trainer.global_step)
+
+    def after_batch(self) -> None:
+        """End the epoch after its last batch, and log."""
+        if host.ends_epoch(self.trainer):
+            with torch.no_grad():
+                for regularizer in self.regularizers:
+                    regularizer.epoch_end(self._all_members(regularizer), self.trainer.global_step)
+        if self._logging and not host.accumulates(self.trainer):
+            metrics = {f"reg/{cb.name}/{key}": value for cb in self.regularizers for key, value in cb.take_metrics()}
+            host.log_metrics(self.trainer, dict(zip(metrics, _to_host(list(metrics.values())), strict=True)))
+
+    def _all_members(self, regularizer: Regularizer) -> list[Parameter]:
+        return list(dict.fromkeys(p for optimizer in self.trainer.optimizers for p in regularizer.members(optimizer)))
+
+
+def _add_(loss: Tensor, terms: Sequence[Tensor | None], scaler: torch.amp.GradScaler | None) -> None:
+    """Add terms to a loss in place, multiplied by the loss scale where there is one."""
+    present = [term.to(loss.device) for term in terms if term is not None]
+    if present:
+        total = torch.stack(present).sum()
+        loss.add_((scaler.scale(total) if scaler else total).to(loss.dtype))
+
+
+def _to_host(values: Sequence[float | Tensor]) -> list[float]:
+    """Bring numbers from the device in a single transfer."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    fetched = iter(torch.stack([tensor.detach().double() for tensor in tensors]).tolist() if tensors else [])
+    return [next(fetched) if isinstance(value, torch.Tensor) else value for value in values]

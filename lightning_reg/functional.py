@@ -1,0 +1,32 @@
+"""The pure functions behind the callbacks, on lists of tensors: for plain PyTorch or Fabric, with no Trainer.
+
+Those that change their arguments end in ``_``.
+
+Example:
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 2)
+    >>> loss = model(torch.ones(1, 4)).sum() + 1e-3 * l1_penalty([model.weight])
+    >>> loss.backward()
+    >>> norm = clip_gradient_norm_(list(model.parameters()), max_norm=1.0)
+"""
+
+from lightning_reg.constraints import clip_weights_
+from lightning_reg.dropout import dropout, inject_dropout, set_dropout_
+from lightning_reg.gradients import clip_gradient_norm_, clip_gradient_value_, drop_peak_gradients_
+from lightning_reg.penalties import add_l1_gradient_, add_l2_gradient_, l1_penalty, l2_penalty
+from lightning_reg.shrinkage import shrink_randomly_
+
+__all__ = [
+    "add_l1_gradient_",
+    "add_l2_gradient_",
+    "clip_gradient_norm_",
+    "clip_gradient_value_",
+    "clip_weights_",
+    "drop_peak_gradients_",
+    "dropout",
+    "inject_dropout",
+    "l1_penalty",
+    "l2_penalty",
+    "set_dropout_",
+    "shrink_randomly_",
+]

@@ -1,0 +1,137 @@
+"""What is asked of Lightning beyond its documented interface, in one place."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_reg.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+__all__ = [
+    "accumulates",
+    "batches_at_step_start",
+    "begins_step",
+    "builds_modules_later",
+    "endless",
+    "ends_epoch",
+    "grad_scaler",
+    "log_metrics",
+    "logs_this_step",
+    "plan",
+    "refuses_unscaled_gradients",
+    "shards",
+    "tracks_used_parameters",
+    "uses_deepspeed",
+]
+
+
+def builds_modules_later(pl_module: LightningModule) -> bool:
+    """Return whether modules may be added after the callbacks' ``setup``."""
+    return any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+
+
+def endless(trainer: Trainer) -> bool:
+    """Return whether neither ``max_epochs`` nor ``max_steps`` ends the fit."""
+    return trainer.max_epochs == -1 and trainer.max_steps == -1
+
+
+def plan(trainer: Trainer) -> Plan:
+    """Return how long the fit is meant to last; the training data must be loaded.
+
+    In manual optimization ``max_steps`` counts the steps of all optimizers: each is taken to step once in a batch.
+    """
+    automatic = trainer.lightning_module.automatic_optimization
+    open_end = Plan(math.inf, float(trainer.num_training_batches), _batches_per_step(trainer) if automatic else 1)
+    by_epochs = math.inf if trainer.max_epochs in (None, -1) else open_end.per_epoch * trainer.max_epochs
+    steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    if not automatic:
+        steps /= max(len(trainer.optimizers), 1)
+    if open_end.per_step is None:
+        return Plan(min(by_epochs, steps), open_end.per_epoch, None)
+    by_steps = math.inf if math.isinf(steps) else open_end.steps(steps)
+    return Plan(min(by_epochs, by_steps), open_end.per_epoch, open_end.per_step)
+
+
+def _batches_per_step(trainer: Trainer) -> int | None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return next(iter(callback.scheduling.values())) if set(callback.scheduling) == {0} else None
+    return trainer.accumulate_grad_batches
+
+
+def batches_at_step_start(trainer: Trainer, batch_idx: int) -> int:
+    """Return the training batches that were done when the optimizer step began to which this batch belongs.
+
+    Measured there, progress is the same whether a step's samples come in one batch or in several micro-batches.
+    """
+    automatic = trainer.lightning_module.automatic_optimization
+    done: int = trainer.fit_loop.total_batch_idx
+    return done - (batch_idx % trainer.accumulate_grad_batches if automatic else 0)
+
+
+def begins_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Return whether a batch is the first of its optimizer step."""
+    return batch_idx % trainer.accumulate_grad_batches == 0
+
+
+def ends_epoch(trainer: Trainer) -> bool:
+    """Return whether the current batch is the last of its epoch."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether the current batch only adds to the gradients, the optimizer stepping later."""
+    return trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+
+
+def logs_this_step(trainer: Trainer) -> bool:
+    """Return whether somebody listens and the current step is one that Lightning logs."""
+    return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+
+
+def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Write metrics at the current step, and show them to callbacks that monitor one."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    device = trainer.strategy.root_device
+    trainer.callback_metrics.update({key: torch.tensor(value, device=device) for key, value in metrics.items()})
+
+
+def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """Return the scaler of the loss, which only float16 mixed precision has."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def refuses_unscaled_gradients(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Return whether gradients are still scaled in ``on_before_optimizer_step``, as a fused optimizer unscales in its step."""
+    return grad_scaler(trainer) is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def tracks_used_parameters(trainer: Trainer) -> bool:
+    """Return whether DDP looks for parameters that the forward pass left out, or relies on a graph that never changes."""
+    model: Any = trainer.strategy.model
+    return isinstance(model, DistributedDataParallel) and (model.find_unused_parameters or model.static_graph)
+
+
+def shards(trainer: Trainer, parameters: Iterable[Tensor]) -> bool:
+    """Return whether a rank holds only a part of each parameter."""
+    return isinstance(trainer.strategy, FSDPStrategy) or any(isinstance(p, DTensor) for p in parameters)
+
+
+def uses_deepspeed(trainer: Trainer) -> bool:
+    """Return whether DeepSpeed's engine, not Lightning, owns gradients and steps."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)

@@ -1,0 +1,108 @@
+"""Regularizers that act on selected parameters: which they are, and which of them the stepping optimizer holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_reg import host
+from lightning_reg.base import Regularizer
+from lightning_reg.selection import Params, lookup, nothing_selected, verdicts
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+__all__ = ["ParameterRegularizer"]
+
+
+class ParameterRegularizer(Regularizer):
+    """A regularizer of selected parameters.
+
+    Which ones is decided by name before the fit, while the modules still have their shapes; the tensors are looked up when
+    it starts, since a strategy may have replaced them by then.
+
+    Args:
+        params: Which parameters, see :func:`lightning_reg.selection.select_parameters`.
+        name: What metrics and the checkpoint call it.
+    """
+
+    params: Params
+    whole_tensors: ClassVar[bool] = False
+    """Whether it needs whole tensors, so that it cannot act on the shards of one."""
+
+    def __init__(self, params: Params, name: str | None) -> None:
+        self.params = params
+        super().__init__(name)
+        self.tensors: dict[str, Parameter] = {}
+        self._verdicts: dict[str, bool] = {}
+        self._members: dict[int, tuple[int, list[Parameter]]] = {}
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decide which names are meant, as far as the modules exist."""
+        try:
+            self._verdicts = self._decide(pl_module)
+        except ValueError:
+            self._verdicts = {}
+            if not host.builds_modules_later(pl_module):
+                raise
+
+    def _decide(self, pl_module: LightningModule) -> dict[str, bool]:
+        try:
+            decided = verdicts(pl_module, self.params)
+            if not any(decided.values()):
+                raise ValueError(nothing_selected(pl_module, self.params))
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
+        return decided
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the parameters up."""
+        now = verdicts(pl_module, self.params) if self._verdicts else self._decide(pl_module)
+        self._verdicts = {**now, **self._verdicts}
+        self.tensors = lookup(pl_module, [name for name, selected in self._verdicts.items() if selected])
+        self._members.clear()
+        self._check_trainable(trainer)
+        if self.whole_tensors and host.shards(trainer, self.tensors.values()):
+            raise ValueError(f"{self.name} cannot act on sharded parameters: it needs whole tensors; use DDP")
+
+    def detach(self) -> None:
+        """Let go of the tensors."""
+        self.tensors.clear()
+        self._members.clear()
+
+    def _check_trainable(self, trainer: Trainer) -> None:
+        """Say so when nothing that is selected is trained, now at least: a callback may unfreeze it later."""
+        frozen = not any(p.requires_grad for p in self.tensors.values())
+        if frozen and self.params == "weights":
+            raise ValueError(f"{type(self).__name__}: params='weights' selects no parameter: all weights are frozen")
+        if frozen or not any(self.members(optimizer) for optimizer in trainer.optimizers):
+            why = "frozen" if frozen else "held by no optimizer"
+            rank_zero_warn(f"{self.name}: all {len(self.tensors)} selected parameters are {why}, so it does nothing for now")
+
+    def require_unscaled_gradients(self, trainer: Trainer) -> None:
+        """Refuse an optimizer that unscales float16 gradients only in its step, after every hook."""
+        for optimizer in trainer.optimizers:
+            if host.refuses_unscaled_gradients(trainer, optimizer):
+                raise ValueError(
+                    f"{self.name} changes gradients before the optimizer steps, but the fused {type(optimizer).__name__} "
+                    "unscales its float16 gradients only within the step: make the optimizer with fused=False, or train with "
+                    "precision='bf16-mixed'"
+                )
+
+    def members(self, optimizer: Optimizer) -> list[Parameter]:
+        """Return the selected parameters of an optimizer that require a gradient now."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        known, parameters = self._members.get(id(optimizer), (-1, []))
+        if known != size:  # the first time, or a callback such as BaseFinetuning has added parameters
+            wanted = {id(p) for p in self.tensors.values()}
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in wanted]
+            self._members[id(optimizer)] = (size, parameters)
+        return [p for p in parameters if p.requires_grad]
+
+    def acts_on(self) -> str:
+        """Count the tensors and parameters that are selected and not frozen."""
+        live = [p for p in self.tensors.values() if p.requires_grad]
+        return f"{len(live)} tensor{'s' if len(live) > 1 else ''}, {sum(p.numel() for p in live):,} parameters"

@@ -1,0 +1,177 @@
+"""Which parameters and modules a technique acts on: one rule for all of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_reg.configuration import near_names
+
+__all__ = ["Params", "canonical_name", "select_modules", "select_parameters"]
+
+Params = str | list[str] | Callable[[str, nn.Parameter, nn.Module], bool]
+"""``"weights"``, ``"all"``, a glob, a list of these with ``!`` for exclusion, or ``(name, parameter, module) -> bool``."""
+
+_KEYWORDS = ("weights", "all")
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
+_NORM_NAME = re.compile(r"Norm(\d+d)?$")
+_BIAS_NAME = re.compile(r"(^|_)bias($|_)|^b$")
+
+
+def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str, nn.Parameter]:
+    r"""Return the parameters that a selection means, by name.
+
+    A tied parameter counts once, under its first name: it is selected if one of its names is and none is excluded.
+
+    Args:
+        module: The module whose parameters are looked at.
+        params: ``"weights"`` (everything but biases, parameters of normalisation layers and other parameters of fewer than
+            two dimensions), ``"all"``, a glob on qualified names such as ``"encoder.*"`` (``*`` also matches dots), a list
+            of these where a leading ``!`` excludes, or a callable ``(name, parameter, module) -> bool``.
+
+    Returns:
+        Names without the prefixes of wrappers such as ``_orig_mod.``, in the module's order. Frozen parameters are among
+        them: whether a parameter requires a gradient is asked at every step.
+
+    Raises:
+        ValueError: If nothing is selected, or a glob matches nothing; near names are listed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+        >>> list(select_parameters(model))
+        ['0.weight', '2.weight']
+        >>> list(select_parameters(model, ["0.*", "!*.bias"]))
+        ['0.weight']
+    """
+    chosen = verdicts(module, params)
+    if not any(chosen.values()):
+        raise ValueError(nothing_selected(module, params))
+    return lookup(module, [name for name, selected in chosen.items() if selected])
+
+
+def select_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the submodules that name globs or class names mean, by name.
+
+    Args:
+        module: The module whose submodules are looked at; it is never selected itself.
+        patterns: Globs on qualified names (``"encoder.layers.*"``) or names of classes (``"ReLU"``).
+
+    Raises:
+        ValueError: If a pattern matches nothing; near names are listed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> list(select_modules(model, ["ReLU", "2"]))
+        ['1', '2']
+    """
+    known = {canonical_name(name): m for name, m in module.named_modules() if m is not module}
+    selected: set[str] = set()
+    for pattern in patterns:
+        matches = [name for name, m in known.items() if _matches(name, pattern) or type(m).__name__ == pattern]
+        if not matches:
+            names = [*dict.fromkeys(type(m).__name__ for m in known.values()), *known]
+            raise ValueError(f"no module has a name or class that matches {pattern!r}; near: {near_names(pattern, names)}")
+        selected.update(matches)
+    return {name: m for name, m in known.items() if name in selected}
+
+
+def canonical_name(name: str) -> str:
+    """Strip what compilers and wrappers insert into a qualified name.
+
+    Example:
+        >>> canonical_name("_orig_mod.encoder._fsdp_wrapped_module.weight")
+        'encoder.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def lookup(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters that bear these names now; a tied one bears the first of its names."""
+    wanted = set(names)
+    return {name: p for name, p, _ in _first_names(module) if name in wanted}
+
+
+def verdicts(module: nn.Module, params: Params) -> dict[str, bool]:
+    """Decide for each parameter, by its first name, whether a selection means it.
+
+    Raises:
+        ValueError: If a glob matches nothing although there are parameters.
+    """
+    rules = [params] if isinstance(params, str) else params
+    if not callable(rules):
+        _check_rules(module, rules)
+    selected: set[int] = set()
+    excluded: set[int] = set()
+    for name, parameter, owner in _named(module):
+        if callable(rules):
+            means, excludes = rules(name, parameter, owner), False
+        else:
+            means = any(_covers(rule, name, parameter, owner) for rule in rules)
+            excludes = any(_covers(rule[1:], name, parameter, owner) for rule in rules if rule.startswith("!"))
+        (excluded if excludes else selected if means else set()).add(id(parameter))
+    return {name: id(p) in selected and id(p) not in excluded for name, p, _ in _first_names(module)}
+
+
+def nothing_selected(module: nn.Module, params: Params) -> str:
+    """Say that a selection means no parameter, and which ones there are."""
+    globs = [
+        rule for rule in ([params] if isinstance(params, str) else [] if callable(params) else params) if rule not in _KEYWORDS
+    ]
+    shown = getattr(params, "__name__", repr(params)) if callable(params) else repr(params)
+    names = [name for name, _, _ in _first_names(module)]
+    return f"params={shown} selects no parameter; near: {near_names(globs[0] if globs else '', names) or 'none, the module has no parameters'}"
+
+
+def _covers(rule: str, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+    if rule == "weights":
+        return is_weight(name, parameter, owner)
+    return rule == "all" or _matches(name, rule)
+
+
+def is_weight(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
+    """Return whether a parameter is a weight: no bias, not of a normalisation layer, two dimensions or more."""
+    if _BIAS_NAME.search(name.rpartition(".")[2]):
+        return False
+    if isinstance(owner, _NORMS) or _NORM_NAME.search(type(owner).__name__):
+        return False
+    return is_lazy(parameter) or parameter.ndim >= 2
+
+
+def _check_rules(module: nn.Module, rules: Sequence[str]) -> None:
+    if not rules or all(rule.startswith("!") for rule in rules):
+        raise ValueError(f"params={list(rules)} selects no parameter; begin with what is meant, as in ['weights', '!head.*']")
+    names = [name for name, _, _ in _named(module)]
+    for rule in rules:
+        glob = rule.removeprefix("!")
+        if names and glob not in _KEYWORDS and not any(_matches(name, glob) for name in names):
+            raise ValueError(f"params: no parameter has a name that matches {rule!r}; near: {near_names(glob, names)}")
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob)
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Yield every name of every parameter, with the module that holds it under this name."""
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            yield canonical_name(f"{prefix}.{name}" if prefix else name), parameter, owner
+
+
+def _first_names(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    seen: set[int] = set()
+    for name, parameter, owner in _named(module):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter, owner

@@ -1,0 +1,111 @@
+"""Shrinkage: weights that become smaller by a rule of their own, beside the gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from lightning_reg.base import Phase
+from lightning_reg.configuration import PROBABILITY
+from lightning_reg.parameters import ParameterRegularizer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.nn import Parameter
+
+    from lightning_reg.schedules import Value
+    from lightning_reg.selection import Params
+
+__all__ = ["RandomShrinkage", "shrink_randomly_"]
+
+
+@torch.no_grad()
+def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.Generator | None = None) -> None:
+    r"""Shrink every entry by a random share of itself: :math:`\theta_i \leftarrow \theta_i - \epsilon\,u_i\,\theta_i`.
+
+    Here :math:`u_i \sim U(0, 1)`, drawn anew for every entry.
+
+    Args:
+        params: Tensors, changed in place.
+        epsilon: The largest share, in [0, 1].
+        generator: Where the random numbers come from, on the tensors' device; torch's own by default.
+
+    Example:
+        >>> theta = torch.ones(1000)
+        >>> shrink_randomly_([theta], 0.2, torch.Generator().manual_seed(0))
+        >>> bool(theta.min() >= 0.8), bool(theta.max() <= 1.0), round(theta.mean().item(), 2)
+        (True, True, 0.9)
+    """
+    for p in params:
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        p.mul_(1 - epsilon * torch.rand(p.shape, generator=generator, dtype=dtype, device=p.device))
+
+
+class RandomShrinkage(ParameterRegularizer):
+    r"""Shrink every weight by a random share of itself: :math:`\theta \leftarrow \theta - \epsilon\,U(0, 1)\,\theta`.
+
+    Runs in: right after each optimizer step (``register_step_post_hook``), or after the last batch of an epoch, before its
+    validation.
+
+    The rule of the article that this project grew from, under the name "weight clipping"; in the mean a decay of ε/2. The
+    random numbers depend on ``seed`` and the step alone: they are the same on every replica and after a resume, and training
+    draws what it would draw without them.
+
+    Args:
+        epsilon: The largest share ε in [0, 1], or a schedule.
+        every: ``"step"`` or ``"epoch"``.
+        seed: Where its random numbers begin, ≥ 0.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For ε outside [0, 1], another period, a negative seed, a selection of nothing, or sharded parameters.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[RandomShrinkage(1e-3)], logger=False)
+    """
+
+    phase = Phase.SHRINKAGE
+    limits = {"epsilon": PROBABILITY}
+    whole_tensors = True
+
+    def __init__(
+        self,
+        epsilon: Value,
+        *,
+        every: Literal["step", "epoch"] = "step",
+        seed: int = 0,
+        params: Params = "weights",
+        name: str | None = None,
+    ) -> None:
+        if every not in ("step", "epoch"):
+            raise ValueError(f"RandomShrinkage: every must be 'step' or 'epoch', got {every!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise ValueError(f"RandomShrinkage: seed must be a whole number in [0, 2^31), got {seed!r}")
+        self.epsilon = epsilon
+        self.every = every
+        self.seed = seed
+        super().__init__(params, name)
+
+    def weights(self, params: list[Parameter], step: int) -> None:
+        """Shrink after the step."""
+        if self.every == "step":
+            self._shrink(params, step)
+
+    def epoch_end(self, params: list[Parameter], step: int) -> None:
+        """Shrink after the epoch."""
+        if self.every == "epoch":
+            self._shrink(params, step)
+
+    def _shrink(self, params: list[Parameter], step: int) -> None:
+        if params and self.current["epsilon"]:
+            generator = torch.Generator(params[0].device).manual_seed((self.seed << 32) + step)
+            shrink_randomly_(params, self.current["epsilon"], generator)
+
+    def route(self) -> str:
+        """Say when it acts."""
+        return f"after the {self.every}"

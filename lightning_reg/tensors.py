@@ -1,0 +1,63 @@
+"""Small helpers over lists of tensors: local shards, gradients that can be added to, norms in enough precision."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["accumulated_norms", "dense_gradients", "fraction_beyond", "local", "present_gradients", "whole"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds, sharing its memory: the whole of it unless it is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its shards, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each gradient, for adding to it: missing ones become zero, sparse ones dense."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        elif p.grad.is_sparse:
+            p.grad = p.grad.to_dense()
+    return [local(cast("Tensor", p.grad)) for p in params]
+
+
+def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients that there are, a sparse one as the dense tensor of its values, sharing memory."""
+    gradients = []
+    for p in params:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+            gradients.append(p.grad._values())
+        elif p.grad is not None:
+            gradients.append(p.grad)
+    return gradients
+
+
+def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
+    """Return each tensor's norm over all its shards, summed in float32 or better."""
+    norms = []
+    for tensor in tensors:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(tensor, order, dtype=dtype)
+        norms.append(whole(norm))
+    return norms
+
+
+def fraction_beyond(tensors: Sequence[Tensor], bound: float) -> Tensor:
+    """Return the share of entries whose magnitude exceeds a bound, over all shards."""
+    counts = [whole((tensor.abs() > bound).sum()) for tensor in tensors]
+    return torch.stack(counts).sum() / max(sum(tensor.numel() for tensor in tensors), 1)

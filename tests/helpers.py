@@ -1,0 +1,92 @@
+"""A small model on real data, and one way to train it: what most tests start from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import Callback
+
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def digits(samples: int = 64) -> tuple[Tensor, Tensor]:
+    """Return the first of scikit-learn's digits, in [0, 1], and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    return torch.tensor(images[:samples], dtype=torch.float32) / 16, torch.tensor(labels[:samples])
+
+
+def loader(samples: int = 64, batch_size: int = 16) -> DataLoader[tuple[Tensor, ...]]:
+    """Return batches of digits in a fixed order."""
+    return DataLoader(TensorDataset(*digits(samples)), batch_size=batch_size)
+
+
+class Classifier(LightningModule):
+    """A small perceptron with normalisation and dropout, trained by SGD with momentum from a fixed start.
+
+    The global generator is seeded before each batch, so that dropout draws the same wherever a run begins.
+    """
+
+    def __init__(self, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
+        super().__init__()
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(64, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 10))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(self.trainer.fit_loop.total_batch_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch[:2]
+        return cross_entropy(self.net(images), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+
+def fit(
+    callbacks: Sequence[Callback] = (),
+    model: LightningModule | None = None,
+    data: DataLoader[Any] | None = None,
+    max_epochs: int = 2,
+    **trainer: Any,
+) -> LightningModule:
+    """Train on the CPU, in silence, and return the model."""
+    model = model or Classifier()
+    Trainer(**{**QUIET, "max_epochs": max_epochs, **trainer, "callbacks": list(callbacks)}).fit(model, data or loader())
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all parameters, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two models have bit-identical state."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def parameter(values: Any, grad: Any = None, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """Return a parameter, with a gradient if one is given."""
+    p = nn.Parameter(torch.tensor(values, dtype=dtype))
+    p.grad = None if grad is None else torch.tensor(grad, dtype=dtype)
+    return p

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from helpers import fit, loader
+
+from lightning_reg import Cosine, Cubic, Exponential, L1Penalty, Linear, Steps
+from lightning_reg.plan import Plan
+
+GRID = np.linspace(0.0, 1.0, 41)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [
+        (Linear(1.0, 3.0), lambda x: np.interp(x, [0, 1], [1, 3])),
+        (Linear(1.0, 3.0, begin=0.25, until=0.75), lambda x: np.interp(x, [0.25, 0.75], [1, 3])),
+        (Cosine(1.0, 3.0), lambda x: 1 + 2 * np.sin(np.pi * x / 2) ** 2),
+        (Cubic(0.0, 0.8, until=0.5), lambda x: 0.8 - 0.8 * (1 - np.clip(2 * x, 0, 1)) ** 3),
+        (Exponential(1.0, 1e-4), lambda x: np.logspace(0, -4, len(x))),
+        (Steps([0.5, 0.1, 0.0], at=[0.25, 0.75]), lambda x: np.select([x < 0.25, x < 0.75], [0.5, 0.1], 0.0)),
+    ],
+    ids=repr,
+)
+def test_values_follow_the_formula(schedule, reference):
+    np.testing.assert_allclose([schedule(x) for x in GRID], reference(GRID), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [Linear, Cosine, Cubic, Exponential])
+def test_ends_are_exact_and_constant_outside(kind):
+    schedule = kind(0.3, 0.7, begin=0.2, until=0.6)
+    assert [schedule(x) for x in (0.0, 0.19, 0.2)] == pytest.approx([0.3] * 3, abs=0)
+    assert [schedule(x) for x in (0.6, 0.8, 1.0)] == [0.7] * 3
+
+
+def test_a_ramp_of_no_length_is_a_jump():
+    jump = Linear(0.0, 1.0, begin=0.5, until=0.5)
+    assert [jump(x) for x in (0.49, 0.5)] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("marker", "batches"), [("3ep", 30.0), ("1.5ep", 15.0), ("4st", 14.0), ("6st", 20.0), (0.25, 25.0), (0.0, 0.0)]
+)
+def test_markers_become_batches(marker, batches):
+    # 10 batches in an epoch, a step every 4 of them: an epoch has steps of 4, 4 and 2 batches
+    assert Plan(total=100, per_epoch=10, per_step=4).batches(marker) == batches
+
+
+def test_a_marker_takes_effect_with_the_batch_that_it_names():
+    plan = Plan(total=70, per_epoch=7)
+    schedule = Steps([0.0, 1.0], at=["3ep"]).resolve(plan)
+    assert [schedule(plan.progress(batch)) for batch in (20, 21)] == [0.0, 1.0]
+
+
+def test_epochs_and_steps_need_no_end():
+    plan = Plan(total=math.inf, per_epoch=10)
+    schedule = Linear(0.0, 1.0, until="2ep").resolve(plan)
+    assert [schedule(plan.progress(batch)) for batch in (0, 10, 20, 500)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_a_trainer_moves_the_strength():
+    seen = []
+
+    class Watch(L1Penalty):
+        def gradients(self, params):
+            seen.append(self.current["strength"])
+
+    fit([Watch(Linear(0.0, 8.0))], max_epochs=2)
+    assert seen == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+
+
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 2}])
+def test_progress_is_the_same_under_accumulation(limit):
+    """The value of a step depends on the batches before the step, not on those that it accumulates."""
+    seen = []
+
+    class Watch(L1Penalty):
+        def gradients(self, params):
+            seen.append(self.current["strength"])
+
+    fit([Watch(Linear(0.0, 1.0))], data=loader(64, batch_size=16), accumulate_grad_batches=4, **limit)
+    assert seen == [0.0, 0.5]
+
+
+def test_steps_are_counted_in_optimizer_steps():
+    seen = []
+
+    class Watch(L1Penalty):
+        def gradients(self, params):
+            seen.append(self.current["strength"])
+
+    fit([Watch(Steps([1.0, 2.0], at=["1st"]))], accumulate_grad_batches=2, max_epochs=2)
+    assert seen == [1.0, 2.0, 2.0, 2.0]
+
+
+def test_a_plain_function_is_a_schedule():
+    seen = []
+
+    class Watch(L1Penalty):
+        def gradients(self, params):
+            seen.append(self.current["strength"])
+
+    fit([Watch(lambda progress: 2 * progress)], max_epochs=1)
+    assert seen == [0.0, 0.5, 1.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Linear(0, 1, until="3epochs"), r"Linear: until: expected .*'3ep'.*'500st', got '3epochs'"),
+        (lambda: Linear(0, 1, until=1.5), r"Linear: until, as a fraction of training, must be a number in \[0, 1\], got 1.5"),
+        (lambda: Linear(0, 1, begin=0.5, until=0.25), "Linear: the markers must not decrease, got 0.5 before 0.25"),
+        (lambda: Steps([1, 0], at=["5ep", "3ep"]), "one value more than there are markers, got 2 values and 2 markers"),
+        (lambda: Steps([1, 0, 1], at=["5ep", "3ep"]), "the markers must not decrease, got 5ep before 3ep"),
+        (lambda: Exponential(1.0, 0.0), r"Exponential: end must be a number in \(0, inf\], got 0.0"),
+        (lambda: Linear(0, float("nan")), r"Linear: end must be a number .* got nan"),
+    ],
+)
+def test_malformed_schedules_are_refused_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_markers_that_meet_in_the_wrong_order_are_refused_when_the_fit_starts():
+    with pytest.raises(ValueError, match=r"Linear\(0.0, 1.0, begin='2ep', until=0.25\): the markers must not decrease"):
+        fit([L1Penalty(Linear(0, 1, begin="2ep", until=0.25))], max_epochs=4)
+
+
+def test_a_schedule_that_leaves_the_range_is_refused():
+    with pytest.raises(ValueError, match=r"L1Penalty: strength=Linear\(1.0, -1.0\) must be a number in \[0, inf\), got -1.0"):
+        L1Penalty(Linear(1.0, -1.0))
+    with pytest.raises(ValueError, match=r"L1Penalty: strength=.* at progress 0.5 must be a number in \[0, inf\), got -0.5"):
+        fit([L1Penalty(lambda progress: -progress)], max_epochs=1, limit_train_batches=2)
+
+
+@pytest.mark.parametrize("schedule", [Linear(0.0, 1.0), Steps([0, 1], at=[0.5]), lambda progress: progress])
+def test_a_fraction_of_an_endless_run_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"L1Penalty: strength=.* the run has no end \(max_epochs=-1\).*'3ep' or '500st'"):
+        fit([L1Penalty(schedule)], max_epochs=-1)
+
+
+def test_a_fraction_of_an_epoch_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match=r"needs a run with an end.*until='3ep'"):
+        Linear(0.0, 1.0).resolve(Plan(total=math.inf))
+    with pytest.raises(ValueError, match="the epoch's length is unknown; count steps, as in '500st'"):
+        Linear(0.0, 1.0, until="3ep").resolve(Plan(total=math.inf))
+
+
+def test_steps_are_refused_where_accumulation_varies():
+    with pytest.raises(ValueError, match="accumulate_grad_batches varies; count epochs"):
+        Linear(0.0, 1.0, until="3st").resolve(Plan(total=100, per_epoch=10, per_step=None))

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Classifier, fit
+from torch import nn
+
+from lightning_reg import L1Penalty
+from lightning_reg.selection import canonical_name, select_modules, select_parameters
+
+
+class Zoo(nn.Module):
+    """One of each kind of parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.conv = nn.Conv2d(3, 4, 2)
+        self.bn = nn.BatchNorm2d(4)
+        self.rnn = nn.GRU(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.prelu = nn.PReLU(4)
+        self.rms = type("LlamaRMSNorm", (nn.Module,), {})()
+        self.rms.weight = nn.Parameter(torch.ones(1, 4))
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embed.weight
+        self.mix = nn.Parameter(torch.ones(2, 2))
+
+
+WEIGHTS = [
+    "mix",
+    "embed.weight",
+    "conv.weight",
+    "rnn.weight_ih_l0",
+    "rnn.weight_hh_l0",
+    "attention.in_proj_weight",
+    "attention.out_proj.weight",
+]
+
+
+def test_weights_are_neither_biases_nor_norms_nor_vectors():
+    assert list(select_parameters(Zoo(), "weights")) == WEIGHTS
+
+
+def test_all_means_all_and_a_tied_parameter_counts_once():
+    zoo = Zoo()
+    assert [id(p) for p in select_parameters(zoo, "all").values()] == [id(p) for p in zoo.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("params", "names"),
+    [
+        ("conv.*", ["conv.weight", "conv.bias"]),
+        (["conv.*", "!*.bias"], ["conv.weight"]),
+        (["weights", "!rnn.*", "!attention.*"], ["mix", "embed.weight", "conv.weight"]),
+        (["!*.bias", "bn.*"], ["bn.weight"]),
+        ("head.weight", ["embed.weight"]),
+        (["weights", "!head.*"], [name for name in WEIGHTS if name != "embed.weight"]),
+        (lambda name, p, module: isinstance(module, nn.PReLU), ["prelu.weight"]),
+    ],
+)
+def test_globs_and_callables(params, names):
+    assert list(select_parameters(Zoo(), params)) == names
+
+
+def test_compiled_modules_keep_their_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0] = torch.compile(model[0])
+    assert list(select_parameters(model, ["0.*"])) == ["0.weight", "0.bias"]
+    assert canonical_name("a._orig_mod.b._fsdp_wrapped_module._checkpoint_wrapped_module.weight") == "a.b.weight"
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("encodr.*", r"no parameter has a name that matches 'encodr.\*'; near: encoder.bias, encoder.weight"),
+        (["weights", "!encodr.*"], r"no parameter has a name that matches '!encodr.\*'; near: encoder.bias, encoder.weight"),
+        (["!encoder.*"], r"begin with what is meant, as in \['weights', '!head.\*'\]"),
+        ([], r"params=\[\] selects no parameter"),
+        (lambda name, p, module: False, r"params=<lambda> selects no parameter; near: encoder.weight, encoder.bias"),
+        (["encoder.*", "!*"], r"params=\['encoder.\*', '!\*'\] selects no parameter"),
+    ],
+)
+def test_a_selection_of_nothing_is_refused_with_near_names(params, message):
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=message):
+        select_parameters(model, params)
+
+
+def test_a_model_without_weights_says_what_it_has():
+    with pytest.raises(ValueError, match=r"params='weights' selects no parameter; near: weight, bias"):
+        select_parameters(nn.LayerNorm(4))
+
+
+def test_modules_by_glob_and_by_class():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    assert list(select_modules(model, ["ReLU"])) == ["1", "2.1"]
+    assert list(select_modules(model, ["2.*"])) == ["2.0", "2.1"]
+    with pytest.raises(ValueError, match="no module has a name or class that matches 'Relu'; near: ReLU"):
+        select_modules(model, ["Relu"])
+
+
+def test_a_trainer_refuses_before_anything_is_trained():
+    with pytest.raises(
+        ValueError, match=r"L1Penalty: params: no parameter has a name that matches 'nett.\*'; near: net.4.bias"
+    ):
+        fit([L1Penalty(0.1, params="nett.*")])
+
+
+class Late(Classifier):
+    """A model whose layers exist only after the callbacks' ``setup``."""
+
+    def __init__(self):
+        super().__init__()
+        self.later = self.net
+        del self.net
+        self.hidden = [self.later]
+        del self.later
+
+    def configure_model(self):
+        self.net = self.hidden[0]
+
+
+def test_modules_that_are_built_late_are_found_when_the_fit_starts():
+    callback = Watch(0.1)
+    fit([callback], Late())
+    assert callback.seen == ["net.0.weight", "net.4.weight"]
+    with pytest.raises(ValueError, match=r"L1Penalty: params: no parameter has a name that matches 'nett.\*'"):
+        fit([L1Penalty(0.1, params="nett.*")], Late())
+
+
+class Watch(L1Penalty):
+    """Keeps which parameters it was given."""
+
+    def gradients(self, params):
+        names = {id(p): name for name, p in self.tensors.items()}
+        self.seen = [names[id(p)] for p in params]
+
+
+def test_frozen_parameters_are_left_alone_until_they_are_unfrozen():
+    model, callback = Classifier(), Watch(0.1)
+    model.net[0].requires_grad_(False)
+    fit([callback], model)
+    assert callback.seen == ["net.4.weight"]
+    model.net[0].requires_grad_(True)
+    fit([callback], model)
+    assert callback.seen == ["net.0.weight", "net.4.weight"]
+
+
+def test_a_selection_of_frozen_parameters_is_said():
+    model = Classifier()
+    model.net[0].requires_grad_(False)
+    model.net[4].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="params='weights' selects no parameter: all weights are frozen"):
+        fit([L1Penalty(0.1)], model)
+    with pytest.warns(UserWarning, match=r"L1Penalty-net_0: all 2 selected parameters are frozen, so it does nothing for now"):
+        fit([L1Penalty(0.1, params="net.0.*")], model)
+
+
+def test_parameters_that_no_optimizer_holds_are_said():
+    class HeadOnly(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net[4].parameters(), lr=0.1)
+
+    with pytest.warns(UserWarning, match="all 1 selected parameters are held by no optimizer"):
+        fit([L1Penalty(0.1, params="net.0.weight")], HeadOnly())
