@@ -61,8 +61,8 @@ class Regularizer(Configured, Callback):
     """The constructor's arguments that may be scheduled, and the numbers that each may take."""
     selector: ClassVar[str] = "params"
     """The constructor's argument that says what it acts on."""
-    instead_of_deepspeed: ClassVar[str] = "use DDP or FSDP"
-    """What a user of DeepSpeed, whose engine hides gradients and weights, can do instead."""
+    instead_of_deepspeed: ClassVar[str | None] = "use DDP or FSDP2"
+    """What a user of DeepSpeed, whose engine hides gradients and weights, can do instead; ``None`` where it works there."""
 
     def __init__(self, name: str | None) -> None:
         self.name = name or self._default_name()
@@ -211,7 +211,7 @@ class Regularizer(Configured, Callback):
         """Check the configuration against the run."""
         if stage != "fit":
             return
-        if host.uses_deepspeed(trainer):
+        if self.instead_of_deepspeed and host.uses_deepspeed(trainer):
             raise ValueError(f"{type(self).__name__} cannot work under DeepSpeed: {self.instead_of_deepspeed}")
         if host.endless(trainer):
             self._refuse_endless(trainer)

@@ -79,7 +79,7 @@ class Configured:
         shown = []
         for parameter in inspect.signature(type(self)).parameters.values():
             value = self._as_given(parameter.name)
-            if parameter.default is inspect.Parameter.empty:
+            if parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
                 shown.append(_readable(value))
             elif value != parameter.default:
                 shown.append(f"{parameter.name}={_readable(value)}")

@@ -108,6 +108,7 @@ class _ModuleRegularizer(Regularizer):
 
     phase = Phase.DROPOUT
     limits = {"p": PROBABILITY}
+    instead_of_deepspeed = None
 
     def __init__(self, name: str | None) -> None:
         super().__init__(name)

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.nn.utils import get_total_norm
 
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE
 from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import fraction_beyond, local, present_gradients, whole
+from lightning_reg.tensors import fraction_beyond, joint_norm, local, present_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -61,7 +60,7 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
         R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training Recurrent Neural Networks", 2013.
     """
     gradients = present_gradients(params)
-    norm = whole(get_total_norm(gradients, norm_type))
+    norm = joint_norm(gradients, norm_type)
     if gradients:
         torch._foreach_mul_([local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -126,10 +125,10 @@ class _GradientProcessing(ParameterRegularizer):
     def watched(self, params: list[Parameter]) -> Iterator[None]:
         """Log the norm of the gradients before and after what happens within."""
         if self.logging:
-            self.observe(norm_before=whole(get_total_norm(present_gradients(params))))
+            self.observe(norm_before=joint_norm(present_gradients(params)))
         yield
         if self.logging:
-            self.observe(norm_after=whole(get_total_norm(present_gradients(params))))
+            self.observe(norm_after=joint_norm(present_gradients(params)))
 
     def route(self) -> str:
         """Say that it acts before the step."""

@@ -125,12 +125,11 @@ def verdicts(module: nn.Module, params: Params) -> dict[str, bool]:
 
 def nothing_selected(module: nn.Module, params: Params) -> str:
     """Say that a selection means no parameter, and which ones there are."""
-    globs = [
-        rule for rule in ([params] if isinstance(params, str) else [] if callable(params) else params) if rule not in _KEYWORDS
-    ]
+    rules = [] if callable(params) else [params] if isinstance(params, str) else params
+    wanted = next((rule for rule in rules if rule not in _KEYWORDS), "")
     shown = getattr(params, "__name__", repr(params)) if callable(params) else repr(params)
-    names = [name for name, _, _ in _first_names(module)]
-    return f"params={shown} selects no parameter; near: {near_names(globs[0] if globs else '', names) or 'none, the module has no parameters'}"
+    near = near_names(wanted, [name for name, _, _ in _first_names(module)])
+    return f"params={shown} selects no parameter; near: {near or 'none, the module has no parameters'}"
 
 
 def _covers(rule: str, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:

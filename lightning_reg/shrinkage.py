@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -103,7 +104,8 @@ class RandomShrinkage(ParameterRegularizer):
 
     def _shrink(self, params: list[Parameter], step: int) -> None:
         if params and self.current["epsilon"]:
-            generator = torch.Generator(params[0].device).manual_seed((self.seed << 32) + step)
+            of_step = random.Random(f"{self.seed}/{step}").getrandbits(32)
+            generator = torch.Generator(params[0].device).manual_seed(of_step)
             shrink_randomly_(params, self.current["epsilon"], generator)
 
     def route(self) -> str:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-__all__ = ["accumulated_norms", "dense_gradients", "fraction_beyond", "local", "present_gradients", "whole"]
+__all__ = ["accumulated_norms", "dense_gradients", "fraction_beyond", "joint_norm", "local", "present_gradients", "whole"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients that there are, a sparse one as the dense tensor of its values, sharing memory."""
+    """Return the gradients that there are and have entries, a sparse one as the dense tensor of its values, sharing memory."""
     gradients = []
     for p in params:
         if p.grad is not None and p.grad.is_sparse:
@@ -44,7 +45,7 @@ def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
             gradients.append(p.grad._values())
         elif p.grad is not None:
             gradients.append(p.grad)
-    return gradients
+    return [gradient for gradient in gradients if gradient.numel()]
 
 
 def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
@@ -55,6 +56,13 @@ def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
         norm = torch.linalg.vector_norm(tensor, order, dtype=dtype)
         norms.append(whole(norm))
     return norms
+
+
+def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """Return the norm of all tensors as one vector, over all shards; without shards, torch's own to the last bit."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return cast("Tensor", get_total_norm(tensors, order))
+    return torch.linalg.vector_norm(torch.stack(accumulated_norms(tensors, order)), order)
 
 
 def fraction_beyond(tensors: Sequence[Tensor], bound: float) -> Tensor:
