@@ -1,0 +1,145 @@
+"""One rank of a distributed run: trains the digits model in several ways and saves what comes of each.
+
+Started by ``test_distributed.py`` through ``torch.distributed.run``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from digits import DigitsClassifier
+from helpers import QUIET, digits
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_reg import (
+    DropoutInjection,
+    GradientNormClipping,
+    GradientValueClipping,
+    L1Penalty,
+    L2Penalty,
+    Linear,
+    PeakGradientDropping,
+    RandomShrinkage,
+    WeightClipping,
+)
+
+RANKS, STEPS, BATCH = 2, 6, 16
+
+
+def techniques() -> list[Callback]:
+    """Return all techniques at once, as strong as lets each of them matter."""
+    return [
+        WeightClipping(0.1),
+        RandomShrinkage(0.01),
+        RandomShrinkage(0.02, every="epoch", params="net.5.weight"),
+        GradientNormClipping(Linear(0.5, 0.1)),
+        GradientValueClipping(0.05),
+        PeakGradientDropping(),
+        L1Penalty(1e-3),
+        L2Penalty(Linear(0.0, 1e-2)),
+        DropoutInjection(0.2, after="ReLU"),
+    ]
+
+
+class Digits(DigitsClassifier):
+    """The digits model with SGD, whose dropout depends on the samples alone and not on who computes them."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(hidden=32)
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        images, labels, numbers = batch
+        torch.manual_seed(int(numbers[0]))
+        return nn.functional.cross_entropy(self(images.view(-1, 8, 8)), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def batches(ranks: list[int]) -> DataLoader[tuple[Tensor, ...]]:
+    """Return the batches of some ranks: one global batch for each step, divided evenly."""
+    images, labels = digits(RANKS * STEPS * BATCH)
+    numbers = torch.arange(len(labels)).view(STEPS, RANKS, BATCH)
+    sampler = [numbers[step, rank].tolist() for step in range(STEPS) for rank in ranks]
+    return DataLoader(TensorDataset(images, labels, torch.arange(len(labels))), batch_sampler=sampler)
+
+
+def train(callbacks: list[Callback], model: LightningModule, ranks: list[int], **trainer: object) -> dict[str, Tensor]:
+    """Train for two epochs and return the weights."""
+    Trainer(**{**QUIET, "max_epochs": 2, "use_distributed_sampler": False, **trainer}, callbacks=callbacks).fit(
+        model, batches(ranks)
+    )
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def whole(p: Tensor) -> Tensor:
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+
+
+class Unseeded(RandomShrinkage):
+    """The naive version: each rank draws for itself."""
+
+    def _shrink(self, params: list[nn.Parameter], step: int) -> None:
+        for p in params:
+            p.mul_(1 - self.epsilon * torch.rand(p.shape, generator=self.generator))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.generator = torch.Generator().manual_seed(trainer.global_rank)
+
+
+class Unused(Digits):
+    """The digits model with a layer that the forward pass leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+        nn.init.constant_(self.unused.weight, 0.5)
+
+
+class Sharded(Digits):
+    """The digits model with parameters divided among the ranks; what is outside of ``net`` stays whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Parameter(torch.full((1, 1), 0.09))  # beside DTensors, one tensor that is none
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for layer in (self.net[1], self.net[3], self.net[5]):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def ddp(**kwargs: bool) -> dict[str, object]:
+    """Return what makes a trainer one rank of DDP; a strategy serves one trainer only."""
+    return {"strategy": DDPStrategy(process_group_backend="gloo", **kwargs), "devices": RANKS}
+
+
+def sharded_techniques() -> list[Callback]:
+    """Return the techniques that act on shards."""
+    return [L1Penalty(1e-3), L2Penalty(1e-2), GradientValueClipping(0.05), GradientNormClipping(0.2), WeightClipping(0.1)]
+
+
+def main(folder: Path) -> None:
+    """Train in every way and save the weights of this rank."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    results = {
+        "all": train(techniques(), Digits(), [rank], **ddp()),
+        "unseeded": train([Unseeded(0.1)], Digits(), [rank], **ddp()),
+        "unused": train([L2Penalty(0.1)], Unused(), [rank], **ddp(find_unused_parameters=True)),
+        "sharded": train(sharded_techniques(), Sharded(), [rank], strategy=ModelParallelStrategy(RANKS, 1), devices=RANKS),
+    }
+    torch.save(results, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

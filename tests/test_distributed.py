@@ -1,0 +1,84 @@
+"""Two processes under DDP against one process on the same global batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import Digits, Sharded, Unused, sharded_techniques, techniques, train
+from torch.testing import assert_close
+
+from lightning_reg import L1Penalty, L2Penalty
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+HERE = Path(__file__).parent
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Return what each of two processes trained."""
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = os.pathsep.join([str(HERE), str(HERE.parent / "examples")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(HERE / "distributed_worker.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode:
+        pytest.fail(done.stderr[-3000:], pytrace=False)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def identical(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_replicas_are_bit_identical_with_all_techniques_at_once(ranks):
+    assert identical(ranks[0]["all"], ranks[1]["all"])
+    assert identical(ranks[0]["unused"], ranks[1]["unused"])
+    assert not identical(ranks[0]["unseeded"], ranks[1]["unseeded"])  # what drawing without a common seed comes to
+
+
+def test_two_ranks_equal_one_process_on_the_same_global_batches(ranks):
+    one_process = train(techniques(), Digits(), [0, 1], accumulate_grad_batches=2)
+    assert_close(ranks[0]["all"], one_process, **TOLERANCE)
+
+
+@pytest.mark.parametrize("changed", range(9))
+def test_leaving_out_any_one_technique_would_show(ranks, changed):
+    """The negative control: the tolerance is narrow enough for each technique to be seen."""
+    others = techniques()[:changed] + techniques()[changed + 1 :]
+    with pytest.raises(AssertionError):
+        assert_close(ranks[0]["all"], train(others, Digits(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)
+
+
+def test_a_penalty_counted_once_per_micro_batch_would_show(ranks):
+    doubled = [L1Penalty(2e-3) if isinstance(callback, L1Penalty) else callback for callback in techniques()]
+    with pytest.raises(AssertionError):
+        assert_close(ranks[0]["all"], train(doubled, Digits(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)
+
+
+def test_an_unused_layer_is_penalised_where_ddp_looks_for_unused_parameters(ranks):
+    one_process = train([L2Penalty(0.1)], Unused(), [0, 1], accumulate_grad_batches=2)
+    assert_close(ranks[0]["unused"], one_process, **TOLERANCE)
+    assert not torch.equal(one_process["unused.weight"], Unused().unused.weight)
+
+
+def test_sharded_parameters_equal_whole_ones(ranks):
+    """FSDP2, with one parameter left whole: every technique that acts on shards, and what leaving one out comes to."""
+    one_process = train(sharded_techniques(), Sharded(), [0, 1], accumulate_grad_batches=2)
+    assert identical(ranks[0]["sharded"], ranks[1]["sharded"])
+    assert_close(ranks[0]["sharded"], one_process, **TOLERANCE)
+    for changed in range(5):
+        others = sharded_techniques()[:changed] + sharded_techniques()[changed + 1 :]
+        with pytest.raises(AssertionError):
+            assert_close(ranks[0]["sharded"], train(others, Sharded(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Classifier, fit, loader, same
+from torch import nn
+
+from lightning_reg import DropoutInjection, DropoutScheduler, Linear, Steps
+from lightning_reg.functional import dropout, inject_dropout
+
+
+@pytest.mark.parametrize("channelwise", [False, True])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_masks_are_bernoulli_and_the_mean_is_kept(p, channelwise):
+    """Rate, mean and variance within four standard errors, which one sample in 16 000 misses."""
+    torch.manual_seed(0)
+    draws = dropout(torch.ones(100, 1000, dtype=torch.float64), p, channelwise).flatten()
+    n = draws.numel()
+    assert set(draws.tolist()) == {0.0, 1 / (1 - p)}
+    assert abs((draws == 0).double().mean() - p) < 4 * (p * (1 - p) / n) ** 0.5
+    variance = p / (1 - p)
+    assert abs(draws.mean() - 1) < 4 * (variance / n) ** 0.5
+    fourth = (1 - p) * (p / (1 - p)) ** 4 + p
+    assert abs(draws.var() - variance) < 4 * ((fourth - variance**2) / n) ** 0.5 + 1e-4
+
+
+def test_channels_are_dropped_as_a_whole():
+    torch.manual_seed(0)
+    kept = dropout(torch.ones(8, 16, 5, 5), 0.5, channelwise=True).flatten(2)
+    assert set(kept.sum(2).flatten().tolist()) == {0.0, 50.0}
+    mixed = dropout(torch.ones(8, 16, 5, 5), 0.5).flatten(2).sum(2)
+    assert len(set(mixed.flatten().tolist())) > 2
+
+
+def test_it_is_torchs_dropout_to_the_last_bit():
+    x = torch.randn(20, 30)
+    torch.manual_seed(1)
+    ours = dropout(x, 0.3)
+    torch.manual_seed(1)
+    assert torch.equal(ours, nn.functional.dropout(x, 0.3))
+    assert dropout(x, 0.0) is x
+
+
+class Plain(Classifier):
+    """A model without dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[3].p = 0.0
+
+
+def test_injected_dropout_is_the_layer_that_the_model_lacks():
+    """To the last bit, and with the state-dict keys that the plain model has."""
+    injected = fit([DropoutInjection(0.3, after="net.2")], Plain())
+    layer = Plain()
+    layer.net[3].p = 0.3
+    assert same(injected, fit(model=layer))
+    assert list(injected.state_dict()) == list(Plain().state_dict())
+    assert not any(module._forward_hooks for module in injected.modules())
+
+
+def test_nothing_is_dropped_in_validation():
+    class Validates(Plain):
+        def val_dataloader(self):
+            return loader()
+
+        def validation_step(self, batch, batch_idx):
+            outputs = [self.net(batch[0]) for _ in range(2)]
+            self.equal = torch.equal(*outputs)
+
+    assert fit([DropoutInjection(0.5, after="ReLU")], Validates()).equal
+
+
+def test_a_hook_is_silent_in_eval_mode():
+    layer = nn.Linear(4, 4)
+    x = torch.ones(2, 4)
+    before = layer(x)
+    handles = inject_dropout({"layer": layer}, lambda: 0.9)
+    assert torch.equal(layer.eval()(x), before)
+    layer.train()
+    assert not torch.equal(layer(x), before)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(layer(x), before)
+
+
+def rates(callback, model=None, **kwargs):
+    """Return the rate of the model's dropout layer in each training batch."""
+    seen = []
+    model = model or Classifier()
+    layer = model.net[3]
+    layer.register_forward_hook(lambda module, args, output: seen.append(module.p))
+    fit([callback], model, **kwargs)
+    assert layer.p == 0.1  # its own
+    return seen
+
+
+def test_a_scheduler_drives_the_rate_and_gives_it_back():
+    assert rates(DropoutScheduler(0.4), max_epochs=1) == [0.4] * 4
+    assert rates(DropoutScheduler(Linear(0.0, 0.8)), max_epochs=1) == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    assert rates(DropoutScheduler(Steps([0.5, 0.0], at=["1ep"])), max_epochs=2) == [0.5] * 4 + [0.0] * 4
+    assert rates(DropoutScheduler(Steps([0.5, 0.0], at=["3st"])), max_epochs=1) == [0.5] * 3 + [0.0]
+
+
+def test_the_rate_changes_between_steps_and_not_within_one():
+    seen = rates(DropoutScheduler(Linear(0.0, 0.8)), max_epochs=1, accumulate_grad_batches=2)
+    assert seen == pytest.approx([0.0, 0.0, 0.4, 0.4])
+
+
+def test_the_own_rate_comes_back_after_an_exception():
+    class Fails(Classifier):
+        def on_train_epoch_end(self):
+            raise RuntimeError("stop")
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match="stop"):
+        fit([DropoutScheduler(0.4), DropoutInjection(0.3, after="ReLU")], model)
+    assert model.net[3].p == 0.1
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_variants_of_dropout_are_driven():
+    class Variants(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net[3] = nn.Sequential(nn.AlphaDropout(0.1), nn.FeatureAlphaDropout(0.2), nn.Dropout1d(0.3))
+
+        def training_step(self, batch, batch_idx):
+            self.seen = [module.p for module in self.net[3]]
+            return super().training_step(batch, batch_idx)
+
+    model = fit([DropoutScheduler(0.05, modules="net.3.*")], Variants())
+    assert model.seen == [0.05] * 3
+    assert [module.p for module in model.net[3]] == [0.1, 0.2, 0.3]
+
+
+def test_a_model_without_dropout_is_pointed_to_injection():
+    model = Classifier()
+    model.net[3] = nn.Identity()
+    with pytest.raises(ValueError, match=r"DropoutScheduler: no dropout module matches '\*'; .* use DropoutInjection"):
+        fit([DropoutScheduler(0.1)], model)
+
+
+def test_modules_in_eval_mode_are_said():
+    model = Classifier()
+    model.net[2].eval()
+    model.net[3].eval()
+    with (
+        pytest.warns(UserWarning, match=r"2 module\(s\) in eval mode"),  # Lightning's own, which does not say what follows
+        pytest.warns(UserWarning, match=r"DropoutInjection-ReLU: net.2 will not drop anything, .* call model.train\(\)"),
+        pytest.warns(UserWarning, match=r"DropoutScheduler: net.3 will not drop anything, .* call model.train\(\)"),
+    ):
+        fit([DropoutInjection(0.1, after="ReLU"), DropoutScheduler(0.1)], model)
+
+
+class Recurrent(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(8, 64, batch_first=True)
+        self.ids = nn.Identity()
+
+    def training_step(self, batch, batch_idx):
+        self.ids(batch[1])
+        states, _ = self.rnn(batch[0].view(-1, 8, 8))
+        return super().training_step((states[:, -1], batch[1]), batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (
+            DropoutInjection(0.1, after="GRU"),
+            r"dropout cannot follow 'rnn' \(GRU\): it returns tuple, expected one float tensor",
+        ),
+        (DropoutInjection(0.1, after="ids"), r"cannot follow 'ids' \(Identity\): it returns a tensor of torch.int64"),
+    ],
+)
+def test_outputs_that_cannot_be_dropped_are_refused(callback, message):
+    with pytest.raises(TypeError, match=message):
+        fit([callback], Recurrent())
+
+
+def test_channels_need_a_dimension():
+    layer = nn.Identity()
+    inject_dropout({"layer": layer}, lambda: 0.5, channelwise=True)
+    with pytest.raises(TypeError, match=r"'layer' \(Identity\): channels are in dimension 1, but its output has shape \(3,\)"):
+        layer(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DropoutInjection(1.5, after="ReLU"), r"DropoutInjection: p must be a number in \[0, 1\], got 1.5"),
+        (lambda: DropoutScheduler(-0.1), r"DropoutScheduler: p must be a number in \[0, 1\], got -0.1"),
+        (
+            lambda: DropoutScheduler(Linear(0.0, 2.0)),
+            r"DropoutScheduler: p=Linear\(0.0, 2.0\) must be a number in \[0, 1\], got 2.0",
+        ),
+        (lambda: DropoutInjection(0.1, after=[]), r"DropoutInjection: after must name modules or classes, .* got nothing"),
+        (
+            lambda: fit([DropoutInjection(0.1, after="Relu")]),
+            "DropoutInjection: no module has a name or class that matches 'Relu'",
+        ),
+        (
+            lambda: fit([DropoutScheduler(0.1, modules="nett.*")]),
+            r"DropoutScheduler: no module .* matches 'nett.\*'; near: net",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

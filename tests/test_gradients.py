@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import Classifier, fit, parameter, same
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_reg import GradientNormClipping, GradientValueClipping, PeakGradientDropping
+from lightning_reg.functional import clip_gradient_norm_, clip_gradient_value_, drop_peak_gradients_
+
+
+def with_gradients(dtype=torch.float32):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in [(3, 4), (7,), (), (0, 5), (2, 3, 2)]]
+    for p in params[:-1]:
+        p.grad = torch.randn(p.shape).to(dtype)
+    return params  # the last has no gradient
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_clipping_is_torchs_to_the_last_bit(norm_type, max_norm, dtype):
+    ours, theirs = with_gradients(dtype), with_gradients(dtype)
+    theirs[3].grad = None  # empty: torch has no largest magnitude of it
+    norm = clip_gradient_norm_(ours, max_norm, norm_type)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs, max_norm, norm_type))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours, theirs, strict=True) if q.grad is not None)
+    assert ours[-1].grad is None
+
+
+def test_value_clipping_is_torchs_to_the_last_bit():
+    ours, theirs = with_gradients(), with_gradients()
+    clip_gradient_value_(ours, 0.5)
+    nn.utils.clip_grad_value_(theirs, 0.5)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours[:-1], theirs[:-1], strict=True))
+    assert ours[-1].grad is None
+
+
+def sparse_gradient():
+    embedding = nn.Embedding(4, 2, sparse=True)
+    (embedding(torch.tensor([1, 3, 1])) * 5).sum().backward()
+    return embedding.weight
+
+
+def test_sparse_gradients_are_clipped_like_dense_ones():
+    for clip in (lambda p: clip_gradient_norm_([p], 2.0), lambda p: clip_gradient_value_([p], 6.0)):
+        sparse, dense = sparse_gradient(), sparse_gradient()
+        dense.grad = dense.grad.to_dense()
+        clip(sparse)
+        clip(dense)
+        assert sparse.grad.is_sparse
+        assert_close(sparse.grad.to_dense(), dense.grad)
+        assert not torch.equal(dense.grad, sparse_gradient().grad.to_dense())
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_peaks_are_the_largest_magnitudes_of_each_tensor(k):
+    params = with_gradients()
+    expected = []
+    for p in params[:-1]:
+        flat = p.grad.flatten().numpy().copy()
+        flat[np.argsort(-np.abs(flat))[:k]] = 0
+        expected.append(torch.tensor(flat).reshape(p.shape))
+    drop_peak_gradients_(params, k)
+    assert_close([p.grad for p in params[:-1]], expected, rtol=0.0, atol=0.0)
+
+
+def test_exactly_k_of_tied_peaks_are_dropped_in_any_memory_layout():
+    theta = parameter([[1.0, -1.0, 1.0], [1.0, 1.0, -1.0]], grad=[[1.0, -1.0, 1.0], [1.0, 1.0, -1.0]])
+    theta.grad = theta.grad.t().contiguous().t()
+    drop_peak_gradients_([theta], 2)
+    assert theta.grad.count_nonzero() == 4
+
+
+def test_peak_dropping_refuses_sparse_gradients():
+    with pytest.raises(ValueError, match=r"peak dropping needs a dense gradient, got a sparse one: .* sparse=False"):
+        drop_peak_gradients_([sparse_gradient()])
+
+
+@pytest.mark.parametrize(
+    ("callback", "trainer"),
+    [
+        (GradientNormClipping(0.5), {"gradient_clip_val": 0.5}),
+        (GradientValueClipping(0.05), {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
+    ],
+)
+def test_clipping_equals_the_trainers_to_the_last_bit(callback, trainer):
+    for accumulate in (1, 3):
+        ours = fit([callback], accumulate_grad_batches=accumulate)
+        assert same(ours, fit(accumulate_grad_batches=accumulate, **trainer))
+        assert not same(ours, fit(accumulate_grad_batches=accumulate))
+
+
+def test_peak_dropping_equals_the_rule_in_a_hook_of_the_module():
+    class ByHand(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            for p in self.parameters():
+                p.grad.view(-1)[p.grad.abs().argmax()] = 0
+
+    assert same(fit([PeakGradientDropping()]), fit(model=ByHand()))
+    assert not same(fit([PeakGradientDropping()]), fit())
+
+
+def test_the_scope_of_a_norm_may_be_each_tensor():
+    class Once(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            self.norms = [p.grad.norm() for p in self.parameters()]
+
+    model = fit([GradientNormClipping(0.1, scope="tensor")], Once(), max_epochs=1)
+    assert max(model.norms) <= 0.1
+    assert torch.stack(model.norms).norm() > 0.1  # which one norm for the model would not allow
+    for p, q in zip(with_gradients()[:3], with_gradients()[:3], strict=True):
+        assert_close(clip_gradient_norm_([p], 0.1), nn.utils.clip_grad_norm_([q], 0.1))
+
+
+def test_two_clippings_of_two_parts_work_side_by_side():
+    class Watch(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            self.norms = [torch.stack([p.grad.norm() for p in self.net[i].parameters()]).norm() for i in (0, 4)]
+
+    callbacks = [GradientNormClipping(0.2, params="net.0.*"), GradientNormClipping(0.1, params="net.4.*")]
+    assert [callback.name for callback in callbacks] == ["GradientNormClipping-net_0", "GradientNormClipping-net_4"]
+    assert_close(torch.stack(fit(callbacks, Watch(), max_epochs=1).norms), torch.tensor([0.2, 0.1]), rtol=1e-4, atol=0.0)
+
+
+def test_scaled_gradients_are_unscaled_before_they_are_clipped():
+    def scaled(**kwargs):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        return fit(plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **kwargs)
+
+    ours = scaled(callbacks=[GradientNormClipping(0.5)])
+    assert same(ours, scaled(gradient_clip_val=0.5))
+    assert not same(ours, scaled())
+
+
+class Fused(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), fused=True)
+
+
+@pytest.mark.parametrize("callback", [GradientNormClipping(1.0), GradientValueClipping(1.0), PeakGradientDropping()])
+def test_a_fused_optimizer_is_refused_only_under_a_loss_scale(callback):
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    message = (
+        rf"{type(callback).__name__} changes gradients .* the fused Adam unscales .* fused=False, or train with precision="
+    )
+    with pytest.raises(ValueError, match=message):
+        fit([callback], Fused(), plugins=[plugin])
+    fit([callback], Fused(), max_epochs=1)
+
+
+@pytest.mark.parametrize("callback", [GradientNormClipping(1.0), GradientValueClipping(1.0)])
+def test_clipping_twice_is_said(callback):
+    with pytest.warns(UserWarning, match=rf"{callback.name} and Trainer\(gradient_clip_val=0.5\) both clip .* remove one"):
+        fit([callback], gradient_clip_val=0.5)
+
+
+def test_parameters_that_would_never_learn_are_said():
+    model = Classifier()
+    model.net[4] = nn.Linear(16, 1)
+    model.training_step = lambda batch, batch_idx: model.net(batch[0]).square().mean()
+    with pytest.warns(UserWarning, match=r"drops all 1 or fewer entries of net.4.bias, .* params=\['all', '!net.4.bias'\]"):
+        fit([PeakGradientDropping()], model)
+
+
+def test_no_gradient_at_all_is_fine():
+    params = [nn.Parameter(torch.zeros(3))]
+    assert clip_gradient_norm_(params, 1.0) == 0
+    clip_gradient_value_(params, 1.0)
+    drop_peak_gradients_(params)
+    assert params[0].grad is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradientNormClipping(0.0), r"GradientNormClipping: max_norm must be a number in \(0, inf\], got 0.0"),
+        (lambda: GradientNormClipping(float("nan")), "max_norm must be a number .* got nan"),
+        (
+            lambda: GradientNormClipping(1.0, norm_type=0),
+            r"GradientNormClipping: norm_type must be a number in \(0, inf\], got 0",
+        ),
+        (lambda: GradientNormClipping(1.0, scope="layer"), "scope must be 'model' or 'tensor', got 'layer'"),
+        (lambda: GradientValueClipping(-1), r"GradientValueClipping: clip_value must be a number in \(0, inf\], got -1"),
+        (lambda: PeakGradientDropping(-1), "PeakGradientDropping: k must be a whole number ≥ 0, got -1"),
+        (lambda: PeakGradientDropping(0.5), "PeakGradientDropping: k must be a whole number ≥ 0, got 0.5"),
+    ],
+)
+def test_bounds_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,310 @@
+"""What holds for every callback of the suite, over one table."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import random
+
+import lightning.pytorch.callbacks
+import pytest
+import torch
+from helpers import Classifier, fit, loader, same, weights
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from table import ROWS, everything
+from torch import nn
+from torch.testing import assert_close
+
+import lightning_reg
+from lightning_reg import L1Penalty, L2Penalty
+from lightning_reg.base import Regularizer
+
+every_callback = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
+# the masks of dropout are drawn anew for each micro-batch; test_dropout checks that the rate is that of the step
+without_masks = pytest.mark.parametrize(
+    "row", [pytest.param(row, id=name) for name, row in ROWS.items() if "Dropout" not in name]
+)
+scheduled = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.scheduled])
+
+
+def test_every_public_callback_has_a_row():
+    public = [getattr(lightning_reg, name) for name in lightning_reg.__all__]
+    callbacks = {cls.__name__ for cls in public if isinstance(cls, type) and issubclass(cls, Regularizer)}
+    assert callbacks - {"Penalty"} == set(ROWS)  # an abstract base
+    for name, row in ROWS.items():
+        made = [row.active(), row.inactive(), *row.parts(), *([row.scheduled()] if row.scheduled else [])]
+        assert {type(callback).__name__ for callback in made} == {name}
+
+
+@every_callback
+def test_an_active_callback_changes_training_and_an_inactive_one_changes_no_bit(row):
+    plain = fit()
+    assert not same(fit([row.active()]), plain)
+    assert same(fit([row.inactive()]), plain)
+
+
+@scheduled
+def test_a_schedule_begins_where_it_says_and_changes_training(row):
+    assert not same(fit([row.scheduled()]), fit())
+    assert not same(fit([row.scheduled()]), fit([row.active()]))
+
+
+def test_the_order_of_the_list_does_not_change_a_bit():
+    reference = fit(everything())
+    for seed in range(5):
+        callbacks = everything()
+        random.Random(seed).shuffle(callbacks)
+        assert same(fit(callbacks), reference), callbacks
+
+
+def test_two_penalties_sum_alike_in_either_order():
+    """Floats do not add associatively; with three penalties an order would show."""
+    made = [L1Penalty(0.013), L2Penalty(0.17), L1Penalty(0.0071, params="net.4.*")]
+    for route in ("loss", "gradient"):
+        for callback in made:
+            callback.inject = route
+        results = [fit([copy.deepcopy(cb) for cb in order]) for order in itertools.permutations(made)]
+        assert all(same(result, results[0]) for result in results)
+
+
+@without_masks
+def test_accumulation_does_not_matter(row):
+    def model():
+        made = Classifier()
+        made.net[3].p = 0.0  # whose masks would differ
+        return made
+
+    once = fit([row.active()], model(), loader(64, batch_size=32))
+    in_parts = fit([row.active()], model(), loader(64, batch_size=8), accumulate_grad_batches=4)
+    assert_close(weights(in_parts), weights(once))
+
+
+class Branches(Classifier):
+    """The model, with a second dropout layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Dropout(0.1)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step((self.extra(batch[0]), batch[1]), batch_idx)
+
+
+@every_callback
+def test_two_of_a_kind_act_on_their_own_parts(row):
+    one, other = row.parts()
+    assert one.name != other.name
+    assert one.state_key != other.state_key
+    both = fit([one, other], Branches())
+    assert same(both, fit([other, one], Branches()))
+    assert not same(both, fit([row.parts()[0]], Branches()))
+    assert not same(both, fit([row.parts()[1]], Branches()))
+
+
+@every_callback
+def test_two_of_the_same_name_are_refused(row):
+    with pytest.raises(ValueError, match=r"two callbacks are called '.*': tell them apart with name='…'"):
+        fit([row.active(), row.active()])
+
+
+class Recorder(Callback):
+    """Compares the state of the module before and after evaluation."""
+
+    def on_validation_start(self, trainer, pl_module):
+        self.before = copy.deepcopy(pl_module.state_dict())
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_validation_end(self, trainer, pl_module):
+        after = pl_module.state_dict()
+        assert self.before.keys() == after.keys()
+        assert all(torch.equal(self.before[key], after[key]) for key in after)
+
+    on_test_end = on_predict_end = on_validation_end
+
+
+class Evaluates(Classifier):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", super().training_step(batch, batch_idx))
+
+    def test_step(self, batch, batch_idx):
+        self.outputs = self.net(batch[0])
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+
+@every_callback
+def test_evaluation_changes_nothing_and_is_not_changed(row):
+    model, plain = Evaluates(), Evaluates()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, callbacks=[row.active(), Recorder()]
+    )
+    bare = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    for evaluate in ("validate", "test", "predict"):
+        results = [getattr(t, evaluate)(m, loader()) for t, m in ((trainer, model), (bare, plain))]
+        assert_close(results[0], results[1], rtol=0.0, atol=0.0)
+    trainer.fit(model, loader(), loader())
+
+
+def surroundings(model: LightningModule):
+    """Return what a callback might leave behind in a model."""
+    hooks = {
+        (name, kind): len(getattr(module, kind))
+        for name, module in model.named_modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    }
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    return hooks, rates, list(model.state_dict()), [name for name, _ in model.named_buffers()]
+
+
+@every_callback
+def test_nothing_is_left_behind_and_fitting_twice_works(row):
+    model, callback = Classifier(), row.active()
+    before = surroundings(model)
+    fit([callback], model)
+    assert surroundings(model) == before
+    again = fit([callback], model)
+    assert surroundings(model) == before
+    fresh = fit([row.active()], fit([row.active()]))
+    assert same(again, fresh)
+
+
+@every_callback
+def test_optimizers_are_left_without_hooks(row):
+    class Keeps(Classifier):
+        def configure_optimizers(self):
+            self.optimizer = super().configure_optimizers()
+            return self.optimizer
+
+    assert not fit([row.active()], Keeps()).optimizer._optimizer_step_post_hooks
+
+
+@every_callback
+def test_an_exception_leaves_nothing_behind(row):
+    class Fails(Classifier):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise RuntimeError("stop")
+            return super().training_step(batch, batch_idx)
+
+    model = Fails()
+    before = surroundings(model)
+    with pytest.raises(RuntimeError, match="stop"):
+        fit([row.active()], model)
+    assert surroundings(model) == before
+
+
+class Gan(Classifier):
+    """Two networks with an optimizer each, in manual optimization; only one optimizer steps."""
+
+    def __init__(self, stepping=(0, 1)):
+        super().__init__()
+        self.automatic_optimization = False
+        self.stepping = stepping
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for index in self.stepping:
+            optimizers[index].zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx).exp())
+            optimizers[index].step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.01) for i in (0, 4)]
+
+
+@every_callback
+def test_only_parameters_of_the_optimizer_that_steps_are_touched(row):
+    model = fit([row.active()], Gan(stepping=(1,)))
+    assert_close(weights(model.net[0]), weights(Gan().net[0]), rtol=0.0, atol=0.0)
+    assert not same(model.net[4], Gan().net[4])
+    assert not same(fit([row.active()], Gan()), fit(model=Gan()))
+
+
+class Awkward(Classifier):
+    """Frozen, tied, unused, empty and scalar parameters, and a sparse embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(3, 3)
+        self.frozen.requires_grad_(False)
+        self.unused = nn.Linear(3, 3)
+        self.tied = nn.Linear(64, 16, bias=False)
+        self.tied.weight = self.net[0].weight
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+        self.scalar = nn.Parameter(torch.tensor(1.0))
+        nn.init.constant_(self.unused.weight, 0.5)
+        nn.init.constant_(self.frozen.weight, 0.5)
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return super().training_step((images + self.tied(images).mean() * self.scalar, labels), batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*which will not learn")
+@every_callback
+def test_awkward_parameters_are_handled(row):
+    model = fit([row.active()], Awkward())
+    assert torch.equal(model.frozen.weight, torch.full((3, 3), 0.5))
+    assert model.tied.weight is model.net[0].weight
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@every_callback
+def test_half_precision_parameters_are_trained(row):
+    """Bfloat16 has 8 bits, so the weights of both precisions agree to about 1 % of the largest."""
+    half, plain = (fit([callback], precision="bf16-true", max_epochs=1) for callback in (row.active(), row.inactive()))
+    full = fit([row.active()], max_epochs=1)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert not same(half, plain)
+    for name, p in weights(full).items():
+        assert_close(weights(half)[name].float(), p, rtol=0.02, atol=0.02)
+
+
+@every_callback
+def test_a_checkpoint_loads_into_the_plain_model(row, tmp_path):
+    model = Classifier()
+    trainer = Trainer(accelerator="cpu", logger=False, max_epochs=1, default_root_dir=tmp_path, callbacks=[row.active()])
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    assert same(Classifier.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu"), model)
+
+
+@every_callback
+def test_a_compiled_module_is_trained_alike(row):
+    def compiled():
+        model = Classifier()
+        model.net = torch.compile(model.net, backend="aot_eager")
+        return model
+
+    trained, eager = (dict(fit([row.active()], model, max_epochs=1).named_parameters()) for model in (compiled(), Classifier()))
+    assert_close({name.replace("_orig_mod.", ""): p for name, p in trained.items()}, eager)
+
+
+@every_callback
+def test_weight_averaging_works_beside_it(row):
+    averages = [StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]
+    if hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"):
+        averages.append(lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.5))
+    for average in averages:
+        together = fit([row.active(), average], max_epochs=3)
+        assert all(p.isfinite().all() for p in together.parameters())
+        assert not same(together, fit([copy.deepcopy(average)], max_epochs=3))
+
+
+@every_callback
+def test_repr_is_the_call_that_made_it(row):
+    for callback in [row.active(), row.inactive(), *row.parts(), *([row.scheduled()] if row.scheduled else [])]:
+        again = eval(repr(callback), vars(lightning_reg) | {"inf": float("inf")})
+        assert repr(again) == repr(callback)
+        assert again.name == callback.name
+    named = type(row.active())(**{**vars_of(row.active()), "name": "mine"})
+    assert repr(named).endswith("name='mine')")
+    assert named.state_key != row.active().state_key
+
+
+def vars_of(callback):
+    return {name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters if name != "name"}
