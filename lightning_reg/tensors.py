@@ -60,9 +60,12 @@ def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
 
 def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """Return the norm of all tensors as one vector, over all shards; without shards, torch's own to the last bit."""
-    if not any(isinstance(tensor, DTensor) for tensor in tensors):
-        return cast("Tensor", get_total_norm(tensors, order))
-    return torch.linalg.vector_norm(torch.stack(accumulated_norms(tensors, order)), order)
+    norm: Tensor
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        norm = torch.linalg.vector_norm(torch.stack(accumulated_norms(tensors, order)), order)
+    else:
+        norm = get_total_norm(tensors, order)
+    return norm
 
 
 def fraction_beyond(tensors: Sequence[Tensor], bound: float) -> Tensor:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from distributed_worker import Digits, Sharded, Unused, sharded_techniques, techniques, train
+from processes import HERE, run_script
 from torch.testing import assert_close
 
 from lightning_reg import L1Penalty, L2Penalty
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-HERE = Path(__file__).parent
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
 
@@ -23,18 +18,8 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 def ranks(tmp_path_factory):
     """Return what each of two processes trained."""
     folder = tmp_path_factory.mktemp("ranks")
-    paths = os.pathsep.join([str(HERE), str(HERE.parent / "examples")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(HERE / "distributed_worker.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    if done.returncode:
-        pytest.fail(done.stderr[-3000:], pytrace=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run_script(*launcher, str(HERE / "distributed_worker.py"), str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

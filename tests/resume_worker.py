@@ -1,0 +1,69 @@
+"""A process that resumes training with each callback of the table, from checkpoints that another process left.
+
+Started by ``test_resume.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from helpers import QUIET, Classifier, digits
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from table import ROWS, everything
+from torch.utils.data import DataLoader, TensorDataset
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+EPOCHS = 3
+STEPS = (4, 6)  # of 4 in an epoch: at the end of one, and in the middle of one
+NAMES = [*ROWS, "everything"]
+
+
+class Resumable(DataLoader[Any]):
+    """A loader that knows where it was: what a checkpoint in mid-epoch needs."""
+
+    def __init__(self) -> None:
+        super().__init__(TensorDataset(*digits(64)), batch_size=16)
+        self.given = self.skipped = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.given, self.skipped = self.skipped, 0
+        for batch in itertools.islice(super().__iter__(), self.given, None):
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped = state["given"] % len(self)
+
+
+def train(name: str, folder: Path, resume: Path | None = None) -> dict[str, Tensor]:
+    """Train to the end, leaving checkpoints in a folder; resume from one if asked."""
+    made = everything() if name == "everything" else [(ROWS[name].scheduled or ROWS[name].active)()]
+    checkpoints = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    model = Classifier()
+    trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=EPOCHS, callbacks=[*made, checkpoints])
+    trainer.fit(model, Resumable(), ckpt_path=resume)
+    return dict(model.state_dict())
+
+
+def main(folder: Path) -> None:
+    """Resume every run from every checkpoint, and save what comes of it."""
+    torch.set_num_threads(1)
+    for name, step in itertools.product(NAMES, STEPS):
+        weights = train(name, folder / "later" / name, folder / name / f"step={step}.ckpt")
+        torch.save(weights, folder / name / f"resumed_{step}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,47 @@
+"""The main job as a user runs it: without arguments, from another folder."""
+
+from __future__ import annotations
+
+import re
+
+import matplotlib.image
+import pytest
+from processes import HERE, run_script
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """Run the example and return the folder and what it printed."""
+    folder = tmp_path_factory.mktemp("job")
+    return folder, run_script(str(HERE.parent / "examples" / "digits.py"), folder=folder, threads=2, columns=200)
+
+
+def test_regularization_helps(job):
+    """As a mean over the seeds: a smaller gap, and at least the test accuracy of the plain model."""
+    figures = {
+        line.split("│")[1].strip(): [float(number) for number in re.findall(r"([\d.]+)% ±", line)]
+        for line in job[1].splitlines()
+        if line.startswith(("│ plain", "│ regularized"))
+    }
+    (plain_train, plain_test, plain_gap, _), (train, test, gap, _) = figures["plain"], figures["regularized"]
+    assert plain_gap == pytest.approx(plain_train - plain_test, abs=0.11)
+    assert gap == pytest.approx(train - test, abs=0.11)
+    assert gap < plain_gap
+    assert test >= plain_test
+
+
+def test_it_leaves_curves_and_logs_and_says_where(job):
+    folder, printed = job
+    assert "Curves: runs/digits/curves.png" in printed
+    assert "tensorboard --logdir runs/digits" in printed
+    image = matplotlib.image.imread(folder / "runs/digits/curves.png")
+    assert image[..., :3].std() > 0.05  # something is drawn
+    for kind in ("plain", "regularized"):
+        logs = (folder / "runs/digits" / kind).glob("seed_*/events.out.tfevents.*")
+        assert {log.parent.name for log in logs} == {f"seed_{seed}" for seed in range(5)}
+
+
+def test_it_shows_its_progress_and_what_acts(job):
+    assert "Epoch 99/99" in job[1]
+    assert job[1].count("Regularization") == 1
+    assert "DropoutInjection-ReLU" in job[1]
