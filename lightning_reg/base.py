@@ -146,9 +146,11 @@ class Regularizer(Configured, Callback):
     # Values ---------------------------------------------------------------------------------------------------------
 
     def resolve(self, plan: Plan) -> None:
-        """Bind schedules to the length of the fit."""
+        """Bind schedules to the length of the fit, and begin its figures."""
         self._applied = None
         self._values.clear()
+        self._observed.clear()
+        self._running.clear()
         for key in self.limits:
             value = getattr(self, key)
             if isinstance(value, Schedule):

@@ -89,7 +89,8 @@ class Driver:
             regularizer.in_loss = last_micro_batch
         if adding and last_micro_batch:
             optimizer = self.trainer.optimizers[0]
-            _add_(loss, [cb.loss_term(cb.members(optimizer)) for cb in adding], host.grad_scaler(self.trainer))
+            terms = [cb.loss_term(params) for cb in adding if (params := cb.members(optimizer))]
+            _add_(loss, terms, host.grad_scaler(self.trainer))
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Let every regularizer change the gradients of the optimizer that is about to step."""

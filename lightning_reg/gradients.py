@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.parameter import is_lazy
 
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE
@@ -282,7 +283,7 @@ class PeakGradientDropping(_GradientProcessing):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up, and name those that would never learn."""
         super().attach(trainer, pl_module)
-        starved = [name for name, p in self.tensors.items() if p.requires_grad and 0 < p.numel() <= self.k]
+        starved = [name for name, p in self.tensors.items() if p.requires_grad and not is_lazy(p) and 0 < p.numel() <= self.k]
         if starved:
             rank_zero_warn(
                 f"{self.name} drops all {self.k} or fewer entries of {', '.join(starved)}, which will not learn: leave such "

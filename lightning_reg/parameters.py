@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.parameter import is_lazy
 
 from lightning_reg import host
 from lightning_reg.base import Regularizer
@@ -105,4 +106,6 @@ class ParameterRegularizer(Regularizer):
     def acts_on(self) -> str:
         """Count the tensors and parameters that are selected and not frozen."""
         live = [p for p in self.tensors.values() if p.requires_grad]
-        return f"{len(live)} tensor{'s' if len(live) > 1 else ''}, {sum(p.numel() for p in live):,} parameters"
+        count = sum(p.numel() for p in live if not is_lazy(p))
+        later = " and those of lazy modules" if any(is_lazy(p) for p in live) else ""
+        return f"{len(live)} tensor{'s' if len(live) > 1 else ''}, {count:,} parameters{later}"

@@ -253,6 +253,21 @@ def test_awkward_parameters_are_handled(row):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+class Lazy(Classifier):
+    """A model whose first layer takes its shape from the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0] = nn.LazyLinear(16)
+
+
+@pytest.mark.filterwarnings("ignore:.*Lazy modules", "ignore:.*layer with uninitialized parameters")
+@every_callback
+def test_lazy_modules_are_trained(row):
+    model = fit([row.active()], Lazy(), max_epochs=1)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 @every_callback
 def test_half_precision_parameters_are_trained(row):
     """Bfloat16 has 8 bits, so the weights of both precisions agree to about 1 % of the largest."""
