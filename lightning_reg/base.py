@@ -69,7 +69,6 @@ class Regularizer(Configured, Callback):
         self.current = {key: self._constant(key) for key in self.limits}
         self.listening = False  # whether the fit has a logger
         self.logging = False  # whether this step is logged
-        self.in_loss = True  # whether this step's loss has its term
         self._applied: dict[str, float] | None = None
         self._values: dict[str, Callable[[float], float]] = {}
         self._observed: dict[str, float | Tensor] = {}
@@ -95,14 +94,21 @@ class Regularizer(Configured, Callback):
         """Whether it adds :meth:`loss_term` to the loss in this fit."""
         return False
 
-    def loss_term(self, params: list[Parameter]) -> Tensor | None:
-        """Return what to add to the loss of an optimizer step, or ``None`` for nothing."""
+    def loss_term(self, optimizer: Optimizer, last: bool) -> Tensor | None:
+        """Return what to add to the loss of a batch, the ``last`` of its optimizer step or not; ``None`` for nothing."""
         return None
 
-    def gradients(self, params: list[Parameter]) -> None:
+    def objective(self, optimizer: Optimizer) -> Tensor | None:
+        """Return what it adds to the objective, for an optimizer that reads its value."""
+        return None
+
+    def gradients(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Change the gradients of the stepping optimizer's selected parameters: after unscaling, before the update."""
 
-    def weights(self, params: list[Parameter], step: int) -> None:
+    def decay(self, params: list[Parameter], optimizer: Optimizer) -> None:
+        """Change the selected parameters between the backward pass and an update that will really happen."""
+
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
         """Change the stepping optimizer's selected parameters: right after the update with this number."""
 
     def epoch_end(self, params: list[Parameter], step: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import LBFGS
 
 from lightning_reg import host
 from lightning_reg.summary import print_summary
@@ -53,6 +54,10 @@ class Driver:
             regularizer.attach(self.trainer, self.pl_module)
         for optimizer in self.trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            if host.grad_scaler(self.trainer) is not None:  # it has run the closure before it calls the optimizer
+                self._handles.append(optimizer.register_step_pre_hook(self._before_update))
+            if isinstance(optimizer, LBFGS):
+                self._handles.append(optimizer.register_step_pre_hook(self._penalise_closure))
         print_summary(self.trainer, self.regularizers)
 
     def stop(self) -> None:
@@ -81,16 +86,12 @@ class Driver:
             regularizer.update(progress)
 
     def before_backward(self, loss: Tensor) -> None:
-        """Add to the loss what belongs there, once per optimizer step: with its last micro-batch."""
+        """Add to the loss what belongs there."""
         self._has_gradients = True
         adding = [regularizer for regularizer in self.regularizers if regularizer.adds_to_loss]
-        last_micro_batch = not host.accumulates(self.trainer)
-        for regularizer in adding:
-            regularizer.in_loss = last_micro_batch
-        if adding and last_micro_batch:
-            optimizer = self.trainer.optimizers[0]
-            terms = [cb.loss_term(params) for cb in adding if (params := cb.members(optimizer))]
-            _add_(loss, terms, host.grad_scaler(self.trainer))
+        if adding:
+            optimizer, last = self.trainer.optimizers[0], not host.accumulates(self.trainer)
+            _add_(loss, [regularizer.loss_term(optimizer, last) for regularizer in adding], host.grad_scaler(self.trainer))
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Let every regularizer change the gradients of the optimizer that is about to step."""
@@ -99,16 +100,37 @@ class Driver:
         with torch.no_grad():
             for regularizer in self.regularizers:
                 if params := regularizer.members(optimizer):
-                    regularizer.gradients(params)
+                    regularizer.gradients(params, optimizer)
+        if host.grad_scaler(self.trainer) is None:
+            self._before_update(optimizer)
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
+        """Let every regularizer decay the weights; a step that a loss scaler skips does not come here."""
+        with torch.no_grad():
+            for regularizer in self.regularizers:
+                if self._has_gradients and (params := regularizer.members(optimizer)):
+                    regularizer.decay(params, optimizer)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Let every regularizer change the weights that an optimizer has just updated."""
         if not self._has_gradients:
             return
         with torch.no_grad():
             for regularizer in self.regularizers:
                 if params := regularizer.members(optimizer):
-                    regularizer.weights(params, self.trainer.global_step)
+                    regularizer.weights(params, optimizer, self.trainer.global_step)
+
+    def _penalise_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Let an optimizer that searches along a line see the objective that it is given the gradient of."""
+        closure = kwargs["closure"]
+
+        def penalised() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                terms = [regularizer.objective(optimizer) for regularizer in self.regularizers]
+            return loss if loss is None else sum((term for term in terms if term is not None), loss)
+
+        return args, {**kwargs, "closure": penalised}
 
     def after_batch(self) -> None:
         """End the epoch after its last batch, and log."""

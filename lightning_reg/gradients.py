@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.nn import Parameter
+    from torch.optim import Optimizer
 
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
@@ -196,7 +197,7 @@ class GradientNormClipping(_GradientClipping):
         self.scope = scope
         super().__init__(params, name)
 
-    def gradients(self, params: list[Parameter]) -> None:
+    def gradients(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Clip, and keep the fraction of steps in which there was something to clip."""
         max_norm = self.current["max_norm"]
         groups = [params] if self.scope == "model" else [[p] for p in params]
@@ -240,7 +241,7 @@ class GradientValueClipping(_GradientClipping):
         self.clip_value = clip_value
         super().__init__(params, name)
 
-    def gradients(self, params: list[Parameter]) -> None:
+    def gradients(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Clamp the gradients, and keep the fraction of entries that this changes."""
         clip_value = self.current["clip_value"]
         if self.logging:
@@ -290,7 +291,7 @@ class PeakGradientDropping(_GradientProcessing):
                 f"parameters out, as in params={['all', *('!' + name for name in starved)]}"
             )
 
-    def gradients(self, params: list[Parameter]) -> None:
+    def gradients(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Drop the peaks."""
         with self.watched(params):
             drop_peak_gradients_(params, self.k)

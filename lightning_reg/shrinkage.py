@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
     from torch.nn import Parameter
+    from torch.optim import Optimizer
 
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
@@ -92,7 +93,7 @@ class RandomShrinkage(ParameterRegularizer):
         self.seed = seed
         super().__init__(params, name)
 
-    def weights(self, params: list[Parameter], step: int) -> None:
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
         """Shrink after the step."""
         if self.every == "step":
             self._shrink(params, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
 if TYPE_CHECKING:
@@ -13,7 +13,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["accumulated_norms", "dense_gradients", "fraction_beyond", "joint_norm", "local", "present_gradients", "whole"]
+__all__ = [
+    "accumulated_norms",
+    "dense_gradients",
+    "fraction_beyond",
+    "joint_norm",
+    "local",
+    "present_gradients",
+    "shard_like",
+    "whole",
+]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -24,6 +33,14 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor with all its shards, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
+    """Return the part of a whole tensor, the same on every rank, that lies where this rank's part of another one lies."""
+    if not isinstance(sharded, DTensor):
+        return tensor
+    replicated = DTensor.from_local(tensor, sharded.device_mesh, [Replicate()] * sharded.device_mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=sharded.placements).to_local()
 
 
 def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:

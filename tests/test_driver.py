@@ -268,7 +268,7 @@ def test_progress_does_not_run_over_in_manual_optimization():
             return [torch.optim.SGD(self.net[i].parameters(), lr=0.01) for i in (0, 4)]
 
     class Seen(L1Penalty):
-        def gradients(self, params):
+        def gradients(self, params, optimizer):
             seen.append(self.current["strength"])
 
     fit([Seen(Linear(0.0, 1.0))], Both(), max_epochs=1)

@@ -147,7 +147,7 @@ def test_modules_in_eval_mode_are_said():
     model = Classifier()
     model.net[2].eval()
     model.net[3].eval()
-    with pytest.warns(UserWarning) as caught:  # among them Lightning's own, which does not say what follows
+    with pytest.warns(UserWarning, match="eval mode") as caught:  # among them Lightning's own, which does not say what follows
         fit([DropoutInjection(0.1, after="ReLU"), DropoutScheduler(0.1)], model)
     messages = " ".join(str(warning.message) for warning in caught)
     assert re.search(r"DropoutInjection-ReLU: net.2 will not drop anything, .* call model.train\(\)", messages)

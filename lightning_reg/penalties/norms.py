@@ -1,31 +1,23 @@
-"""Penalties: terms of the training objective that depend on the weights, J = L + λ R(θ)."""
+"""Penalties on the size of the weights: L1, L2."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lightning_reg import host
-from lightning_reg.base import Phase
-from lightning_reg.configuration import NON_NEGATIVE
-from lightning_reg.parameters import ParameterRegularizer
+from lightning_reg.penalties.base import Penalty
+from lightning_reg.penalties.fused import one_node
 from lightning_reg.tensors import accumulated_norms, dense_gradients, local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch.nn import Parameter
 
-    from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["L1Penalty", "L2Penalty", "Penalty", "add_l1_gradient_", "add_l2_gradient_", "l1_penalty", "l2_penalty"]
+__all__ = ["L1Penalty", "L2Penalty", "add_l1_gradient_", "add_l2_gradient_", "l1_penalty", "l2_penalty"]
 
 
 def l1_penalty(params: Sequence[Tensor]) -> Tensor:
@@ -49,7 +41,7 @@ def l1_penalty(params: Sequence[Tensor]) -> Tensor:
     Reference:
         R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     """
-    return _L1.apply(*params) if params else torch.zeros(())  # type: ignore[no-untyped-call]
+    return one_node(_l1_value, _l1_gradients, params)
 
 
 def l2_penalty(params: Sequence[Tensor]) -> Tensor:
@@ -66,12 +58,12 @@ def l2_penalty(params: Sequence[Tensor]) -> Tensor:
     Example:
         >>> theta = torch.tensor([1.0, -2.0], requires_grad=True)
         >>> l2_penalty([theta])
-        tensor(2.5000, grad_fn=<_L2Backward>)
+        tensor(2.5000, grad_fn=<_OneNodeBackward>)
 
     Reference:
         A. E. Hoerl, R. W. Kennard, "Ridge Regression: Biased Estimation for Nonorthogonal Problems", 1970.
     """
-    return _L2.apply(*params) if params else torch.zeros(())  # type: ignore[no-untyped-call]
+    return one_node(_l2_value, _l2_gradients, params)
 
 
 @torch.no_grad()
@@ -108,113 +100,6 @@ def add_l2_gradient_(params: Sequence[Tensor], strength: float) -> None:
     """
     if params:
         torch._foreach_add_(dense_gradients(params), [local(p) for p in params], alpha=strength)
-
-
-class Penalty(ParameterRegularizer):
-    r"""Base of all penalties: adds :math:`\lambda R(\theta)` to the training objective.
-
-    Runs in: ``on_before_backward`` or ``on_before_optimizer_step``, once per optimizer step however many batches it
-    accumulates. The loss that the module logs does not contain it.
-
-    A subclass gives ``value``, differentiable; ``add_gradient_`` is optional and spares the gradient route a graph.
-
-    Args:
-        strength: λ ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        inject: ``"loss"`` adds the penalty to the loss, ``"gradient"`` its gradient to ``.grad``; ``"auto"`` is ``"loss"``
-            wherever that is exact, else ``"gradient"`` (manual optimization, sharded parameters, DDP that looks for unused
-            parameters).
-        name: What metrics and the checkpoint call it.
-
-    Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing, or a route that cannot be exact.
-
-    Example:
-        >>> class LogPenalty(Penalty):  # Σ log(1 + θ²), which pulls small weights to zero and leaves large ones alone
-        ...     def value(self, params):
-        ...         return sum(p.square().log1p().sum() for p in params)
-        >>> LogPenalty(1e-3, params="head.*")
-        LogPenalty(0.001, params='head.*')
-    """
-
-    phase = Phase.PENALTY
-    limits = {"strength": NON_NEGATIVE}
-    instead_of_deepspeed = "add the penalty to the loss in training_step, or use DDP or FSDP2"
-
-    def __init__(
-        self,
-        strength: Value,
-        *,
-        params: Params = "weights",
-        inject: Literal["auto", "loss", "gradient"] = "auto",
-        name: str | None = None,
-    ) -> None:
-        if inject not in ("auto", "loss", "gradient"):
-            raise ValueError(f"{type(self).__name__}: inject must be 'auto', 'loss' or 'gradient', got {inject!r}")
-        self.strength = strength
-        self.inject = inject
-        super().__init__(params, name)
-        self._to_loss = False
-
-    @abstractmethod
-    def value(self, params: Sequence[Tensor]) -> Tensor:
-        """Return R(θ) as a differentiable scalar."""
-
-    def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
-        """Add λ ∇R(θ) to the gradients; by default it is found by differentiating ``value`` alone."""
-        with torch.enable_grad():
-            found = torch.autograd.grad(strength * self.value(params), params, allow_unused=True)
-        for gradient, addend in zip(dense_gradients(params), found, strict=True):
-            if addend is not None:
-                gradient.add_(local(addend))
-
-    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up and choose the route."""
-        super().attach(trainer, pl_module)
-        obstacle = self._obstacle(trainer, pl_module)
-        if self.inject == "loss" and obstacle:
-            raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
-        self._to_loss = self.inject != "gradient" and obstacle is None
-        self.in_loss = self._to_loss
-        if not self._to_loss:
-            self.require_unscaled_gradients(trainer)
-
-    def _obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """Say why the loss route would not be exact, if it would not."""
-        if not pl_module.automatic_optimization:
-            return "in manual optimization, where a loss may be for any of the optimizers"
-        if host.shards(trainer, self.tensors.values()):
-            return "for sharded parameters"
-        if host.tracks_used_parameters(trainer):
-            return "under DDP with find_unused_parameters or static_graph"
-        return None
-
-    @property
-    def adds_to_loss(self) -> bool:
-        """Whether it takes the loss route in this fit."""
-        return self._to_loss
-
-    def loss_term(self, params: list[Parameter]) -> Tensor | None:
-        """Return λ R(θ), or ``None`` where λ is 0."""
-        if not self.current["strength"]:
-            return None
-        term = self.current["strength"] * self.value(params)
-        if self.logging:
-            self.observe(penalty=term.detach())
-        return term
-
-    def gradients(self, params: list[Parameter]) -> None:
-        """Add λ ∇R(θ), unless this step's loss has had its term."""
-        strength = self.current["strength"]
-        if self.in_loss or not strength:
-            return
-        self.add_gradient_(params, strength)
-        if self.logging:
-            self.observe(penalty=strength * self.value(params))
-
-    def route(self) -> str:
-        """Return the route that was taken."""
-        return "loss" if self._to_loss else "gradient"
 
 
 class L1Penalty(Penalty):
@@ -298,31 +183,19 @@ class L2Penalty(Penalty):
             )
 
 
-class _L1(torch.autograd.Function):
-    """Σ|θ| with its gradient in closed form."""
-
-    @staticmethod
-    def forward(ctx: Any, *params: Tensor) -> Tensor:
-        ctx.save_for_backward(*params)
-        return torch.stack(accumulated_norms(params, 1)).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        gradients = torch._foreach_sign(ctx.saved_tensors)
-        torch._foreach_mul_(gradients, grad)
-        return tuple(gradients)
+def _l1_value(params: Sequence[Tensor]) -> Tensor:
+    return torch.stack(accumulated_norms(params, 1)).sum()
 
 
-class _L2(torch.autograd.Function):
-    """½Σθ² with its gradient in closed form."""
+def _l1_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    gradients = list(torch._foreach_sign(list(params)))
+    torch._foreach_mul_(gradients, factor)
+    return gradients
 
-    @staticmethod
-    def forward(ctx: Any, *params: Tensor) -> Tensor:
-        ctx.save_for_backward(*params)
-        return torch.stack(accumulated_norms(params, 2)).square().sum() / 2
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch._foreach_mul(ctx.saved_tensors, grad))
+def _l2_value(params: Sequence[Tensor]) -> Tensor:
+    return torch.stack(accumulated_norms(params, 2)).square().sum() / 2
+
+
+def _l2_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    return list(torch._foreach_mul(list(params), factor))

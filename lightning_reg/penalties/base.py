@@ -1,0 +1,164 @@
+"""What every penalty does: take the route on which it is exact, and act once in each optimizer step."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_reg import host
+from lightning_reg.base import Phase
+from lightning_reg.configuration import NON_NEGATIVE
+from lightning_reg.parameters import ParameterRegularizer
+from lightning_reg.tensors import dense_gradients, shard_like, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from lightning_reg.schedules import Value
+    from lightning_reg.selection import Params
+
+__all__ = ["Penalty"]
+
+
+class Penalty(ParameterRegularizer):
+    r"""Base of all penalties: adds :math:`\lambda R(\theta)` to the training objective.
+
+    Runs in: ``on_before_backward`` or ``on_before_optimizer_step``, once per optimizer step however many batches it
+    accumulates. The loss that the module logs does not contain it.
+
+    A subclass gives ``value``, differentiable; ``add_gradient_`` is optional and spares the gradient route a graph.
+
+    Args:
+        strength: λ ≥ 0, or a schedule.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"`` adds the penalty to the loss, ``"gradient"`` its gradient to ``.grad``; ``"auto"`` is ``"loss"``
+            wherever that is exact, else ``"gradient"`` (manual optimization, sharded parameters, DDP that looks for unused
+            parameters).
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a negative or NaN strength, a selection of nothing, or a route that cannot be exact.
+
+    Example:
+        >>> class LogPenalty(Penalty):  # Σ log(1 + θ²), which pulls small weights to zero and leaves large ones alone
+        ...     def value(self, params):
+        ...         return sum(p.square().log1p().sum() for p in params)
+        >>> LogPenalty(1e-3, params="head.*")
+        LogPenalty(0.001, params='head.*')
+    """
+
+    phase = Phase.PENALTY
+    limits = {"strength": NON_NEGATIVE}
+    instead_of_deepspeed = "add the penalty to the loss in training_step, or use DDP or FSDP2"
+
+    def __init__(
+        self,
+        strength: Value,
+        *,
+        params: Params = "weights",
+        inject: Literal["auto", "loss", "gradient"] = "auto",
+        name: str | None = None,
+    ) -> None:
+        if inject not in ("auto", "loss", "gradient"):
+            raise ValueError(f"{type(self).__name__}: inject must be 'auto', 'loss' or 'gradient', got {inject!r}")
+        self.strength = strength
+        self.inject = inject
+        super().__init__(params, name)
+        self._to_loss = False
+        self._in_loss = False
+
+    @abstractmethod
+    def value(self, params: Sequence[Tensor]) -> Tensor:
+        """Return R(θ) as a differentiable scalar."""
+
+    def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
+        """Add λ ∇R(θ) to the gradients; by default it is found by differentiating ``value`` alone.
+
+        ``value`` is then given whole tensors, which sharded parameters are gathered to.
+        """
+        wholes = [whole(p.detach()).requires_grad_() for p in params]
+        with torch.enable_grad():
+            found = torch.autograd.grad(strength * self._checked(wholes), wholes, allow_unused=True)
+        for p, gradient, addend in zip(params, dense_gradients(params), found, strict=True):
+            if addend is not None:
+                gradient.add_(shard_like(addend, p))
+
+    @property
+    def scale(self) -> float:
+        """What the value is multiplied by."""
+        return self.current["strength"]
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the parameters up and choose the route."""
+        super().attach(trainer, pl_module)
+        obstacle = self._obstacle(trainer, pl_module)
+        if self.inject == "loss" and obstacle:
+            raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
+        self._to_loss = self.inject != "gradient" and obstacle is None
+        self._in_loss = self._to_loss
+        if not self._to_loss:
+            self.require_unscaled_gradients(trainer)
+
+    def _obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Say why the loss route would not be exact, if it would not."""
+        if not pl_module.automatic_optimization:
+            return "in manual optimization, where a loss may be for any of the optimizers and may forbid changes in place"
+        if host.shards(trainer, self.tensors.values()):
+            return "for sharded parameters"
+        if host.tracks_used_parameters(trainer):
+            return "under DDP with find_unused_parameters or static_graph"
+        return None
+
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether it takes the loss route in this fit."""
+        return self._to_loss
+
+    def loss_term(self, optimizer: Optimizer, last: bool) -> Tensor | None:
+        """Return λ R(θ) with the last batch of an optimizer step."""
+        self._in_loss = last
+        params = self.members(optimizer) if last and self.scale else []
+        if not params:
+            return None
+        term = self.scale * self._checked(params)
+        if self.logging:
+            self.observe(penalty=term.detach())
+        return term
+
+    def objective(self, optimizer: Optimizer) -> Tensor | None:
+        """Return λ R(θ)."""
+        params = self.members(optimizer) if self.scale else []
+        return self.scale * self.value(params) if params else None
+
+    def gradients(self, params: list[Parameter], optimizer: Optimizer) -> None:
+        """Add λ ∇R(θ), unless this step's loss has had its term."""
+        if self._in_loss or not self.scale:
+            return
+        self.add_gradient_(params, self.scale)
+        if self.logging:
+            self.observe(penalty=self.scale * self.value(params))
+
+    def _checked(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the value, or say what is wrong with it."""
+        value = self.value(params)
+        what = f"{self.name}: value() must return a differentiable scalar tensor, got"
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what} {value!r} of type {type(value).__name__}")
+        if value.ndim:
+            raise ValueError(f"{what} a tensor of shape {tuple(value.shape)}: sum over all entries")
+        if not value.requires_grad:
+            raise ValueError(f"{what} one without a graph: compute it from params, without .data, .detach() or .item()")
+        if (self.logging or value.device.type == "cpu") and value.isnan() and all(p.isfinite().all() for p in params):
+            raise ValueError(f"{what} NaN for finite parameters")
+        return value
+
+    def route(self) -> str:
+        """Return the route that was taken."""
+        return "loss" if self._to_loss else "gradient"
