@@ -8,7 +8,9 @@ one or two methods that do something. When they are called is not its concern: s
 from __future__ import annotations
 
 import inspect
+import math
 import re
+from abc import ABC, abstractmethod
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +21,7 @@ from lightning_reg import host
 from lightning_reg.configuration import Configured, Interval
 from lightning_reg.driver import Driver
 from lightning_reg.schedules import Schedule, Value
+from lightning_reg.summary import print_summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +49,7 @@ class Phase(IntEnum):
     CONSTRAINT = 7
 
 
-class Regularizer(Configured, Callback):
+class Regularizer(Configured, Callback, ABC):
     """A callback of the suite: it has a name, values at the current progress, and a phase.
 
     A subclass keeps its constructor's arguments as attributes of the same name and then calls this constructor.
@@ -118,13 +121,13 @@ class Regularizer(Configured, Callback):
         """Return the selected parameters that an optimizer holds, in its order."""
         return []
 
+    @abstractmethod
     def acts_on(self) -> str:
         """Say in a few words what it acts on, for the summary."""
-        raise NotImplementedError
 
+    @abstractmethod
     def route(self) -> str:
         """Say where in the step it acts, for the summary."""
-        raise NotImplementedError
 
     # Metrics --------------------------------------------------------------------------------------------------------
 
@@ -161,8 +164,12 @@ class Regularizer(Configured, Callback):
             value = getattr(self, key)
             if isinstance(value, Schedule):
                 self._values[key] = value.resolve(plan)
+            elif callable(value) and math.isinf(plan.total):
+                raise ValueError(f"{self.name}: {key}={value!r} is a function of progress: {plan.why_no_end()}")
             elif callable(value):
                 self._values[key] = value
+            else:
+                self.current[key] = self._constant(key)
 
     def update(self, progress: float) -> None:
         """Move the scheduled values to a progress."""
@@ -181,7 +188,7 @@ class Regularizer(Configured, Callback):
             extremes = [self.limits[key].check(f"{what}={value!r}", extreme) for extreme in value.extremes]
             return extremes[0]
         if callable(value):
-            return float("nan")
+            return math.nan
         return self.limits[key].check(what, value)
 
     def _refuse_endless(self, trainer: Trainer) -> None:
@@ -206,7 +213,8 @@ class Regularizer(Configured, Callback):
         return None if made_up else super()._as_given(argument)
 
     def _default_name(self) -> str:
-        parameter = inspect.signature(type(self)).parameters.get(self.selector)
+        signatures = (inspect.signature(cls).parameters for cls in type(self).__mro__ if issubclass(cls, Regularizer))
+        parameter = next((found[self.selector] for found in signatures if self.selector in found), None)
         wanted = getattr(self, self.selector, None)
         if parameter is None or wanted == parameter.default:
             return type(self).__name__
@@ -230,11 +238,12 @@ class Regularizer(Configured, Callback):
         self.prepare(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the first regularizer of the list drive all of them."""
+        """Let the first regularizer of the list drive all of them, and say what they act on."""
         regularizers = regularizers_of(trainer)
         if regularizers[0] is self:
             self._driver = Driver(trainer, pl_module, regularizers)
             self._driver.start()
+            print_summary(trainer, self._driver.regularizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bind the schedules: the data are loaded now."""

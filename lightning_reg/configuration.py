@@ -78,6 +78,8 @@ class Configured:
     def __repr__(self) -> str:
         shown = []
         for parameter in inspect.signature(type(self)).parameters.values():
+            if not hasattr(self, parameter.name):  # such as **kwargs of a subclass
+                continue
             value = self._as_given(parameter.name)
             if parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
                 shown.append(_readable(value))

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS
 
 from lightning_reg import host
-from lightning_reg.summary import print_summary
+from lightning_reg.tensors import whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,9 +47,11 @@ class Driver:
         self._handles: list[RemovableHandle] = []
         self._logging = False
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
+        self._about_to_step: set[Optimizer] = set()
+        self._steps_in_batch = 0
 
     def start(self) -> None:
-        """Attach every regularizer to the module, follow the optimizers' steps, and print the summary."""
+        """Attach every regularizer to the module, and follow the optimizers' steps."""
         for regularizer in self.regularizers:
             regularizer.listening = bool(self.trainer.loggers)
             regularizer.attach(self.trainer, self.pl_module)
@@ -58,7 +61,6 @@ class Driver:
                 self._handles.append(optimizer.register_step_pre_hook(self._before_update))
             if isinstance(optimizer, LBFGS):
                 self._handles.append(optimizer.register_step_pre_hook(self._penalise_closure))
-        print_summary(self.trainer, self.regularizers)
 
     def stop(self) -> None:
         """Leave no trace in the module and the optimizers."""
@@ -77,6 +79,8 @@ class Driver:
     def before_batch(self, batch_idx: int) -> None:
         """Move every value to the progress at which the current optimizer step began."""
         assert self._plan is not None, "Lightning calls on_train_start before the first batch"
+        self._steps_in_batch = 0
+        self._check_steps_are_seen()
         if host.begins_step(self.trainer, batch_idx):
             self._has_gradients = not self.pl_module.automatic_optimization
         progress = self._plan.progress(host.batches_at_step_start(self.trainer, batch_idx))
@@ -97,6 +101,7 @@ class Driver:
         """Let every regularizer change the gradients of the optimizer that is about to step."""
         if not self._has_gradients:
             return
+        self._about_to_step.add(optimizer)
         with torch.no_grad():
             for regularizer in self.regularizers:
                 if params := regularizer.members(optimizer):
@@ -118,7 +123,30 @@ class Driver:
         with torch.no_grad():
             for regularizer in self.regularizers:
                 if params := regularizer.members(optimizer):
-                    regularizer.weights(params, optimizer, self.trainer.global_step)
+                    regularizer.weights(params, optimizer, self._step())
+        self._steps_in_batch += 1
+        if optimizer not in self._about_to_step:
+            rank_zero_warn(
+                f"{type(optimizer).__name__} stepped without Lightning's knowledge, so no penalty was added to its gradients "
+                "and nothing clipped them: use self.optimizers() without use_pl_optimizer=False"
+            )
+        self._about_to_step.discard(optimizer)
+
+    def _step(self) -> int:
+        """Return a number of its own for the current optimizer step, the same on every rank and after a resume."""
+        if self.pl_module.automatic_optimization:
+            return self.trainer.global_step
+        return self.trainer.fit_loop.total_batch_idx * 1000 + self._steps_in_batch
+
+    def _check_steps_are_seen(self) -> None:
+        """Refuse an optimizer whose steps cannot be followed, unless a loss scaler may have skipped the step."""
+        if self._about_to_step and host.grad_scaler(self.trainer) is None:
+            names = ", ".join(type(optimizer).__name__ for optimizer in self._about_to_step)
+            raise RuntimeError(
+                f"{names} does not run the hooks of its steps, so nothing could act on the updated weights: let it subclass "
+                "torch.optim.Optimizer and call super().__init__"
+            )
+        self._about_to_step.clear()
 
     def _penalise_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Let an optimizer that searches along a line see the objective that it is given the gradient of."""
@@ -134,10 +162,10 @@ class Driver:
 
     def after_batch(self) -> None:
         """End the epoch after its last batch, and log."""
-        if host.ends_epoch(self.trainer):
+        if self._has_gradients and host.ends_epoch(self.trainer):
             with torch.no_grad():
                 for regularizer in self.regularizers:
-                    regularizer.epoch_end(self._all_members(regularizer), self.trainer.global_step)
+                    regularizer.epoch_end(self._all_members(regularizer), self._step())
         if self._logging and not host.accumulates(self.trainer):
             metrics = {f"reg/{cb.name}/{key}": value for cb in self.regularizers for key, value in cb.take_metrics()}
             host.log_metrics(self.trainer, dict(zip(metrics, _to_host(list(metrics.values())), strict=True)))
@@ -157,5 +185,5 @@ def _add_(loss: Tensor, terms: Sequence[Tensor | None], scaler: torch.amp.GradSc
 def _to_host(values: Sequence[float | Tensor]) -> list[float]:
     """Bring numbers from the device in a single transfer."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    fetched = iter(torch.stack([tensor.detach().double() for tensor in tensors]).tolist() if tensors else [])
+    fetched = iter(torch.stack([whole(tensor.detach()).float() for tensor in tensors]).tolist() if tensors else [])
     return [next(fetched) if isinstance(value, torch.Tensor) else value for value in values]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.functional import dropout as drop_elements
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_reg import host
-from lightning_reg.base import Phase, Regularizer
+from lightning_reg.base import Phase
 from lightning_reg.configuration import PROBABILITY
+from lightning_reg.modules import ForwardHook, ModuleRegularizer
 from lightning_reg.selection import select_modules
 
 if TYPE_CHECKING:
@@ -74,14 +73,14 @@ def inject_dropout(
         (0, 16)
     """
 
-    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+    def hook_of(name: str) -> ForwardHook:
         def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             if not module.training:
                 return None
             _check_output(name, module, output, channelwise)
             return dropout(output, rate(), channelwise)
 
-        return hook
+        return ForwardHook(hook)
 
     return [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
 
@@ -103,51 +102,7 @@ def set_dropout_(modules: Iterable[nn.Module], p: float) -> None:
         module.p = p  # type: ignore[assignment]
 
 
-class _ModuleRegularizer(Regularizer):
-    """What both callbacks share: they act on modules, found by :meth:`find`."""
-
-    phase = Phase.DROPOUT
-    limits = {"p": PROBABILITY}
-    instead_of_deepspeed = None
-
-    def __init__(self, name: str | None) -> None:
-        super().__init__(name)
-        self.modules_found: dict[str, nn.Module] = {}
-
-    def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        """Return the modules that it acts on, by name."""
-        raise NotImplementedError
-
-    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is something to act on, as far as the modules exist."""
-        if not host.builds_modules_later(pl_module):
-            self.find(pl_module)
-
-    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the modules, and warn of those that would not drop anything."""
-        self.modules_found = self.find(pl_module)
-        still = [name for name, module in self.modules_found.items() if not module.training]
-        if still:
-            rank_zero_warn(
-                f"{self.name}: {', '.join(still)} will not drop anything, since Lightning trains modules in the mode that it "
-                "finds and these are in eval mode: call model.train() before the fit"
-            )
-
-    def detach(self) -> None:
-        """Let go of the modules."""
-        self.modules_found = {}
-
-    def acts_on(self) -> str:
-        """Count the modules."""
-        count = len(self.modules_found)
-        return f"{count} module{'s' if count > 1 else ''}"
-
-    def route(self) -> str:
-        """Say that it acts in the forward pass."""
-        return "forward pass"
-
-
-class DropoutInjection(_ModuleRegularizer):
+class DropoutInjection(ModuleRegularizer):
     r"""Put dropout behind modules of a finished model: :math:`y_i = x_i\,m_i / (1 - p)`.
 
     Here :math:`m_i \sim \mathrm{Bernoulli}(1 - p)`, drawn anew for every entry or channel.
@@ -175,7 +130,11 @@ class DropoutInjection(_ModuleRegularizer):
         N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", 2014.
     """
 
+    phase = Phase.DROPOUT
+    limits = {"p": PROBABILITY}
+    instead_of_deepspeed = None
     selector = "after"
+    effect = "drop anything"
 
     def __init__(self, p: Value, *, after: str | list[str], channelwise: bool = False, name: str | None = None) -> None:
         if not after:
@@ -206,7 +165,7 @@ class DropoutInjection(_ModuleRegularizer):
         self._handles.clear()
 
 
-class DropoutScheduler(_ModuleRegularizer):
+class DropoutScheduler(ModuleRegularizer):
     """Drive the rate of the dropout modules that a model has.
 
     Runs in: ``on_train_batch_start``, whenever the scheduled value has changed.
@@ -231,7 +190,11 @@ class DropoutScheduler(_ModuleRegularizer):
         Z. Liu et al., "Dropout Reduces Underfitting", 2023; P. Morerio et al., "Curriculum Dropout", 2017.
     """
 
+    phase = Phase.DROPOUT
+    limits = {"p": PROBABILITY}
+    instead_of_deepspeed = None
     selector = "modules"
+    effect = "drop anything"
 
     def __init__(self, p: Value, *, modules: str | list[str] = "*", name: str | None = None) -> None:
         self.p = p

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_reg.base import Phase
@@ -282,8 +283,13 @@ class PeakGradientDropping(_GradientProcessing):
         super().__init__(params, name)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up, and name those that would never learn."""
+        """Look the parameters up, refuse sparse gradients, and name those that would never learn."""
         super().attach(trainer, pl_module)
+        embeddings = ((name, m) for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+        sparse = {id(module.weight): name for name, module in embeddings if module.sparse}
+        if any(id(p) in sparse for p in self.tensors.values()):
+            names = ", ".join(sparse.values())
+            raise ValueError(f"{self.name} needs dense gradients: make {names} with sparse=False, or leave it out of params")
         starved = [name for name, p in self.tensors.items() if p.requires_grad and not is_lazy(p) and 0 < p.numel() <= self.k]
         if starved:
             rank_zero_warn(

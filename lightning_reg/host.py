@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
@@ -55,22 +55,26 @@ def plan(trainer: Trainer) -> Plan:
     In manual optimization ``max_steps`` counts the steps of all optimizers: each is taken to step once in a batch.
     """
     automatic = trainer.lightning_module.automatic_optimization
-    open_end = Plan(math.inf, float(trainer.num_training_batches), _batches_per_step(trainer) if automatic else 1)
-    by_epochs = math.inf if trainer.max_epochs in (None, -1) else open_end.per_epoch * trainer.max_epochs
+    open_end = Plan(math.inf, float(trainer.num_training_batches), _batches_per_step(trainer) if automatic else {0: 1})
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - _epochs_without_training(trainer)
     steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     if not automatic:
         steps /= max(len(trainer.optimizers), 1)
-    if open_end.per_step is None:
-        return Plan(min(by_epochs, steps), open_end.per_epoch, None)
     by_steps = math.inf if math.isinf(steps) else open_end.steps(steps)
-    return Plan(min(by_epochs, by_steps), open_end.per_epoch, open_end.per_step)
+    return Plan(min(epochs * open_end.per_epoch, by_steps), open_end.per_epoch, open_end.per_step)
 
 
-def _batches_per_step(trainer: Trainer) -> int | None:
+def _batches_per_step(trainer: Trainer) -> dict[int, int]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
-            return next(iter(callback.scheduling.values())) if set(callback.scheduling) == {0} else None
-    return trainer.accumulate_grad_batches
+            return dict(callback.scheduling)
+    return {0: trainer.accumulate_grad_batches}
+
+
+def _epochs_without_training(trainer: Trainer) -> int:
+    """Count the epoch that weight averaging adds to a fit to renew the statistics of batch normalisation."""
+    averaging = (cb for cb in trainer.callbacks if isinstance(cb, StochasticWeightAveraging))  # type: ignore[attr-defined]
+    return sum(bool(cb._model_contains_batch_norm) for cb in averaging)
 
 
 def batches_at_step_start(trainer: Trainer, batch_idx: int) -> int:

@@ -9,10 +9,14 @@ from torch.nn.parameter import is_lazy
 
 from lightning_reg import host
 from lightning_reg.base import Regularizer
-from lightning_reg.selection import Params, lookup, nothing_selected, verdicts
+from lightning_reg.selection import Params, lookup, nothing_selected, owners, verdicts
+from lightning_reg.units import Units, units_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
@@ -35,11 +39,18 @@ class ParameterRegularizer(Regularizer):
     """Whether it needs whole tensors, so that it cannot act on the shards of one."""
 
     def __init__(self, params: Params, name: str | None) -> None:
+        globs = [params] if isinstance(params, str) else params
+        if not callable(params) and not (isinstance(globs, list) and all(isinstance(glob, str) for glob in globs)):
+            raise TypeError(
+                f"{type(self).__name__}: params must be 'weights', 'all', a glob, a list of these, or a callable "
+                f"(name, parameter, module) -> bool, got {params!r:.80}"
+            )
         self.params = params
         super().__init__(name)
         self.tensors: dict[str, Parameter] = {}
         self._verdicts: dict[str, bool] = {}
         self._members: dict[int, tuple[int, list[Parameter]]] = {}
+        self._units: dict[int, Units] = {}
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide which names are meant, as far as the modules exist."""
@@ -64,8 +75,12 @@ class ParameterRegularizer(Regularizer):
         now = verdicts(pl_module, self.params) if self._verdicts else self._decide(pl_module)
         self._verdicts = {**now, **self._verdicts}
         self.tensors = lookup(pl_module, [name for name, selected in self._verdicts.items() if selected])
+        self._units = {number: units_of(owner) for number, owner in owners(pl_module).items()}
         self._members.clear()
         self._check_trainable(trainer)
+        complex_ones = [name for name, p in self.tensors.items() if p.is_complex()]
+        if complex_ones:
+            raise ValueError(f"{self.name} acts on real parameters only, got complex {', '.join(complex_ones)}: leave them out")
         if self.whole_tensors and host.shards(trainer, self.tensors.values()):
             raise ValueError(f"{self.name} cannot act on sharded parameters: it needs whole tensors; use DDP")
 
@@ -73,6 +88,11 @@ class ParameterRegularizer(Regularizer):
         """Let go of the tensors."""
         self.tensors.clear()
         self._members.clear()
+        self._units.clear()
+
+    def units(self, params: Sequence[Tensor]) -> list[Units]:
+        """Return where each parameter keeps its output units."""
+        return [self._units.get(id(p), Units()) for p in params]
 
     def _check_trainable(self, trainer: Trainer) -> None:
         """Say so when nothing that is selected is trained, now at least: a callback may unfreeze it later."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Plan", "parse_marker"]
 
@@ -18,17 +23,17 @@ class Plan:
     Args:
         total: Batches in all, infinite for a run without an end.
         per_epoch: Batches in an epoch, infinite where the length of the data is unknown.
-        per_step: Batches per optimizer step (``accumulate_grad_batches``), or ``None`` where it varies.
+        per_step: Batches per optimizer step (``accumulate_grad_batches``), by the first epoch for which it holds.
 
     Example:
-        >>> plan = Plan(total=100, per_epoch=10, per_step=4)
+        >>> plan = Plan(total=100, per_epoch=10, per_step={0: 4})
         >>> plan.batches("2ep"), plan.batches("4st"), plan.batches(0.5)  # the third step of an epoch has 2 batches
         (20.0, 14.0, 50.0)
     """
 
     total: float
     per_epoch: float = math.inf
-    per_step: int | None = 1
+    per_step: Mapping[int, int] = field(default_factory=lambda: {0: 1})
 
     @property
     def horizon(self) -> float:
@@ -48,16 +53,27 @@ class Plan:
         if not isinstance(marker, str):
             return self._fraction(marker)
         number, unit = parse_marker(marker)
-        return self._epochs(marker, number) if unit == "ep" else self.steps(number, marker)
+        return self._epochs(marker, number) if unit == "ep" else self.steps(number)
 
-    def steps(self, number: float, marker: str = "") -> float:
+    def steps(self, number: float) -> float:
         """Return the batches of a number of optimizer steps, the last step of an epoch being as short as it is."""
-        if self.per_step is None:
-            raise ValueError(f"{marker!r} cannot be placed: accumulate_grad_batches varies; count epochs, as in '3ep'")
+        changes = sorted(self.per_step)
         if math.isinf(self.per_epoch):
-            return number * self.per_step
-        epochs, rest = divmod(number, math.ceil(self.per_epoch / self.per_step))
-        return epochs * self.per_epoch + rest * self.per_step
+            return number * self.per_step[changes[0]]
+        for begin, end in pairwise([*changes, math.inf]):
+            per_step = self.per_step[int(begin)]
+            in_epoch = math.ceil(self.per_epoch / per_step)
+            if number <= in_epoch * (end - begin):
+                epochs, rest = divmod(number, in_epoch)
+                return (begin + epochs) * self.per_epoch + rest * per_step
+            number -= in_epoch * (end - begin)
+        raise AssertionError("the last stretch has no end")
+
+    def why_no_end(self) -> str:
+        """Say why progress cannot be told in this run, and what to do."""
+        if math.isinf(self.per_epoch):
+            return "the length of the training data is unknown; set max_steps, or count steps, as in '500st'"
+        return "the run has no end; set max_epochs or max_steps, or count epochs or steps, as in '3ep' or '500st'"
 
     def _epochs(self, marker: str, number: float) -> float:
         if math.isinf(self.per_epoch):
@@ -66,10 +82,7 @@ class Plan:
 
     def _fraction(self, fraction: float) -> float:
         if fraction and math.isinf(self.total):
-            raise ValueError(
-                f"a schedule over the fraction {fraction:g} of training needs a run with an end, but neither max_epochs "
-                "nor max_steps gives one: set one of them, or count epochs or steps (until='3ep', until='500st')"
-            )
+            raise ValueError(f"the fraction {fraction:g} of training means nothing here: {self.why_no_end()}")
         return fraction * self.horizon
 
 

@@ -75,15 +75,29 @@ def select_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
         >>> list(select_modules(model, ["ReLU", "2"]))
         ['1', '2']
     """
-    known = {canonical_name(name): m for name, m in module.named_modules() if m is not module}
+    names = ((canonical_name(name), m) for name, m in module.named_modules(remove_duplicate=False) if m is not module)
+    known = dict(names)
     selected: set[str] = set()
     for pattern in patterns:
-        matches = [name for name, m in known.items() if _matches(name, pattern) or type(m).__name__ == pattern]
+        matches = [name for name, m in known.items() if _matches(name, pattern) or class_name(m) == pattern]
         if not matches:
-            names = [*dict.fromkeys(type(m).__name__ for m in known.values()), *known]
-            raise ValueError(f"no module has a name or class that matches {pattern!r}; near: {near_names(pattern, names)}")
+            near = near_names(pattern, [*map(class_name, known.values()), *known])
+            raise ValueError(f"no module has a name or class that matches {pattern!r}; near: {near}")
         selected.update(matches)
-    return {name: m for name, m in known.items() if name in selected}
+    first = {id(m): name for name, m in reversed(known.items()) if name in selected}
+    return {name: m for name, m in known.items() if first.get(id(m)) == name}
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the name of a module's class, as it was before sharding or a parametrization made a class of it.
+
+    Example:
+        >>> class_name(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+        'Linear'
+    """
+    names = [cls.__name__ for cls in type(module).__mro__]
+    made = {f"{prefix}{name}": name for name in names for prefix in ("FSDP", "Parametrized")}
+    return made.get(names[0], names[0])
 
 
 def canonical_name(name: str) -> str:
@@ -100,6 +114,11 @@ def lookup(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """Return the parameters that bear these names now; a tied one bears the first of its names."""
     wanted = set(names)
     return {name: p for name, p, _ in _first_names(module) if name in wanted}
+
+
+def owners(module: nn.Module) -> dict[int, nn.Module]:
+    """Return the module that holds each parameter, under its first name, by the parameter's ``id``."""
+    return {id(parameter): owner for _, parameter, owner in _first_names(module)}
 
 
 def verdicts(module: nn.Module, params: Params) -> dict[str, bool]:

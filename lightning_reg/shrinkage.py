@@ -53,8 +53,8 @@ class RandomShrinkage(ParameterRegularizer):
     validation.
 
     The rule of the article that this project grew from, under the name "weight clipping"; in the mean a decay of ε/2. The
-    random numbers depend on ``seed`` and the step alone: they are the same on every replica and after a resume, and training
-    draws what it would draw without them.
+    random numbers depend on ``seed``, ``name`` and the step alone: they are the same on every replica and after a resume, and
+    training draws what it would draw without them.
 
     Args:
         epsilon: The largest share ε in [0, 1], or a schedule.
@@ -105,7 +105,7 @@ class RandomShrinkage(ParameterRegularizer):
 
     def _shrink(self, params: list[Parameter], step: int) -> None:
         if params and self.current["epsilon"]:
-            of_step = random.Random(f"{self.seed}/{step}").getrandbits(32)
+            of_step = random.Random(f"{self.seed}/{self.name}/{step}").getrandbits(32)
             generator = torch.Generator(params[0].device).manual_seed(of_step)
             shrink_randomly_(params, self.current["epsilon"], generator)
 

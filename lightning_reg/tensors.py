@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import get_total_norm
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
-    """Return the part of a whole tensor, the same on every rank, that lies where this rank's part of another one lies."""
+    """Return a whole tensor, the same on every rank, divided among the ranks as another one of its shape is."""
     if not isinstance(sharded, DTensor):
         return tensor
     replicated = DTensor.from_local(tensor, sharded.device_mesh, [Replicate()] * sharded.device_mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=sharded.placements).to_local()
+    return replicated.redistribute(placements=sharded.placements)
 
 
 def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
@@ -67,12 +68,26 @@ def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
     """Return each tensor's norm over all its shards, summed in float32 or better."""
-    norms = []
-    for tensor in tensors:
-        dtype = torch.promote_types(tensor.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(tensor, order, dtype=dtype)
-        norms.append(whole(norm))
-    return norms
+    return [_norm(tensor, order) for tensor in tensors]
+
+
+def _norm(tensor: Tensor, order: float) -> Tensor:
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if isinstance(tensor, DTensor):
+        return _sharded_norm(tensor, order, dtype)
+    norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=dtype)
+    return norm
+
+
+def _sharded_norm(tensor: DTensor, order: float, dtype: torch.dtype) -> Tensor:
+    """Reduce the norms of the shards, of which some may be empty."""
+    part = tensor.to_local()
+    norm = torch.linalg.vector_norm(part, order, dtype=dtype) if part.numel() else part.new_zeros((), dtype=dtype)
+    largest = math.isinf(order)
+    reduce = Partial("max" if largest else "sum")
+    placements = [reduce if placement.is_shard() else Replicate() for placement in tensor.placements]
+    total = DTensor.from_local(norm if largest else norm**order, tensor.device_mesh, placements, run_check=False).full_tensor()
+    return total if largest else total ** (1 / order)
 
 
 def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
@@ -88,4 +103,4 @@ def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
 def fraction_beyond(tensors: Sequence[Tensor], bound: float) -> Tensor:
     """Return the share of entries whose magnitude exceeds a bound, over all shards."""
     counts = [whole((tensor.abs() > bound).sum()) for tensor in tensors]
-    return torch.stack(counts).sum() / max(sum(tensor.numel() for tensor in tensors), 1)
+    return torch.stack(counts).sum() / sum(tensor.numel() for tensor in tensors) if tensors else torch.zeros(())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from digits import DigitsClassifier
-from helpers import QUIET, digits
+from helpers import QUIET, Memory, digits
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import (
     DropoutInjection,
+    DropoutScheduler,
     GradientNormClipping,
     GradientValueClipping,
     L1Penalty,
     L2Penalty,
     Linear,
     PeakGradientDropping,
+    Penalty,
     RandomShrinkage,
     WeightClipping,
 )
@@ -38,13 +40,14 @@ def techniques() -> list[Callback]:
     return [
         WeightClipping(0.1),
         RandomShrinkage(0.01),
-        RandomShrinkage(0.02, every="epoch", params="net.5.weight"),
+        RandomShrinkage(0.02, every="epoch", params="net.6.weight"),
         GradientNormClipping(Linear(0.5, 0.1)),
         GradientValueClipping(0.05),
         PeakGradientDropping(),
         L1Penalty(1e-3),
         L2Penalty(Linear(0.0, 1e-2)),
         DropoutInjection(0.2, after="ReLU"),
+        DropoutScheduler(Linear(0.0, 0.3)),
     ]
 
 
@@ -54,6 +57,7 @@ class Digits(DigitsClassifier):
     def __init__(self) -> None:
         torch.manual_seed(0)
         super().__init__(hidden=32)
+        self.net.insert(3, nn.Dropout(0.1))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         images, labels, numbers = batch
@@ -74,9 +78,8 @@ def batches(ranks: list[int]) -> DataLoader[tuple[Tensor, ...]]:
 
 def train(callbacks: list[Callback], model: LightningModule, ranks: list[int], **trainer: object) -> dict[str, Tensor]:
     """Train for two epochs and return the weights."""
-    Trainer(**{**QUIET, "max_epochs": 2, "use_distributed_sampler": False, **trainer}, callbacks=callbacks).fit(
-        model, batches(ranks)
-    )
+    options = {"max_epochs": 2, "use_distributed_sampler": False, "logger": Memory(), "log_every_n_steps": 1, **trainer}
+    Trainer(**{**QUIET, **options}, callbacks=callbacks).fit(model, batches(ranks))
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
@@ -111,10 +114,11 @@ class Sharded(Digits):
     def __init__(self) -> None:
         super().__init__()
         self.plain = nn.Parameter(torch.full((1, 1), 0.09))  # beside DTensors, one tensor that is none
+        self.single = nn.Linear(4, 1, bias=False)  # one of its shards is empty
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for layer in (self.net[1], self.net[3], self.net[5]):
+            for layer in (self.net[1], self.net[4], self.net[6], self.single):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
@@ -125,7 +129,22 @@ def ddp(**kwargs: bool) -> dict[str, object]:
 
 def sharded_techniques() -> list[Callback]:
     """Return the techniques that act on shards."""
-    return [L1Penalty(1e-3), L2Penalty(1e-2), GradientValueClipping(0.05), GradientNormClipping(0.2), WeightClipping(0.1)]
+    return [
+        L1Penalty(1e-3),
+        L2Penalty(1e-2),
+        LogPenalty(0.1),
+        GradientValueClipping(0.05),
+        GradientNormClipping(0.2),
+        GradientNormClipping(0.01, norm_type=float("inf"), name="largest"),
+        WeightClipping(0.1),
+    ]
+
+
+class LogPenalty(Penalty):
+    """A penalty of one's own, which needs whole tensors."""
+
+    def value(self, params: list[Tensor]) -> Tensor:
+        return sum(p.square().log1p().sum() for p in params)
 
 
 def main(folder: Path) -> None:

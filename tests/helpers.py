@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -24,6 +25,22 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+class Memory(Logger):
+    """Keeps what is logged."""
+
+    name, version = "memory", 0
+
+    def __init__(self):
+        super().__init__()
+        self.steps = {}
+
+    def log_metrics(self, metrics, step):
+        self.steps.setdefault(step, {}).update(metrics)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
 
 
 def digits(samples: int = 64) -> tuple[Tensor, Tensor]:
@@ -70,7 +87,8 @@ def fit(
 ) -> LightningModule:
     """Train on the CPU, in silence, and return the model."""
     model = model or Classifier()
-    Trainer(**{**QUIET, "max_epochs": max_epochs, **trainer, "callbacks": list(callbacks)}).fit(model, data or loader())
+    data = loader() if data is None else data
+    Trainer(**{**QUIET, "max_epochs": max_epochs, **trainer, "callbacks": list(callbacks)}).fit(model, data)
     return model
 
 

@@ -2,48 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import types
 
 import pytest
 import torch
-from helpers import Classifier, fit, loader
+from helpers import Classifier, Memory, digits, fit, loader
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, GradientAccumulationScheduler
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from table import ROWS, everything
+from torch import nn
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_reg import (
     DropoutInjection,
+    DropoutScheduler,
     GradientNormClipping,
     GradientValueClipping,
     L1Penalty,
     L2Penalty,
     Linear,
     PeakGradientDropping,
+    Penalty,
     RandomShrinkage,
     Steps,
     WeightClipping,
     host,
 )
-
-
-class Memory(Logger):
-    """Keeps what is logged."""
-
-    name, version = "memory", 0
-
-    def __init__(self):
-        super().__init__()
-        self.steps = {}
-
-    def log_metrics(self, metrics, step):
-        self.steps.setdefault(step, {}).update(metrics)
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
 
 def logged(callbacks, model=None, **kwargs):
@@ -208,18 +202,169 @@ def test_parameters_that_are_unfrozen_later_are_regularized_from_then_on():
     assert model.counts == [False] * 4 + [True] * 4
 
 
-def test_steps_cannot_be_counted_while_accumulation_varies():
-    varying = GradientAccumulationScheduler({0: 1, 1: 2})
-    with pytest.raises(ValueError, match=r"'3st' cannot be placed: accumulate_grad_batches varies"):
-        fit([L1Penalty(Steps([0.0, 0.1], at=["3st"])), varying])
-    fit([L1Penalty(Steps([0.0, 0.1], at=["1ep"])), varying])
+def test_steps_and_progress_follow_an_accumulation_that_varies():
+    """Two epochs of 4 batches: 4 steps, then 2 steps of two batches."""
+    for schedule, expected in (
+        (Steps([0.0, 0.1], at=["5st"]), [0.0] * 5 + [0.1]),
+        (Linear(0.0, 0.8), [0.0, 0.1, 0.2, 0.3, 0.4, 0.6]),
+    ):
+        for limit in ({"max_epochs": 2}, {"max_epochs": -1, "max_steps": 6}):
+            seen = strengths(schedule, GradientAccumulationScheduler({0: 1, 1: 2}), **limit)
+            assert seen == pytest.approx(expected)
+
+
+def strengths(schedule, *callbacks, model=None, data=None, **kwargs):
+    """Return the strength in each optimizer step of a run."""
+    seen = []
+
+    class Seen(L1Penalty):
+        def gradients(self, params, optimizer):
+            seen.append(self.current["strength"])
+
+    fit([Seen(schedule), *callbacks], model, data, **kwargs)
+    return seen
+
+
+class Endless(IterableDataset):
+    """Digits without a length."""
+
+    def __iter__(self):
+        return iter(zip(*digits(64), strict=True))
+
+
+def test_data_of_unknown_length():
+    data = DataLoader(Endless(), batch_size=16)
+    assert strengths(Steps([0.0, 0.1], at=["2st"]), data=data, max_epochs=1) == [0.0, 0.0, 0.1, 0.1]
+    assert strengths(lambda x: x, data=data, max_steps=4) == [0.0, 0.25, 0.5, 0.75]
+    for schedule in (lambda x: x, Linear(0.0, 0.1)):
+        with pytest.raises(ValueError, match="the length of the training data is unknown; set max_steps, or count steps"):
+            strengths(schedule, data=data, max_epochs=2)
+
+
+class Normalised(Classifier):
+    """A model whose weight averaging ends with an epoch that only renews statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[1] = nn.BatchNorm1d(16)
+
+
+def test_an_epoch_that_does_not_train_is_none():
+    averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+    seen = strengths(Linear(0.0, 1.2), averaging, model=Normalised(), max_epochs=3)
+    assert seen == pytest.approx([i / 10 for i in range(12)])
+    ends = []
+
+    class Counts(RandomShrinkage):
+        def epoch_end(self, params, step):
+            ends.append(step)
+
+    fit([Counts(0.1, every="epoch"), StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)], Normalised(), max_epochs=3)
+    assert ends == [4, 8, 12]
+
+
+class Unhooked(torch.optim.SGD):
+    """An optimizer whose steps do not run hooks, as some wrappers are."""
+
+    def register_step_post_hook(self, hook):
+        return types.SimpleNamespace(remove=lambda: None)
+
+
+def test_an_optimizer_whose_steps_cannot_be_followed_is_refused():
+    class Uses(Classifier):
+        def configure_optimizers(self):
+            return Unhooked(self.parameters(), lr=0.1)
+
+    with pytest.raises(RuntimeError, match="Unhooked does not run the hooks of its steps"):
+        fit([WeightClipping(0.01)], Uses())
+
+
+def test_an_optimizer_that_steps_behind_lightnings_back_is_said():
+    class Raw(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="SGD stepped without Lightning's knowledge, so no penalty was added"):
+        fit([L2Penalty(0.1)], Raw())
+
+
+def test_the_logged_penalty_is_that_of_all_optimizers():
+    class Two(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[i].parameters(), lr=0.0) for i in (0, 4)]
+
+    (first, *_) = logged([L1Penalty(1.0)], Two(), max_epochs=1).values()
+    assert first["reg/L1Penalty/penalty"] == pytest.approx(sum(Two().net[i].weight.abs().sum().item() for i in (0, 4)))
+
+
+def test_a_copy_of_the_model_taken_during_the_fit_is_plain():
+    class Copies(Classifier):
+        def on_train_end(self):
+            self.copied = [copy.deepcopy(self.net), pickle.loads(pickle.dumps(self.net))]
+
+    model = fit([DropoutInjection(0.9, after="ReLU"), DropoutScheduler(0.0)], Copies())
+    x = digits(8)[0]
+    for copied in model.copied:
+        copied[3].p = 0.0
+        assert_close(copied.train()(x), copied.eval()(x))
+
+
+def test_values_may_be_changed_between_fits():
+    callback = WeightClipping(0.01)
+    fit([callback])
+    callback.clip_value = 0.05
+    assert fit([callback]).net[4].weight.abs().max() == torch.tensor(0.05)
+
+
+def test_a_subclass_may_take_any_arguments():
+    class Mine(L1Penalty):
+        def __init__(self, strength, **kwargs):
+            super().__init__(strength, **kwargs)
+
+    assert repr(Mine(0.1)) == "Mine(0.1)"
+    assert Mine(0.1, params="net.0.*").name == "Mine-net_0"
+
+
+@pytest.mark.parametrize("params", [None, 3, [Classifier().net[0].weight], ("weights",)])
+def test_selections_of_another_type_are_refused(params):
+    with pytest.raises(TypeError, match=r"L1Penalty: params must be 'weights', 'all', a glob, a list of these, or a callable"):
+        L1Penalty(0.1, params=params)
+
+
+def test_complex_parameters_are_refused():
+    model = Classifier()
+    model.phase = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="WeightClipping acts on real parameters only, got complex phase: leave them out"):
+        fit([WeightClipping(0.1)], model)
+
+
+def test_a_base_class_is_none_to_use():
+    with pytest.raises(TypeError, match="abstract"):
+        Penalty(0.1)
 
 
 def test_the_plan_of_a_run():
     class Planned(Classifier):
         def on_train_start(self):
             plan = host.plan(self.trainer)
-            self.plan = (plan.total, plan.per_epoch, plan.per_step)
+            self.plan = (plan.total, plan.per_epoch, plan.per_step[0])
 
     assert fit(model=Planned(), max_epochs=3).plan == (12, 4, 1)
     assert fit(model=Planned(), max_epochs=3, accumulate_grad_batches=3).plan == (12, 4, 3)

@@ -236,18 +236,24 @@ class Awkward(Classifier):
         self.tied.weight = self.net[0].weight
         self.empty = nn.Parameter(torch.zeros(0, 4))
         self.scalar = nn.Parameter(torch.tensor(1.0))
+        self.sparse = nn.Embedding(10, 1, sparse=True)
         nn.init.constant_(self.unused.weight, 0.5)
         nn.init.constant_(self.frozen.weight, 0.5)
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        return super().training_step((images + self.tied(images).mean() * self.scalar, labels), batch_idx)
+        return super().training_step((images + self.tied(images).mean() * self.scalar + self.sparse(labels), labels), batch_idx)
 
 
 @pytest.mark.filterwarnings("ignore:.*which will not learn")
 @every_callback
 def test_awkward_parameters_are_handled(row):
-    model = fit([row.active()], Awkward())
+    model = Awkward()
+    if row is ROWS["PeakGradientDropping"]:
+        with pytest.raises(ValueError, match="PeakGradientDropping needs dense gradients: make sparse with sparse=False"):
+            fit([row.active()], model)
+        model.sparse.sparse = False
+    fit([row.active()], model)
     assert torch.equal(model.frozen.weight, torch.full((3, 3), 0.5))
     assert model.tied.weight is model.net[0].weight
     assert all(p.isfinite().all() for p in model.parameters())
@@ -269,14 +275,18 @@ def test_lazy_modules_are_trained(row):
 
 
 @every_callback
-def test_half_precision_parameters_are_trained(row):
-    """Bfloat16 has 8 bits, so the weights of both precisions agree to about 1 % of the largest."""
-    half, plain = (fit([callback], precision="bf16-true", max_epochs=1) for callback in (row.active(), row.inactive()))
-    full = fit([row.active()], max_epochs=1)
+def test_half_precision_parameters_are_trained_alike(row):
+    """The run in bfloat16 is much nearer to the one in float32 than to one without the callback."""
+    half = fit([row.active()], precision="bf16-true", max_epochs=1)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert not same(half, plain)
-    for name, p in weights(full).items():
-        assert_close(weights(half)[name].float(), p, rtol=0.02, atol=0.02)
+    full, plain = (fit([callback], max_epochs=1) for callback in (row.active(), row.inactive()))
+    assert distance(half, full) < 0.5 * distance(plain, full)
+
+
+def distance(one, other):
+    """Return how far apart the weights of two models are."""
+    mine, theirs = weights(one), weights(other)
+    return torch.stack([(mine[name].float() - theirs[name].float()).norm() for name in mine]).norm()
 
 
 @every_callback

@@ -41,11 +41,19 @@ def test_a_ramp_of_no_length_is_a_jump():
 
 
 @pytest.mark.parametrize(
+    ("number", "batches"), [(0, 0), (4, 4), (10, 10), (12, 14), (15, 20), (16, 24), (18, 30), (20, 38), (21, 40)]
+)
+def test_steps_are_placed_where_accumulation_varies(number, batches):
+    # 10 batches in an epoch: a step for each, then for two of them, then for four of them (so 4, 4 and 2)
+    assert Plan(total=100, per_epoch=10, per_step={0: 1, 1: 2, 2: 4}).steps(number) == batches
+
+
+@pytest.mark.parametrize(
     ("marker", "batches"), [("3ep", 30.0), ("1.5ep", 15.0), ("4st", 14.0), ("6st", 20.0), (0.25, 25.0), (0.0, 0.0)]
 )
 def test_markers_become_batches(marker, batches):
     # 10 batches in an epoch, a step every 4 of them: an epoch has steps of 4, 4 and 2 batches
-    assert Plan(total=100, per_epoch=10, per_step=4).batches(marker) == batches
+    assert Plan(total=100, per_epoch=10, per_step={0: 4}).batches(marker) == batches
 
 
 def test_a_marker_takes_effect_with_the_batch_that_it_names():
@@ -142,12 +150,9 @@ def test_a_fraction_of_an_endless_run_is_refused(schedule):
 
 
 def test_a_fraction_of_an_epoch_of_unknown_length_is_refused():
-    with pytest.raises(ValueError, match=r"needs a run with an end.*until='3ep'"):
+    with pytest.raises(
+        ValueError, match=r"the fraction 1 of training means nothing here: the length .* count steps, as in '500st'"
+    ):
         Linear(0.0, 1.0).resolve(Plan(total=math.inf))
     with pytest.raises(ValueError, match="the epoch's length is unknown; count steps, as in '500st'"):
         Linear(0.0, 1.0, until="3ep").resolve(Plan(total=math.inf))
-
-
-def test_steps_are_refused_where_accumulation_varies():
-    with pytest.raises(ValueError, match="accumulate_grad_batches varies; count epochs"):
-        Linear(0.0, 1.0, until="3st").resolve(Plan(total=100, per_epoch=10, per_step=None))

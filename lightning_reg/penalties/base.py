@@ -12,7 +12,7 @@ from lightning_reg import host
 from lightning_reg.base import Phase
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import dense_gradients, shard_like, whole
+from lightning_reg.tensors import dense_gradients, local, shard_like, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
 
-__all__ = ["Penalty"]
+__all__ = ["Penalty", "Route"]
+
+Route = Literal["auto", "loss", "gradient"]
+"""How a penalty reaches the gradients: through the loss, by itself, or through the loss wherever that is exact."""
 
 
 class Penalty(ParameterRegularizer):
@@ -63,7 +66,7 @@ class Penalty(ParameterRegularizer):
         strength: Value,
         *,
         params: Params = "weights",
-        inject: Literal["auto", "loss", "gradient"] = "auto",
+        inject: Route = "auto",
         name: str | None = None,
     ) -> None:
         if inject not in ("auto", "loss", "gradient"):
@@ -73,6 +76,7 @@ class Penalty(ParameterRegularizer):
         super().__init__(params, name)
         self._to_loss = False
         self._in_loss = False
+        self._terms: dict[int, Tensor] = {}
 
     @abstractmethod
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -88,7 +92,7 @@ class Penalty(ParameterRegularizer):
             found = torch.autograd.grad(strength * self._checked(wholes), wholes, allow_unused=True)
         for p, gradient, addend in zip(params, dense_gradients(params), found, strict=True):
             if addend is not None:
-                gradient.add_(shard_like(addend, p))
+                gradient.add_(local(shard_like(addend, p)))
 
     @property
     def scale(self) -> float:
@@ -98,6 +102,7 @@ class Penalty(ParameterRegularizer):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up and choose the route."""
         super().attach(trainer, pl_module)
+        self._terms.clear()
         obstacle = self._obstacle(trainer, pl_module)
         if self.inject == "loss" and obstacle:
             raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
@@ -128,8 +133,7 @@ class Penalty(ParameterRegularizer):
         if not params:
             return None
         term = self.scale * self._checked(params)
-        if self.logging:
-            self.observe(penalty=term.detach())
+        self._log(optimizer, term)
         return term
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
@@ -143,7 +147,13 @@ class Penalty(ParameterRegularizer):
             return
         self.add_gradient_(params, self.scale)
         if self.logging:
-            self.observe(penalty=self.scale * self.value(params))
+            self._log(optimizer, self.scale * self.value(params))
+
+    def _log(self, optimizer: Optimizer, term: Tensor) -> None:
+        """Log the penalty over all optimizers, each as of its last step."""
+        if self.logging:
+            self._terms[id(optimizer)] = whole(term.detach())
+            self.observe(penalty=torch.stack(list(self._terms.values())).sum())
 
     def _checked(self, params: Sequence[Tensor]) -> Tensor:
         """Return the value, or say what is wrong with it."""

@@ -1,0 +1,216 @@
+"""Penalties on the distance of the weights from something: from orthogonality, from where they started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_reg.penalties.base import Penalty, Route
+from lightning_reg.tensors import accumulated_norms, dense_gradients, local, shard_like, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.schedules import Value
+    from lightning_reg.selection import Params
+
+__all__ = [
+    "OrthogonalityPenalty",
+    "StartingPointPenalty",
+    "add_distance_gradient_",
+    "distance_penalty",
+    "orthogonality_penalty",
+]
+
+
+def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
+    r"""Return :math:`R(W) = \frac{1}{2} \|W W^\top - I\|_F^2`, summed over all tensors.
+
+    Each tensor is a matrix with a row for each output unit (dimension 0), the other dimensions flattened; where it has more
+    rows than columns, :math:`W^\top W` takes the place of :math:`W W^\top`, the smaller of the two Gram matrices.
+
+    Args:
+        params: Tensors of two or more dimensions.
+
+    Returns:
+        A scalar, computed in float32 or better.
+
+    Raises:
+        ValueError: For a tensor of fewer dimensions.
+
+    Example:
+        >>> orthogonality_penalty([torch.eye(3)]), orthogonality_penalty([2 * torch.eye(3)])
+        (tensor(0.), tensor(13.5000))
+
+    Reference:
+        A. Brock et al., "Neural Photo Editing with Introspective Adversarial Networks", 2017; N. Bansal et al., "Can We Gain
+        More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
+    """
+    return torch.stack([_gram_distance(p) for p in params]).sum() if params else torch.zeros(())
+
+
+def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    r"""Return :math:`R(w) = \frac{1}{2} \sum \|w - w^0\|^2`.
+
+    Args:
+        params: Tensors w.
+        references: Tensors w⁰ of the same shapes.
+
+    Returns:
+        A scalar; its gradient is :math:`w - w^0`.
+
+    Example:
+        >>> distance_penalty([torch.tensor([3.0, 4.0])], [torch.zeros(2)])
+        tensor(12.5000)
+    """
+    apart = [p - reference for p, reference in zip(params, references, strict=True)]
+    return torch.stack(accumulated_norms(apart, 2)).square().sum() / 2 if apart else torch.zeros(())
+
+
+@torch.no_grad()
+def add_distance_gradient_(params: Sequence[Tensor], references: Sequence[Tensor], strength: float) -> None:
+    r"""Add the gradient of :math:`\frac{\lambda}{2} \sum \|w - w^0\|^2`, which is :math:`\lambda\,(w - w^0)`, to ``.grad``.
+
+    Args:
+        params: Tensors w; where there is no gradient yet, one is made.
+        references: Tensors w⁰ of the same shapes.
+        strength: λ.
+
+    Example:
+        >>> w = torch.tensor([3.0, 4.0], requires_grad=True)
+        >>> add_distance_gradient_([w], [torch.ones(2)], strength=0.5)
+        >>> w.grad
+        tensor([1.0000, 1.5000])
+    """
+    if params:
+        gradients = dense_gradients(params)
+        torch._foreach_add_(gradients, [local(p) for p in params], alpha=strength)
+        torch._foreach_add_(gradients, [local(reference) for reference in references], alpha=-strength)
+
+
+class OrthogonalityPenalty(Penalty):
+    r"""Pull the units of each layer towards an orthonormal set: :math:`J = L + \frac{\lambda}{2} \|W W^\top - I\|_F^2`.
+
+    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
+
+    W has a row for each output unit, or is transposed where it has more rows than columns. Sharded parameters are gathered.
+
+    Args:
+        strength: λ ≥ 0, or a schedule.
+        params: Which parameters, of two or more dimensions: ``"weights"``, globs, or a callable
+            ``(name, parameter, module) -> bool``.
+        inject: ``"loss"``, ``"gradient"``, or ``"auto"``: the loss wherever that is exact.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a negative or NaN strength, a selection of nothing or of vectors, or a route that cannot be exact.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[OrthogonalityPenalty(1e-4)], logger=False)
+
+    Reference:
+        A. Brock et al., "Neural Photo Editing with Introspective Adversarial Networks", 2017; N. Bansal et al., "Can We Gain
+        More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
+    """
+
+    def value(self, params: Sequence[Tensor]) -> Tensor:
+        """Return ½‖WWᵀ − I‖²."""
+        return orthogonality_penalty([whole(p) for p in params])
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the parameters up, and refuse vectors."""
+        super().attach(trainer, pl_module)
+        vectors = [name for name, p in self.tensors.items() if p.ndim < 2]
+        if vectors:
+            raise ValueError(f"{self.name}: vectors have no Gram matrix, got {', '.join(vectors)}: leave them out of params")
+
+
+class StartingPointPenalty(Penalty):
+    r"""Stay near where training started (L2-SP): :math:`J = L + \frac{\lambda}{2} \sum \|w - w^0\|^2`.
+
+    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
+
+    For fine-tuning: w⁰ are the weights when the first fit starts. They are kept in the checkpoint, so a resumed run pulls
+    towards the same place, at the price of a copy of the selected weights.
+
+    Args:
+        strength: λ ≥ 0, or a schedule.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"``, ``"gradient"`` (no graph: for large models), or ``"auto"``: the loss wherever that is exact.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a negative or NaN strength, a selection of nothing, a route that cannot be exact, or a starting point of
+            other names or shapes than the model's.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[StartingPointPenalty(0.1, params=["weights", "!head.*"])], logger=False)
+
+    Reference:
+        X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018.
+    """
+
+    def __init__(self, strength: Value, *, params: Params = "weights", inject: Route = "auto", name: str | None = None) -> None:
+        super().__init__(strength, params=params, inject=inject, name=name)
+        self._origin: dict[str, Tensor] = {}
+        self._references: dict[int, Tensor] = {}
+
+    def value(self, params: Sequence[Tensor]) -> Tensor:
+        """Return ½Σ‖w − w⁰‖²."""
+        return distance_penalty(params, self.references(params))
+
+    def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
+        """Add λ (w − w⁰)."""
+        add_distance_gradient_(params, self.references(params), strength)
+
+    def references(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return where parameters started."""
+        return [self._references[id(p)] for p in params]
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the parameters up; keep them if no fit or checkpoint has given a starting point yet."""
+        super().attach(trainer, pl_module)
+        self._origin = self._origin or {name: p.detach().clone() for name, p in self.tensors.items()}
+        self._bind()
+
+    def detach(self) -> None:
+        """Let go of the tensors, not of the starting point."""
+        super().detach()
+        self._references.clear()
+
+    def _bind(self) -> None:
+        """Lay the starting point beside the parameters: on their devices, and sharded as they are."""
+        for name, p in self.tensors.items():
+            start = self._origin.get(name)
+            if start is None or start.shape != p.shape:
+                found = "nothing" if start is None else f"shape {tuple(start.shape)}"
+                raise ValueError(
+                    f"{self.name}: the starting point has {found} for {name!r} of shape {tuple(p.shape)}: it is of another "
+                    "model or selection; use a new callback, or fit without the checkpoint's"
+                )
+            self._references[id(p)] = start if isinstance(start, DTensor) else shard_like(start.to(p.device, p.dtype), p)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the starting point, whole: every rank must call it."""
+        return {"start": {name: whole(start).cpu() for name, start in self._origin.items()}} if self._origin else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the starting point of the run that is resumed."""
+        self._origin = state_dict["start"]
+        self._bind()
+
+
+def _gram_distance(p: Tensor) -> Tensor:
+    if p.ndim < 2:
+        raise ValueError(f"orthogonality needs tensors of two or more dimensions, got shape {tuple(p.shape)}")
+    matrix = p.flatten(1).to(torch.promote_types(p.dtype, torch.float32))
+    matrix = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+    gram = matrix @ matrix.t()
+    return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).square().sum() / 2
