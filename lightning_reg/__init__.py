@@ -10,27 +10,53 @@ from lightning_reg import functional
 from lightning_reg.constraints import WeightClipping
 from lightning_reg.dropout import DropoutInjection, DropoutScheduler
 from lightning_reg.gradients import GradientNormClipping, GradientValueClipping, PeakGradientDropping
-from lightning_reg.penalties import L1Penalty, L2Penalty, Penalty
+from lightning_reg.penalties import (
+    ActivityPenalty,
+    ElasticNetPenalty,
+    GroupLassoPenalty,
+    L1Penalty,
+    L2Penalty,
+    OrthogonalityPenalty,
+    Penalty,
+    StartingPointPenalty,
+)
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Steps
-from lightning_reg.shrinkage import RandomShrinkage
+from lightning_reg.shrinkage import (
+    GroupSoftThresholding,
+    RandomShrinkage,
+    SoftThresholding,
+    WeightDecay,
+    WeightDecayScheduler,
+    decay_groups,
+)
 
 __version__ = version("lightning-reg")
 
 __all__ = [
+    "ActivityPenalty",
     "Cosine",
     "Cubic",
     "DropoutInjection",
     "DropoutScheduler",
+    "ElasticNetPenalty",
     "Exponential",
     "GradientNormClipping",
     "GradientValueClipping",
+    "GroupLassoPenalty",
+    "GroupSoftThresholding",
     "L1Penalty",
     "L2Penalty",
     "Linear",
+    "OrthogonalityPenalty",
     "PeakGradientDropping",
     "Penalty",
     "RandomShrinkage",
+    "SoftThresholding",
+    "StartingPointPenalty",
     "Steps",
     "WeightClipping",
+    "WeightDecay",
+    "WeightDecayScheduler",
+    "decay_groups",
     "functional",
 ]

@@ -45,8 +45,10 @@ class Phase(IntEnum):
     PEAK_DROPPING = 3
     VALUE_CLIPPING = 4
     NORM_CLIPPING = 5
-    SHRINKAGE = 6
-    CONSTRAINT = 7
+    DECAY = 6
+    SOFT_THRESHOLD = 7
+    SHRINKAGE = 8
+    CONSTRAINT = 9
 
 
 class Regularizer(Configured, Callback, ABC):

@@ -13,20 +13,43 @@ Example:
 from lightning_reg.constraints import clip_weights_
 from lightning_reg.dropout import dropout, inject_dropout, set_dropout_
 from lightning_reg.gradients import clip_gradient_norm_, clip_gradient_value_, drop_peak_gradients_
-from lightning_reg.penalties import add_l1_gradient_, add_l2_gradient_, l1_penalty, l2_penalty
-from lightning_reg.shrinkage import shrink_randomly_
+from lightning_reg.penalties import (
+    activity_penalty,
+    add_distance_gradient_,
+    add_group_lasso_gradient_,
+    add_l1_gradient_,
+    add_l2_gradient_,
+    distance_penalty,
+    group_lasso_penalty,
+    l1_penalty,
+    l2_penalty,
+    orthogonality_penalty,
+)
+from lightning_reg.shrinkage import decay_weights_, group_soft_threshold_, shrink_randomly_, soft_threshold_
+from lightning_reg.units import Units, units_of
 
 __all__ = [
+    "Units",
+    "activity_penalty",
+    "add_distance_gradient_",
+    "add_group_lasso_gradient_",
     "add_l1_gradient_",
     "add_l2_gradient_",
     "clip_gradient_norm_",
     "clip_gradient_value_",
     "clip_weights_",
+    "decay_weights_",
+    "distance_penalty",
     "drop_peak_gradients_",
     "dropout",
+    "group_lasso_penalty",
+    "group_soft_threshold_",
     "inject_dropout",
     "l1_penalty",
     "l2_penalty",
+    "orthogonality_penalty",
     "set_dropout_",
     "shrink_randomly_",
+    "soft_threshold_",
+    "units_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
@@ -13,7 +13,7 @@ from lightning_reg.selection import Params, lookup, nothing_selected, owners, ve
 from lightning_reg.units import Units, units_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
@@ -108,7 +108,7 @@ class ParameterRegularizer(Regularizer):
         for optimizer in trainer.optimizers:
             if host.refuses_unscaled_gradients(trainer, optimizer):
                 raise ValueError(
-                    f"{self.name} changes gradients before the optimizer steps, but the fused {type(optimizer).__name__} "
+                    f"{self.name} acts before the optimizer steps, but the fused {type(optimizer).__name__} "
                     "unscales its float16 gradients only within the step: make the optimizer with fused=False, or train with "
                     "precision='bf16-mixed'"
                 )
@@ -122,6 +122,25 @@ class ParameterRegularizer(Regularizer):
             parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in wanted]
             self._members[id(optimizer)] = (size, parameters)
         return [p for p in parameters if p.requires_grad]
+
+    def by_group(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Parameter]]]:
+        """Yield the optimizer's groups, whose learning rates may differ, with those of some parameters that they hold."""
+        wanted = {id(p) for p in params}
+        for group in optimizer.param_groups:
+            held = [p for p in group["params"] if id(p) in wanted]
+            if held:
+                yield group, held
+
+    def warn_of_second_decay(self, trainer: Trainer) -> None:
+        """Say so when the optimizer decays what is selected too."""
+        selected = {id(p) for p in self.tensors.values()}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        decays = {g["weight_decay"] for g in groups if g.get("weight_decay") and any(id(p) in selected for p in g["params"])}
+        if decays:
+            rank_zero_warn(
+                f"{self.name} acts on parameters that the optimizer decays too (weight_decay={', '.join(map(str, decays))}): "
+                f"both shrink them. Set weight_decay=0, or leave {type(self).__name__} out."
+            )
 
     def acts_on(self) -> str:
         """Count the tensors and parameters that are selected and not frozen."""

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import get_total_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -18,6 +18,7 @@ __all__ = [
     "accumulated_norms",
     "dense_gradients",
     "fraction_beyond",
+    "in_pieces",
     "joint_norm",
     "local",
     "present_gradients",
@@ -64,6 +65,29 @@ def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
         elif p.grad is not None:
             gradients.append(p.grad)
     return [gradient for gradient in gradients if gradient.numel()]
+
+
+def in_pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Yield lists of tensors, or of flat pieces of them, that together are small enough for a temporary copy to be cheap.
+
+    The lists run in parallel: what belongs together is of one shape, and stays together.
+    """
+    waiting: list[tuple[Tensor, ...]] = []
+    size = 0
+    for together in zip(*lists, strict=True):
+        limit = 1 << (18 if together[0].device.type == "cpu" else 24)  # fits into a cache; fills an accelerator
+        count = together[0].numel()
+        if count > limit and all(tensor.is_contiguous() for tensor in together):
+            flat = [tensor.view(-1).split(limit) for tensor in together]
+            yield from (tuple([piece] for piece in pieces) for pieces in zip(*flat, strict=True))
+            continue
+        if waiting and size + count > limit:
+            yield tuple(map(list, zip(*waiting, strict=True)))
+            waiting, size = [], 0
+        waiting.append(together)
+        size += count
+    if waiting:
+        yield tuple(map(list, zip(*waiting, strict=True)))
 
 
 def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:

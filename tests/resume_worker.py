@@ -50,8 +50,9 @@ class Resumable(DataLoader[Any]):
 def train(name: str, folder: Path, resume: Path | None = None) -> dict[str, Tensor]:
     """Train to the end, leaving checkpoints in a folder; resume from one if asked."""
     made = everything() if name == "everything" else [(ROWS[name].scheduled or ROWS[name].active)()]
+    options = {} if name == "everything" else ROWS[name].options
     checkpoints = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    model = Classifier()
+    model = Classifier(**options)
     trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=EPOCHS, callbacks=[*made, checkpoints])
     trainer.fit(model, Resumable(), ckpt_path=resume)
     return dict(model.state_dict())

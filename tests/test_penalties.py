@@ -247,7 +247,7 @@ class Fused(Classifier):
 
 def test_the_gradient_route_is_refused_where_gradients_stay_scaled():
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(ValueError, match=r"L1Penalty changes gradients before .* the fused SGD unscales .* fused=False"):
+    with pytest.raises(ValueError, match=r"L1Penalty acts before .* the fused SGD unscales .* fused=False"):
         fit([L1Penalty(0.1, inject="gradient")], Fused(), plugins=[precision])
 
 

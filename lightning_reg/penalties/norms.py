@@ -6,13 +6,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import accumulated_norms, dense_gradients, local, whole
+from lightning_reg.tensors import accumulated_norms, dense_gradients, in_pieces, local, whole
 from lightning_reg.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
@@ -97,8 +96,8 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         >>> theta.grad
         tensor([ 0.5000, -0.5000,  0.0000])
     """
-    if params:
-        torch._foreach_add_(dense_gradients(params), torch._foreach_sign([local(p) for p in params]), alpha=strength)
+    for gradients, tensors in in_pieces(dense_gradients(params), [local(p) for p in params]):
+        torch._foreach_add_(gradients, torch._foreach_sign(tensors), alpha=strength)
 
 
 @torch.no_grad()
@@ -232,14 +231,7 @@ class L2Penalty(Penalty):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up, choose the route, and warn of a second decay."""
         super().attach(trainer, pl_module)
-        selected = {id(p) for p in self.tensors.values()}
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        decays = {g["weight_decay"] for g in groups if g.get("weight_decay") and any(id(p) in selected for p in g["params"])}
-        if decays:
-            rank_zero_warn(
-                f"{self.name} acts on parameters that the optimizer decays too (weight_decay={', '.join(map(str, decays))}): "
-                "both shrink them. Set weight_decay=0, or leave the penalty out."
-            )
+        self.warn_of_second_decay(trainer)
 
 
 class ElasticNetPenalty(Penalty):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.tensors import accumulated_norms, dense_gradients, local, shard_like, whole
@@ -126,7 +127,7 @@ class OrthogonalityPenalty(Penalty):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up, and refuse vectors."""
         super().attach(trainer, pl_module)
-        vectors = [name for name, p in self.tensors.items() if p.ndim < 2]
+        vectors = [name for name, p in self.tensors.items() if not is_lazy(p) and p.ndim < 2]
         if vectors:
             raise ValueError(f"{self.name}: vectors have no Gram matrix, got {', '.join(vectors)}: leave them out of params")
 
@@ -177,6 +178,10 @@ class StartingPointPenalty(Penalty):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up; keep them if no fit or checkpoint has given a starting point yet."""
         super().attach(trainer, pl_module)
+        if lazy := [name for name, p in self.tensors.items() if is_lazy(p)]:
+            raise ValueError(
+                f"{self.name}: {', '.join(lazy)} of a lazy module has no start: give the model a batch before the fit"
+            )
         self._origin = self._origin or {name: p.detach().clone() for name, p in self.tensors.items()}
         self._bind()
 

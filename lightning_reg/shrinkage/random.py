@@ -1,4 +1,4 @@
-"""Shrinkage: weights that become smaller by a rule of their own, beside the gradient."""
+"""Shrinkage at random."""
 
 from __future__ import annotations
 

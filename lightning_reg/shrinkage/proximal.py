@@ -1,0 +1,158 @@
+"""Proximal steps: what gives exact zeros, where the subgradient of a penalty only hovers around them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import softshrink
+
+from lightning_reg.base import Phase
+from lightning_reg.configuration import NON_NEGATIVE
+from lightning_reg.parameters import ParameterRegularizer
+from lightning_reg.tensors import local, whole
+from lightning_reg.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from lightning_reg.schedules import Value
+    from lightning_reg.selection import Params
+
+__all__ = ["GroupSoftThresholding", "SoftThresholding", "group_soft_threshold_", "soft_threshold_"]
+
+
+@torch.no_grad()
+def soft_threshold_(params: Sequence[Tensor], threshold: float) -> None:
+    r"""Move every entry towards 0, and stop there: :math:`w \leftarrow \mathrm{sign}(w) \max(|w| - t, 0)`.
+
+    It is :math:`\arg\min_v \frac{1}{2} \|v - w\|^2 + t \|v\|_1`.
+
+    Args:
+        params: Tensors, changed in place.
+        threshold: t ≥ 0.
+
+    Example:
+        >>> w = torch.tensor([-3.0, 0.5, 2.0])
+        >>> soft_threshold_([w], 1.0)
+        >>> w
+        tensor([-2.,  0.,  1.])
+
+    Reference:
+        I. Daubechies, M. Defrise, C. De Mol, "An Iterative Thresholding Algorithm for Linear Inverse Problems", 2004.
+    """
+    for p in params:
+        local(p).copy_(softshrink(local(p), threshold))
+
+
+@torch.no_grad()
+def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Sequence[Units] | None = None) -> None:
+    r"""Shorten every unit, down to 0: :math:`w_g \leftarrow w_g \max(1 - t \sqrt{|g|} / \|w_g\|_2, 0)`.
+
+    It is :math:`\arg\min_v \frac{1}{2} \|v - w\|^2 + t \sum_g \sqrt{|g|}\,\|v_g\|_2`.
+
+    Args:
+        params: Tensors, changed in place.
+        threshold: t ≥ 0.
+        units: Where each tensor keeps its output units; by default in dimension 0.
+
+    Example:
+        >>> w = torch.tensor([[3.0, 4.0], [0.6, 0.8]])
+        >>> group_soft_threshold_([w], 2.5 / 2**0.5)
+        >>> w
+        tensor([[1.5000, 2.0000],
+                [0.0000, 0.0000]])
+
+    Reference:
+        M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
+    """
+    for p, u in zip(params, units or [Units()] * len(params), strict=True):
+        norms = local_unit_norms(p, u)
+        factors = (1 - threshold * unit_size(p, u) ** 0.5 / norms).clamp(min=0)
+        unit_view(p, u).mul_(factors.where(norms > 0, 0).to(p.dtype))
+
+
+class SoftThresholding(ParameterRegularizer):
+    r"""The proximal step of L1: :math:`w \leftarrow \mathrm{sign}(w) \max(|w| - \eta\lambda, 0)`, η the learning rate.
+
+    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler skips.
+
+    With plain SGD it is proximal gradient descent (ISTA) on :math:`J = L + \lambda \sum |w|`: the Lasso, whose zeros are exact.
+    With a momentum μ the fixed point is that of λ(1 - μ); with Adam, whose steps are not scaled by the gradient, the strength
+    is measured against those steps.
+
+    Args:
+        strength: λ ≥ 0, or a schedule.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a negative or NaN strength, or a selection of nothing.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[SoftThresholding(1e-3)], logger=False)
+
+    Reference:
+        I. Daubechies, M. Defrise, C. De Mol, "An Iterative Thresholding Algorithm for Linear Inverse Problems", 2004.
+    """
+
+    phase = Phase.SOFT_THRESHOLD
+    limits = {"strength": NON_NEGATIVE}
+
+    def __init__(self, strength: Value, *, params: Params = "weights", name: str | None = None) -> None:
+        self.strength = strength
+        super().__init__(params, name)
+
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
+        """Threshold each group's parameters by its learning rate, and keep the fraction of exact zeros."""
+        if self.current["strength"]:
+            for group, members in self.by_group(params, optimizer):
+                soft_threshold_(members, float(group["lr"]) * self.current["strength"])
+        if self.logging:
+            zeros = torch.stack([whole((p == 0).sum()) for p in params]).sum()
+            self.observe(zeros=zeros / sum(p.numel() for p in params))
+
+    def route(self) -> str:
+        """Say that it acts after the step."""
+        return "after the step"
+
+
+class GroupSoftThresholding(SoftThresholding):
+    r"""The proximal step of the group lasso: :math:`w_g \leftarrow w_g \max(1 - \eta\lambda\sqrt{|g|} / \|w_g\|_2, 0)`.
+
+    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler skips.
+
+    A group is an output unit: a row of a linear layer, a filter of a convolution (dimension 1 where it is transposed), the
+    vector of a token. Whole units become exactly zero. η is the learning rate of the parameter's group; under momentum and
+    Adam the strength means what it means for :class:`SoftThresholding`.
+
+    Args:
+        strength: λ ≥ 0, or a schedule.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a negative or NaN strength, or a selection of nothing.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[GroupSoftThresholding(1e-3)], logger=False)
+
+    Reference:
+        M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
+    """
+
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
+        """Threshold the units of each group's parameters by its learning rate, and keep the fraction that is zero."""
+        if self.current["strength"]:
+            for group, members in self.by_group(params, optimizer):
+                group_soft_threshold_(members, float(group["lr"]) * self.current["strength"], self.units(members))
+        if self.logging:
+            norms = [unit_norms(p, u) for p, u in zip(params, self.units(params), strict=True)]
+            zeros = torch.stack([whole((norm == 0).sum()) for norm in norms]).sum()
+            self.observe(zero_units=zeros / sum(norm.numel() for norm in norms))
