@@ -9,7 +9,7 @@ import torch
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE
 from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import fraction_beyond, local
+from lightning_reg.tensors import fraction_beyond, locals_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +39,8 @@ def clip_weights_(params: Sequence[Tensor], clip_value: float) -> None:
         tensor([-1.0000,  0.5000,  1.0000])
     """
     if params:
-        torch._foreach_clamp_min_([local(p) for p in params], -clip_value)
-        torch._foreach_clamp_max_([local(p) for p in params], clip_value)
+        torch._foreach_clamp_min_(locals_of(params), -clip_value)
+        torch._foreach_clamp_max_(locals_of(params), clip_value)
 
 
 class WeightClipping(ParameterRegularizer):

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE
 from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import fraction_beyond, joint_norm, local, present_gradients
+from lightning_reg.tensors import fraction_beyond, joint_norm, locals_of, present_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
     gradients = present_gradients(params)
     norm = joint_norm(gradients, norm_type)
     if gradients:
-        torch._foreach_mul_([local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(locals_of(gradients), (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -84,7 +84,7 @@ def clip_gradient_value_(params: Sequence[Tensor], clip_value: float) -> None:
         >>> theta.grad
         tensor([-1.0000,  0.5000,  1.0000])
     """
-    gradients = [local(g) for g in present_gradients(params)]
+    gradients = locals_of(present_gradients(params))
     if gradients:
         torch._foreach_clamp_min_(gradients, -clip_value)
         torch._foreach_clamp_max_(gradients, clip_value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn.utils import get_total_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -18,9 +19,9 @@ __all__ = [
     "accumulated_norms",
     "dense_gradients",
     "fraction_beyond",
-    "in_pieces",
     "joint_norm",
     "local",
+    "locals_of",
     "present_gradients",
     "shard_like",
     "whole",
@@ -45,14 +46,21 @@ def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
     return replicated.redistribute(placements=sharded.placements)
 
 
+def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of tensors that this rank holds, sharing their memory."""
+    if DTensor not in set(map(type, tensors)):  # one look at all of them is cheaper than one at each
+        return list(tensors)
+    return [local(tensor) for tensor in tensors]
+
+
 def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Return this rank's part of each gradient, for adding to it: missing ones become zero, sparse ones dense."""
-    for p in params:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-        elif p.grad.is_sparse:
-            p.grad = p.grad.to_dense()
-    return [local(cast("Tensor", p.grad)) for p in params]
+    gradients = [p.grad for p in params]
+    if type(None) in set(map(type, gradients)) or any(map(attrgetter("is_sparse"), gradients)):
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
+        gradients = [p.grad for p in params]
+    return locals_of(cast("list[Tensor]", gradients))
 
 
 def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
@@ -65,29 +73,6 @@ def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
         elif p.grad is not None:
             gradients.append(p.grad)
     return [gradient for gradient in gradients if gradient.numel()]
-
-
-def in_pieces(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Yield lists of tensors, or of flat pieces of them, that together are small enough for a temporary copy to be cheap.
-
-    The lists run in parallel: what belongs together is of one shape, and stays together.
-    """
-    waiting: list[tuple[Tensor, ...]] = []
-    size = 0
-    for together in zip(*lists, strict=True):
-        limit = 1 << (18 if together[0].device.type == "cpu" else 24)  # fits into a cache; fills an accelerator
-        count = together[0].numel()
-        if count > limit and all(tensor.is_contiguous() for tensor in together):
-            flat = [tensor.view(-1).split(limit) for tensor in together]
-            yield from (tuple([piece] for piece in pieces) for pieces in zip(*flat, strict=True))
-            continue
-        if waiting and size + count > limit:
-            yield tuple(map(list, zip(*waiting, strict=True)))
-            waiting, size = [], 0
-        waiting.append(together)
-        size += count
-    if waiting:
-        yield tuple(map(list, zip(*waiting, strict=True)))
 
 
 def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import Classifier, fit, loader, parameter, same, weights
@@ -11,8 +12,30 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torch.testing import assert_close
 
-from lightning_reg import L1Penalty, L2Penalty, Penalty
-from lightning_reg.functional import add_l1_gradient_, add_l2_gradient_, l1_penalty, l2_penalty
+from lightning_reg import (
+    ActivityPenalty,
+    ElasticNetPenalty,
+    GroupLassoPenalty,
+    L1Penalty,
+    L2Penalty,
+    OrthogonalityPenalty,
+    Penalty,
+    StartingPointPenalty,
+)
+from lightning_reg.functional import (
+    Units,
+    activity_penalty,
+    add_distance_gradient_,
+    add_group_lasso_gradient_,
+    add_l1_gradient_,
+    add_l2_gradient_,
+    distance_penalty,
+    group_lasso_penalty,
+    l1_penalty,
+    l2_penalty,
+    orthogonality_penalty,
+    units_of,
+)
 
 NAIVE = {
     l1_penalty: lambda params: sum(p.abs().sum() for p in params),
@@ -38,6 +61,22 @@ def test_value_and_gradient_are_those_of_the_sum(penalty, dtype):
     reference.backward()
     CLOSED[penalty](added, 3.0)
     assert_close(value, reference)
+    assert_close([p.grad for p in fused], [p.grad for p in naive])
+    assert_close([p.grad for p in added], [p.grad for p in naive])
+
+
+@pytest.mark.parametrize("penalty", [l1_penalty, l2_penalty])
+@pytest.mark.parametrize("others", [False, True])
+def test_large_tensors_are_worked_on_in_pieces_to_the_same_end(penalty, others):
+    """More entries than a piece holds, not a multiple of it, in both memory layouts."""
+    torch.manual_seed(0)
+    start = [torch.randn(1100, 1000), torch.randn(1000, 1100).t()]
+    start[0][5, 7] = 0.0
+    start += [torch.randn(3, 4)] if others else []
+    fused, naive, added = ([p.clone().requires_grad_() for p in start] for _ in range(3))
+    (3 * penalty(fused)).backward()
+    (3 * NAIVE[penalty](naive)).backward()
+    CLOSED[penalty](added, 3.0)
     assert_close([p.grad for p in fused], [p.grad for p in naive])
     assert_close([p.grad for p in added], [p.grad for p in naive])
 
@@ -95,7 +134,7 @@ class Regression(Classifier):
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        return mse_loss(self.net(images).squeeze(1), labels.float())
+        return mse_loss(self.net(images).squeeze(1), labels.to(images.dtype))
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
@@ -287,3 +326,209 @@ def test_the_logged_loss_has_no_penalty():
         trainer.fit(copy.deepcopy(Logs()), loader())
         losses.append(trainer.callback_metrics["loss"])
     assert_close(losses[0], losses[1], rtol=0.0, atol=0.0)
+
+
+UNITS = {
+    nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
+    nn.Conv2d(4, 6, 3, groups=2): lambda w: [w[i] for i in range(6)],
+    nn.ConvTranspose2d(4, 6, 3): lambda w: [w[:, i] for i in range(6)],
+    nn.ConvTranspose1d(4, 6, 3, groups=2): lambda w: [w[2 * g : 2 * g + 2, i] for g in range(2) for i in range(3)],
+    nn.Embedding(5, 3): lambda w: [w[i] for i in range(5)],
+}
+
+
+@pytest.mark.parametrize("layer", UNITS, ids=repr)
+def test_the_group_lasso_is_the_sum_over_output_units(layer):
+    by_hand = layer.weight.detach().clone().requires_grad_()
+    reference = sum(unit.numel() ** 0.5 * unit.norm() for unit in UNITS[layer](by_hand))
+    (2 * reference).backward()
+    fused, added = (layer.weight.detach().clone().requires_grad_() for _ in range(2))
+    value = group_lasso_penalty([fused], [units_of(layer)])
+    (2 * value).backward()
+    add_group_lasso_gradient_([added], 2.0, [units_of(layer)])
+    assert_close(value, reference)
+    assert_close(fused.grad, by_hand.grad)
+    assert_close(added.grad, by_hand.grad)
+
+
+def test_the_group_lasso_of_zero_vectors_and_single_numbers():
+    zero = torch.zeros(2, 3, requires_grad=True)
+    group_lasso_penalty([zero]).backward()
+    assert zero.grad.tolist() == [[0.0] * 3] * 2
+    vector, scalar = torch.tensor([3.0, -4.0], requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+    value = group_lasso_penalty([vector, scalar])
+    value.backward()
+    assert value == 9.0
+    assert vector.grad.tolist() == [1.0, -1.0]
+    assert scalar.grad == -1.0
+    assert Units() == (0, 1)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 2, 3, 3), (20, 2, 3, 3)])
+def test_orthogonality_is_measured_on_the_smaller_gram_matrix(shape):
+    torch.manual_seed(0)
+    w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    matrix = w.detach().flatten(1).numpy()
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    value = orthogonality_penalty([w])
+    assert value.item() == pytest.approx(((gram - np.eye(len(gram))) ** 2).sum() / 2)
+    assert torch.autograd.gradcheck(lambda w: orthogonality_penalty([w]), w)
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 4)))
+    assert orthogonality_penalty([torch.tensor(q)]).item() == pytest.approx(0.0, abs=1e-20)
+
+
+def test_orthogonality_has_no_meaning_for_vectors():
+    with pytest.raises(ValueError, match=r"needs tensors of two or more dimensions, got shape \(3,\)"):
+        orthogonality_penalty([torch.ones(3)])
+    with pytest.raises(ValueError, match=r"vectors have no Gram matrix, got net.0.bias, .*: leave them out"):
+        fit([OrthogonalityPenalty(0.1, params="all")])
+
+
+def test_distance_and_its_gradient():
+    params, references = tensors(), [p.detach() + 1 for p in tensors()]
+    value = distance_penalty(params, references)
+    value.backward()
+    added = tensors()
+    add_distance_gradient_(added, references, 1.0)
+    assert_close([p.grad for p in params], [torch.full_like(p, -1.0).detach() for p in params])
+    assert_close([p.grad for p in added], [p.grad for p in params])
+    assert value.item() == pytest.approx(sum(p.numel() for p in params) / 2)
+
+
+def test_the_starting_point_pulls_back_to_it():
+    start, free, held = Classifier(), fit(max_epochs=4), fit([StartingPointPenalty(5.0)], max_epochs=4)
+
+    def moved(model):
+        return (model.net[0].weight - start.net[0].weight).norm()
+
+    assert moved(held) < 0.3 * moved(free)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_activity_is_a_mean_over_the_batch(p):
+    h = torch.randn(6, 3, 4)
+    norms = [sample.abs().sum() if p == 1 else sample.square().sum() / 2 for sample in h]
+    assert_close(activity_penalty(h, p), torch.stack(norms).mean())
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_activity_penalty_is_the_term_written_into_the_module(accumulate):
+    class ByHand(Classifier):
+        def training_step(self, batch, batch_idx):
+            images, labels = batch
+            hidden = self.net[:3](images)
+            term = 0.1 * hidden.abs().sum() / len(hidden)
+            return nn.functional.cross_entropy(self.net[3:](hidden), labels) + term
+
+    ours = fit([ActivityPenalty(0.1, modules="ReLU")], accumulate_grad_batches=accumulate)
+    assert_close(weights(ours), weights(fit(model=ByHand(), accumulate_grad_batches=accumulate)))
+    assert not same(ours, fit(accumulate_grad_batches=accumulate))
+
+
+def test_elastic_net_is_both_penalties():
+    for route in ("loss", "gradient"):
+        both = fit([L1Penalty(0.01, inject=route), L2Penalty(0.1, inject=route)])
+        assert_close(weights(fit([ElasticNetPenalty(0.01, 0.1, inject=route)])), weights(both))
+
+
+ROUTED = [L1Penalty(0.01), L2Penalty(0.1), ElasticNetPenalty(0.01, 0.1), GroupLassoPenalty(0.01), OrthogonalityPenalty(0.02)]
+ROUTED += [StartingPointPenalty(1.0), Custom(0.01)]
+
+
+@pytest.mark.parametrize("penalty", ROUTED, ids=repr)
+def test_both_routes_are_one_objective(penalty):
+    by_loss, by_gradient = copy.deepcopy(penalty), copy.deepcopy(penalty)
+    by_loss.inject, by_gradient.inject = "loss", "gradient"
+    first, second = fit([by_loss], Unused()), fit([by_gradient], Unused())
+    assert_close(weights(first), weights(second))
+    assert not same(second, fit(model=Unused()))
+
+
+class Searches(Regression):
+    """The linear model with an optimizer that searches along a line for the smallest value of the objective."""
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=50, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
+
+
+@pytest.mark.parametrize("route", ["loss", "gradient"])
+def test_a_line_search_sees_the_penalised_objective(route):
+    """Ridge in closed form; the naive penalty, of which the search sees only the gradient, misses it."""
+    images, labels = (part.double() for part in next(iter(loader(64, batch_size=64))))
+    gram = images.T @ images / 32 + 0.5 * torch.eye(64)
+    truth = torch.linalg.solve(gram, images.T @ labels / 32)
+
+    class NaiveRidge(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            loss.add_(0.25 * pl_module.net.weight.square().sum())
+
+    def solved(callback):
+        model = fit([callback], Searches(), loader(64, batch_size=64), max_epochs=4, precision="64-true")
+        return ((model.net.weight.detach()[0] - truth).norm() / truth.norm()).item()
+
+    assert solved(L2Penalty(0.5, inject=route)) < 1e-4
+    assert solved(NaiveRidge()) > 1e-3
+
+
+class Wrong(Penalty):
+    """A penalty whose value is made by a test."""
+
+    def __init__(self, strength, *, make, inject="auto"):
+        self.make = make
+        super().__init__(strength, inject=inject)
+
+    def value(self, params):
+        return self.make(params)
+
+
+@pytest.mark.parametrize("route", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda params: 1.0, TypeError, "must return a differentiable scalar tensor, got 1.0 of type float"),
+        (lambda params: params[0].abs(), ValueError, r"got a tensor of shape \(16, 64\): sum over all entries"),
+        (lambda params: params[0].data.sum(), ValueError, r"got one without a graph: compute it from params, without .data"),
+        (lambda params: (params[0] - params[0]).sum() / 0.0, ValueError, "got NaN for finite parameters"),
+    ],
+)
+def test_a_value_that_is_no_penalty_is_refused(make, error, message, route):
+    with pytest.raises(error, match=message):
+        fit([Wrong(0.1, make=make, inject=route)])
+
+
+def test_the_starting_point_of_another_model_is_refused():
+    callback = StartingPointPenalty(0.1)
+    fit([callback])
+    other = Classifier()
+    other.net[4] = nn.Linear(16, 11)
+    with pytest.raises(ValueError, match=r"the starting point has shape \(10, 16\) for 'net.4.weight' of shape \(11, 16\)"):
+        fit([callback], other)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ElasticNetPenalty(-0.1, 0.1), r"ElasticNetPenalty: l1 must be a number in \[0, inf\), got -0.1"),
+        (lambda: ActivityPenalty(0.1, modules="ReLU", p=3), "ActivityPenalty: p must be 1 or 2, got 3"),
+        (lambda: ActivityPenalty(0.1, modules=[]), r"ActivityPenalty: modules must name modules or classes, .* got nothing"),
+        (lambda: fit([ActivityPenalty(0.1, modules="Relu")]), r"ActivityPenalty: no module has a name or class .* near: ReLU"),
+        (lambda: fit([ActivityPenalty(0.1, modules="ReLU")], Manual()), "ActivityPenalty adds to the loss, which in manual"),
+    ],
+)
+def test_bad_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_activities_that_are_no_float_tensor_are_refused():
+    class Recurrent(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRU(8, 64, batch_first=True)
+
+        def training_step(self, batch, batch_idx):
+            states, _ = self.rnn(batch[0].view(-1, 8, 8))
+            return super().training_step((states[:, -1], batch[1]), batch_idx)
+
+    with pytest.raises(TypeError, match=r"ActivityPenalty: 'rnn' \(GRU\) returns tuple, expected one float tensor"):
+        fit([ActivityPenalty(0.1, modules="rnn")], Recurrent())

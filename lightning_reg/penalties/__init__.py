@@ -2,15 +2,13 @@
 
 from lightning_reg.penalties.activity import ActivityPenalty, activity_penalty
 from lightning_reg.penalties.base import Penalty
+from lightning_reg.penalties.groups import GroupLassoPenalty, add_group_lasso_gradient_, group_lasso_penalty
 from lightning_reg.penalties.norms import (
     ElasticNetPenalty,
-    GroupLassoPenalty,
     L1Penalty,
     L2Penalty,
-    add_group_lasso_gradient_,
     add_l1_gradient_,
     add_l2_gradient_,
-    group_lasso_penalty,
     l1_penalty,
     l2_penalty,
 )

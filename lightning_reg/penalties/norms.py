@@ -1,8 +1,7 @@
-"""Penalties on the size of the weights: L1, L2, both, and the norms of units."""
+"""Penalties on the size of every weight: L1, L2, and both."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import accumulated_norms, dense_gradients, in_pieces, local, whole
-from lightning_reg.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
+from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -24,13 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ElasticNetPenalty",
-    "GroupLassoPenalty",
     "L1Penalty",
     "L2Penalty",
-    "add_group_lasso_gradient_",
     "add_l1_gradient_",
     "add_l2_gradient_",
-    "group_lasso_penalty",
     "l1_penalty",
     "l2_penalty",
 ]
@@ -96,8 +91,14 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         >>> theta.grad
         tensor([ 0.5000, -0.5000,  0.0000])
     """
-    for gradients, tensors in in_pieces(dense_gradients(params), [local(p) for p in params]):
-        torch._foreach_add_(gradients, torch._foreach_sign(tensors), alpha=strength)
+    gradients, tensors = dense_gradients(params), locals_of(params)
+    both = enumerate(zip(gradients, tensors, strict=True))
+    large = [index for index, (gradient, tensor) in both if _has_pieces(tensor) and gradient.is_contiguous()]
+    for index in reversed(large):
+        _add_signs_(gradients.pop(index), tensors.pop(index), strength)
+    for begin in range(0, len(tensors), _TENSORS):
+        signs = torch._foreach_sign(tensors[begin : begin + _TENSORS])
+        torch._foreach_add_(gradients[begin : begin + _TENSORS], signs, alpha=strength)
 
 
 @torch.no_grad()
@@ -115,49 +116,7 @@ def add_l2_gradient_(params: Sequence[Tensor], strength: float) -> None:
         tensor([ 0.5000, -1.0000])
     """
     if params:
-        torch._foreach_add_(dense_gradients(params), [local(p) for p in params], alpha=strength)
-
-
-def group_lasso_penalty(params: Sequence[Tensor], units: Sequence[Units] | None = None) -> Tensor:
-    r"""Return :math:`R(w) = \sum_g \sqrt{|g|}\,\|w_g\|_2` over the output units of all tensors.
-
-    Args:
-        params: Tensors of any shapes.
-        units: Where each tensor keeps its output units; by default in dimension 0.
-
-    Returns:
-        A scalar; its gradient is :math:`\sqrt{|g|}\,w_g / \|w_g\|`, and 0 for a unit that is zero.
-
-    Example:
-        >>> group_lasso_penalty([torch.tensor([[3.0, 4.0], [0.0, 0.0]])])
-        tensor(7.0711)
-
-    Reference:
-        M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
-    """
-    layout = list(units or [Units()] * len(params))
-    return one_node(partial(_group_lasso_value, units=layout), partial(_group_lasso_gradients, units=layout), params)
-
-
-@torch.no_grad()
-def add_group_lasso_gradient_(params: Sequence[Tensor], strength: float, units: Sequence[Units] | None = None) -> None:
-    r"""Add the gradient of :math:`\lambda \sum_g \sqrt{|g|}\,\|w_g\|_2` to ``.grad``.
-
-    Args:
-        params: Tensors; where there is no gradient yet, one is made.
-        strength: λ.
-        units: Where each tensor keeps its output units; by default in dimension 0.
-
-    Example:
-        >>> theta = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
-        >>> add_group_lasso_gradient_([theta], strength=0.5**0.5)
-        >>> theta.grad
-        tensor([[0.6000, 0.8000],
-                [0.0000, 0.0000]])
-    """
-    layout = units or [Units()] * len(params)
-    for p, gradient, u in zip(params, dense_gradients(params), layout, strict=True):
-        unit_view(gradient, u).addcmul_(unit_view(p, u), _group_lasso_factors(p, u), value=strength)
+        torch._foreach_add_(dense_gradients(params), locals_of(params), alpha=strength)
 
 
 class L1Penalty(Penalty):
@@ -292,39 +251,25 @@ class ElasticNetPenalty(Penalty):
             add_l2_gradient_(params, strength * self.current["l2"])
 
 
-class GroupLassoPenalty(Penalty):
-    r"""Group lasso: :math:`J = L + \lambda \sum_g \sqrt{|g|}\,\|w_g\|_2`, a group for each output unit.
+_PIECE, _TENSORS = 1 << 20, 32
+"""How many signs, and of how many tensors, are held at once: few enough for a cache, many enough for the cost of a call."""
 
-    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
 
-    It pulls whole units towards zero: rows of a linear layer, filters of a convolution (dimension 1 where it is transposed),
-    vectors of an embedding. As with L1, exact zeros need a proximal step: :class:`~lightning_reg.GroupSoftThresholding`.
+def _has_pieces(tensor: Tensor) -> bool:
+    """Return whether a tensor is better worked on piece by piece."""
+    return tensor.numel() > _PIECE and tensor.is_contiguous()
 
-    Args:
-        strength: λ ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        inject: ``"loss"``, ``"gradient"`` (no graph: for large models), or ``"auto"``: the loss wherever that is exact.
-        name: What metrics and the checkpoint call it.
 
-    Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing, or a route that cannot be exact.
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same flat pieces of contiguous tensors of one shape."""
+    return zip(*(torch.split(tensor.view(-1), _PIECE) for tensor in tensors), strict=True)
 
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[GroupLassoPenalty(1e-4)], logger=False)
 
-    Reference:
-        M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006; for units: W. Wen et al.,
-        "Learning Structured Sparsity in Deep Neural Networks", 2016.
-    """
-
-    def value(self, params: Sequence[Tensor]) -> Tensor:
-        """Return Σ √|g| ‖w_g‖."""
-        return group_lasso_penalty(params, self.units(params))
-
-    def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
-        """Add λ √|g| w_g / ‖w_g‖."""
-        add_group_lasso_gradient_(params, strength, self.units(params))
+def _add_signs_(gradient: Tensor, tensor: Tensor, strength: float) -> None:
+    """Add the signs of a large tensor piece by piece, so that no temporary of its size is made."""
+    signs = torch.empty(_PIECE, dtype=tensor.dtype, device=tensor.device)
+    for some, of in _pieces(gradient, tensor):
+        some.add_(torch.sign(of, out=signs[: of.numel()]), alpha=strength)
 
 
 def _l1_value(params: Sequence[Tensor]) -> Tensor:
@@ -332,8 +277,12 @@ def _l1_value(params: Sequence[Tensor]) -> Tensor:
 
 
 def _l1_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    gradients = list(torch._foreach_sign(list(params)))
-    torch._foreach_mul_(gradients, factor)
+    gradients = [torch.empty_like(p) if _has_pieces(p) else torch.sign(p) for p in params]
+    if small := [gradient for gradient, p in zip(gradients, params, strict=True) if not _has_pieces(p)]:
+        torch._foreach_mul_(small, factor)
+    for gradient, p in zip(gradients, params, strict=True):
+        for some, of in _pieces(gradient, p) if _has_pieces(p) else ():
+            torch.sign(of, out=some).mul_(factor)
     return gradients
 
 
@@ -343,19 +292,3 @@ def _l2_value(params: Sequence[Tensor]) -> Tensor:
 
 def _l2_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
     return list(torch._foreach_mul(list(params), factor))
-
-
-def _group_lasso_value(params: Sequence[Tensor], units: Sequence[Units]) -> Tensor:
-    sums = [whole(unit_norms(p, u).sum()) * unit_size(p, u) ** 0.5 for p, u in zip(params, units, strict=True)]
-    return torch.stack(sums).sum()
-
-
-def _group_lasso_factors(p: Tensor, units: Units) -> Tensor:
-    """Return √|g| / ‖w_g‖ for each unit, and 0 for a unit that is zero."""
-    norms = local_unit_norms(p, units)
-    return torch.where(norms > 0, unit_size(p, units) ** 0.5 / norms, 0.0).to(p.dtype)
-
-
-def _group_lasso_gradients(params: Sequence[Tensor], factor: Tensor, units: Sequence[Units]) -> Sequence[Tensor]:
-    scaled = [unit_view(p, u) * (_group_lasso_factors(p, u) * factor.to(p.dtype)) for p, u in zip(params, units, strict=True)]
-    return [gradient.view_as(p) for gradient, p in zip(scaled, params, strict=True)]

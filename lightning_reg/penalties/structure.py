@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_reg.penalties.base import Penalty, Route
-from lightning_reg.tensors import accumulated_norms, dense_gradients, local, shard_like, whole
+from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of, shard_like, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,8 +90,8 @@ def add_distance_gradient_(params: Sequence[Tensor], references: Sequence[Tensor
     """
     if params:
         gradients = dense_gradients(params)
-        torch._foreach_add_(gradients, [local(p) for p in params], alpha=strength)
-        torch._foreach_add_(gradients, [local(reference) for reference in references], alpha=-strength)
+        torch._foreach_add_(gradients, locals_of(params), alpha=strength)
+        torch._foreach_add_(gradients, locals_of(references), alpha=-strength)
 
 
 class OrthogonalityPenalty(Penalty):

@@ -10,7 +10,7 @@ from lightning_reg.base import Phase, Regularizer
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.parameters import ParameterRegularizer
 from lightning_reg.selection import select_parameters
-from lightning_reg.tensors import local
+from lightning_reg.tensors import locals_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ def decay_weights_(params: Sequence[Tensor], share: float) -> None:
         tensor([ 0.7500, -1.5000])
     """
     if params:
-        torch._foreach_mul_([local(p) for p in params], 1 - share)
+        torch._foreach_mul_(locals_of(params), 1 - share)
 
 
 def decay_groups(module: nn.Module, weight_decay: float, *, params: Params = "weights") -> list[dict[str, Any]]:
