@@ -7,13 +7,14 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
 
 __all__ = [
     "accumulated_norms",
@@ -77,6 +78,11 @@ def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
     """Return each tensor's norm over all its shards, summed in float32 or better."""
+    if set(map(type, tensors)) <= {Tensor, Parameter} and {tensor.dtype for tensor in tensors} <= {
+        torch.float32,
+        torch.float64,
+    }:
+        return list(torch._foreach_norm(list(tensors), order))
     return [_norm(tensor, order) for tensor in tensors]
 
 

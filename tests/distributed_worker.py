@@ -143,6 +143,27 @@ def ddp(**kwargs: bool) -> dict[str, object]:
     return {"strategy": DDPStrategy(process_group_backend="gloo", **kwargs), "devices": RANKS}
 
 
+def sharded() -> dict[str, object]:
+    """Return what makes a trainer one rank of FSDP2."""
+    return {"strategy": ModelParallelStrategy(RANKS, 1), "devices": RANKS}
+
+
+def failure(callbacks: list[Callback], model: LightningModule, ranks: list[int], **trainer: object) -> str:
+    """Train and return the error that this comes to."""
+    try:
+        train(callbacks, model, ranks, **trainer)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+class Naive(Callback):
+    """What one writes first: a Python sum, added to the loss in every backward pass."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        loss.add_(0.05 * sum(p.square().sum() for p in pl_module.parameters() if p.ndim > 1))
+
+
 def sharded_techniques() -> list[Callback]:
     """Return the techniques that act on shards."""
     return [
@@ -178,9 +199,14 @@ def main(folder: Path) -> None:
     results = {
         "all": train(techniques(), Digits(), [rank], **ddp()),
         "unseeded": train([Unseeded(0.1)], Digits(), [rank], **ddp()),
-        "unused": train([L2Penalty(0.1)], Unused(), [rank], **ddp(find_unused_parameters=True)),
-        "sharded": train(sharded_techniques(), Sharded(), [rank], strategy=ModelParallelStrategy(RANKS, 1), devices=RANKS),
+        "unused": train([L2Penalty(0.1, params="all")], Unused(), [rank], **ddp(find_unused_parameters=True)),
+        "unused, plain DDP": train([L2Penalty(0.1, params="all")], Unused(), [rank], **ddp()),
+        "refused, DDP": failure([L2Penalty(0.1, inject="loss")], Unused(), [rank], **ddp(find_unused_parameters=True)),
+        "refused, sharded": failure([L2Penalty(0.1, inject="loss")], Sharded(), [rank], **sharded()),
+        "naive, sharded": failure([Naive()], Sharded(), [rank], **sharded()),
+        "sharded": train(sharded_techniques(), Sharded(), [rank], **sharded()),
     }
+    results["naive, DDP"] = failure([Naive()], Unused(), [rank], **ddp(find_unused_parameters=True))  # breaks the group
     torch.save(results, folder / f"{rank}.pt")
 
 

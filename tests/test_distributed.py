@@ -52,10 +52,23 @@ def test_a_penalty_counted_once_per_micro_batch_would_show(ranks):
         assert_close(ranks[0]["all"], train(doubled, Digits(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)
 
 
-def test_an_unused_layer_is_penalised_where_ddp_looks_for_unused_parameters(ranks):
-    one_process = train([L2Penalty(0.1)], Unused(), [0, 1], accumulate_grad_batches=2)
-    assert_close(ranks[0]["unused"], one_process, **TOLERANCE)
+@pytest.mark.parametrize("run", ["unused", "unused, plain DDP"])
+def test_an_unused_layer_is_penalised_whether_ddp_looks_for_it_or_not(ranks, run):
+    one_process = train([L2Penalty(0.1, params="all")], Unused(), [0, 1], accumulate_grad_batches=2)
+    assert_close(ranks[0][run], one_process, **TOLERANCE)
     assert not torch.equal(one_process["unused.weight"], Unused().unused.weight)
+    assert "mark a variable ready only once" in ranks[0]["naive, DDP"]  # what adding it to the loss comes to there
+
+
+def test_the_loss_route_is_refused_where_it_cannot_be_exact(ranks):
+    assert ranks[0]["refused, DDP"] == (
+        "L2Penalty: inject='loss' is not exact under DDP with find_unused_parameters or static_graph; "
+        "use inject='gradient' or 'auto'"
+    )
+    assert ranks[0]["refused, sharded"] == (
+        "L2Penalty: inject='loss' is not exact for sharded parameters; use inject='gradient' or 'auto'"
+    )
+    assert ranks[0]["naive, sharded"]  # a Python sum over DTensors and others fails within torch, which words it differently
 
 
 def test_sharded_parameters_equal_whole_ones(ranks):

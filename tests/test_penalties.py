@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, fit, loader, parameter, same, weights
+from helpers import Classifier, Memory, fit, loader, parameter, same, weights
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -272,6 +272,64 @@ def test_manual_optimization_takes_the_gradient_route_for_the_optimizer_that_ste
     decayed = Manual()
     decayed.weight_decay = 0.01
     assert same(fit([L2Penalty(0.01, params=["net.0.*", "net.4.*"])], Manual()), fit(model=decayed))
+
+
+def test_the_naive_penalty_cannot_change_such_a_loss():
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        fit([Naive()], Manual())
+
+
+class Tied(Classifier):
+    """Two layers with one weight between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Linear(64, 16, bias=False)
+        self.again.weight = self.net[0].weight
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        return nn.functional.cross_entropy(self.net[1:](self.net[0](images) + self.again(images)), labels)
+
+
+@pytest.mark.parametrize("route", ["loss", "gradient"])
+def test_a_tied_weight_is_penalised_once(route):
+    class LayerByLayer(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            layers = [module for module in pl_module.modules() if isinstance(module, nn.Linear)]
+            loss.add_(0.05 * sum(p.square().sum() for layer in layers for p in layer.parameters()))
+
+    params = ["*.weight", "*.bias", "!net.1.*"]
+    decayed = Tied()
+    decayed.net[1].requires_grad_(False)
+    decayed.weight_decay = 0.1
+    reference = weights(fit(model=decayed))
+
+    def trained(callback):
+        model = Tied()
+        model.net[1].requires_grad_(False)
+        return weights(fit([callback], model))
+
+    assert_close(trained(L2Penalty(0.1, params=params, inject=route)), reference)
+    with pytest.raises(AssertionError):
+        assert_close(trained(LayerByLayer()), reference)
+
+
+@pytest.mark.parametrize(("route", "evaluations"), [("loss", 4), ("gradient", 0)])
+def test_a_penalty_is_evaluated_once_in_a_step_and_its_value_only_where_it_is_needed(route, evaluations):
+    class Counts(L1Penalty):
+        count = 0
+
+        def value(self, params):
+            self.count += 1
+            return super().value(params)
+
+    callback = Counts(0.01, inject=route)
+    fit([callback], data=loader(64, batch_size=8), accumulate_grad_batches=4)
+    assert callback.count == evaluations
+    logged = Counts(0.01, inject=route)
+    fit([logged], data=loader(64, batch_size=8), accumulate_grad_batches=4, logger=Memory(), log_every_n_steps=2)
+    assert logged.count == max(evaluations, 2)
 
 
 def test_a_loss_route_that_cannot_be_exact_is_refused():

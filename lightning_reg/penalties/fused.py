@@ -11,13 +11,13 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    Value = Callable[[Sequence[Tensor]], Tensor]
-    Gradients = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
+    NodeValue = Callable[[Sequence[Tensor]], Tensor]
+    NodeGradients = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
 
 __all__ = ["one_node"]
 
 
-def one_node(value: Value, gradients: Gradients, params: Sequence[Tensor]) -> Tensor:
+def one_node(value: NodeValue, gradients: NodeGradients, params: Sequence[Tensor]) -> Tensor:
     """Return ``value(params)``, differentiated by ``gradients(params, factor)``, the gradients times a factor.
 
     Args:
@@ -30,7 +30,7 @@ def one_node(value: Value, gradients: Gradients, params: Sequence[Tensor]) -> Te
 
 class _OneNode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Value, gradients: Gradients, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, value: NodeValue, gradients: NodeGradients, *params: Tensor) -> Tensor:
         ctx.save_for_backward(*params)
         ctx.gradients = gradients
         return value(params)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg.penalties.fused import NodeGradients, NodeValue
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
 
@@ -34,7 +35,7 @@ __all__ = [
 def l1_penalty(params: Sequence[Tensor]) -> Tensor:
     r"""Return :math:`R(\theta) = \sum_i |\theta_i|` over all entries of all tensors.
 
-    One node in the autograd graph whatever the number of tensors; sums in float32 for half precision. The subgradient at 0
+    One node in the autograd graph, and one for each large tensor; sums in float32 for half precision. The subgradient at 0
     is 0.
 
     Args:
@@ -52,13 +53,13 @@ def l1_penalty(params: Sequence[Tensor]) -> Tensor:
     Reference:
         R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     """
-    return one_node(_l1_value, _l1_gradients, params)
+    return _few_nodes(_l1_value, _l1_gradients, params)
 
 
 def l2_penalty(params: Sequence[Tensor]) -> Tensor:
     r"""Return :math:`R(\theta) = \frac{1}{2} \sum_i \theta_i^2` over all entries of all tensors.
 
-    One node in the autograd graph whatever the number of tensors; sums in float32 for half precision.
+    One node in the autograd graph, and one for each large tensor; sums in float32 for half precision.
 
     Args:
         params: Tensors of any shapes.
@@ -74,7 +75,7 @@ def l2_penalty(params: Sequence[Tensor]) -> Tensor:
     Reference:
         A. E. Hoerl, R. W. Kennard, "Ridge Regression: Biased Estimation for Nonorthogonal Problems", 1970.
     """
-    return one_node(_l2_value, _l2_gradients, params)
+    return _few_nodes(_l2_value, _l2_gradients, params)
 
 
 @torch.no_grad()
@@ -92,9 +93,8 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         tensor([ 0.5000, -0.5000,  0.0000])
     """
     gradients, tensors = dense_gradients(params), locals_of(params)
-    both = enumerate(zip(gradients, tensors, strict=True))
-    large = [index for index, (gradient, tensor) in both if _has_pieces(tensor) and gradient.is_contiguous()]
-    for index in reversed(large):
+    large = [index for index, tensor in enumerate(tensors) if tensor.numel() > _PIECE]
+    for index in reversed([index for index in large if _has_pieces(tensors[index]) and gradients[index].is_contiguous()]):
         _add_signs_(gradients.pop(index), tensors.pop(index), strength)
     for begin in range(0, len(tensors), _TENSORS):
         signs = torch._foreach_sign(tensors[begin : begin + _TENSORS])
@@ -253,6 +253,14 @@ class ElasticNetPenalty(Penalty):
 
 _PIECE, _TENSORS = 1 << 20, 32
 """How many signs, and of how many tensors, are held at once: few enough for a cache, many enough for the cost of a call."""
+
+
+def _few_nodes(value: NodeValue, gradients: NodeGradients, params: Sequence[Tensor]) -> Tensor:
+    """Sum over one node for all small tensors, which saves calls, and one for each large one, whose gradient can go at once."""
+    small = [p for p in params if p.numel() <= _PIECE]
+    parts = [*([p] for p in params if p.numel() > _PIECE), *([small] if small else [])]
+    terms = [one_node(value, gradients, part) for part in parts or [small]]
+    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 
 def _has_pieces(tensor: Tensor) -> bool:

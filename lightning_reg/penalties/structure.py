@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_reg.penalties.base import Penalty, Route
+from lightning_reg.penalties.fused import one_node
 from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of, shard_like, whole
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
         A. Brock et al., "Neural Photo Editing with Introspective Adversarial Networks", 2017; N. Bansal et al., "Can We Gain
         More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
     """
-    return torch.stack([_gram_distance(p) for p in params]).sum() if params else torch.zeros(())
+    return one_node(_orthogonality_value, _orthogonality_gradients, params)
 
 
 def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
@@ -69,8 +71,8 @@ def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> 
         >>> distance_penalty([torch.tensor([3.0, 4.0])], [torch.zeros(2)])
         tensor(12.5000)
     """
-    apart = [p - reference for p, reference in zip(params, references, strict=True)]
-    return torch.stack(accumulated_norms(apart, 2)).square().sum() / 2 if apart else torch.zeros(())
+    fixed = list(references)
+    return one_node(partial(_distance_value, references=fixed), partial(_distance_gradients, references=fixed), params)
 
 
 @torch.no_grad()
@@ -212,10 +214,38 @@ class StartingPointPenalty(Penalty):
         self._bind()
 
 
-def _gram_distance(p: Tensor) -> Tensor:
+def _matrix(p: Tensor) -> Tensor:
+    """Return a tensor as the matrix whose smaller Gram matrix is that of its rows."""
     if p.ndim < 2:
         raise ValueError(f"orthogonality needs tensors of two or more dimensions, got shape {tuple(p.shape)}")
     matrix = p.flatten(1).to(torch.promote_types(p.dtype, torch.float32))
-    matrix = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
-    gram = matrix @ matrix.t()
-    return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).square().sum() / 2
+    return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _excess(matrix: Tensor) -> Tensor:
+    """Return the Gram matrix less the identity."""
+    return matrix @ matrix.t() - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+
+
+def _orthogonality_value(params: Sequence[Tensor]) -> Tensor:
+    return torch.stack([_excess(_matrix(p)).square().sum() for p in params]).sum() / 2
+
+
+def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    gradients = []
+    for p in params:
+        matrix = _matrix(p)
+        gradient = (2 * factor) * _excess(matrix) @ matrix
+        gradients.append((gradient if len(gradient) == len(p) else gradient.t()).reshape(p.shape).to(p.dtype))
+    return gradients
+
+
+def _distance_value(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    apart = [p - reference for p, reference in zip(params, references, strict=True)]
+    return torch.stack(accumulated_norms(apart, 2)).square().sum() / 2
+
+
+def _distance_gradients(params: Sequence[Tensor], factor: Tensor, references: Sequence[Tensor]) -> Sequence[Tensor]:
+    gradients = list(torch._foreach_sub(list(params), list(references)))
+    torch._foreach_mul_(gradients, factor)
+    return gradients
