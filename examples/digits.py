@@ -249,6 +249,7 @@ def main() -> None:
     """Compare without arguments; with arguments, be a LightningCLI."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)  # the data are too small for worker processes
+    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, of no concern here
     if len(sys.argv) == 1:
         compare()
     else:

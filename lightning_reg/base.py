@@ -131,6 +131,10 @@ class Regularizer(Configured, Callback, ABC):
     def route(self) -> str:
         """Say where in the step it acts, for the summary."""
 
+    def overrides(self, method: str) -> bool:
+        """Return whether it has a method of its own in place of one that does nothing."""
+        return getattr(type(self), method) is not getattr(Regularizer, method)
+
     # Metrics --------------------------------------------------------------------------------------------------------
 
     def observe(self, **metrics: float | Tensor) -> None:

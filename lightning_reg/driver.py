@@ -43,6 +43,9 @@ class Driver:
         self.trainer = trainer
         self.pl_module = pl_module
         self.regularizers = sorted(regularizers, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
+        self._acting = {
+            hook: [cb for cb in self.regularizers if cb.overrides(hook)] for hook in ("gradients", "decay", "weights")
+        }
         self._plan: Plan | None = None
         self._handles: list[RemovableHandle] = []
         self._logging = False
@@ -103,7 +106,7 @@ class Driver:
             return
         self._about_to_step.add(optimizer)
         with torch.no_grad():
-            for regularizer in self.regularizers:
+            for regularizer in self._acting["gradients"]:
                 if params := regularizer.members(optimizer):
                     regularizer.gradients(params, optimizer)
         if host.grad_scaler(self.trainer) is None:
@@ -112,7 +115,7 @@ class Driver:
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         """Let every regularizer decay the weights; a step that a loss scaler skips does not come here."""
         with torch.no_grad():
-            for regularizer in self.regularizers:
+            for regularizer in self._acting["decay"]:
                 if self._has_gradients and (params := regularizer.members(optimizer)):
                     regularizer.decay(params, optimizer)
 
@@ -121,7 +124,7 @@ class Driver:
         if not self._has_gradients:
             return
         with torch.no_grad():
-            for regularizer in self.regularizers:
+            for regularizer in self._acting["weights"]:
                 if params := regularizer.members(optimizer):
                     regularizer.weights(params, optimizer, self._step())
         self._steps_in_batch += 1
@@ -150,7 +153,9 @@ class Driver:
 
     def _penalise_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Let an optimizer that searches along a line see the objective that it is given the gradient of."""
-        closure = kwargs["closure"]
+        closure = kwargs.get("closure")
+        if closure is None:
+            return args, kwargs
 
         def penalised() -> Any:
             loss = closure()

@@ -392,7 +392,9 @@ def test_deepspeed_is_refused_with_what_to_do_instead(name, message):
 @pytest.mark.parametrize("name", ["DropoutInjection", "DropoutScheduler"])
 def test_dropout_works_under_deepspeed_too(name):
     trainer = types.SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy), callbacks=[], max_epochs=1, max_steps=-1)
-    ROWS[name].active().setup(trainer, Classifier(), "fit")
+    callback = ROWS[name].active()
+    callback.setup(trainer, Classifier(), "fit")
+    assert callback.find(Classifier())
 
 
 def test_progress_does_not_run_over_in_manual_optimization():

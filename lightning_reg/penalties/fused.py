@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+__all__ = ["NodeGradients", "NodeValue", "one_node"]
 
-    NodeValue = Callable[[Sequence[Tensor]], Tensor]
-    NodeGradients = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
-
-__all__ = ["one_node"]
+NodeValue: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
+"""From tensors to a scalar."""
+NodeGradients: TypeAlias = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
+"""From tensors and a scalar to a gradient for each of them, times the scalar."""
 
 
 def one_node(value: NodeValue, gradients: NodeGradients, params: Sequence[Tensor]) -> Tensor:
