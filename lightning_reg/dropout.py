@@ -12,7 +12,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_reg.base import Phase
 from lightning_reg.configuration import PROBABILITY
 from lightning_reg.modules import ForwardHook, ModuleRegularizer
-from lightning_reg.selection import select_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -147,10 +146,7 @@ class DropoutInjection(ModuleRegularizer):
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules behind which it drops."""
-        try:
-            return select_modules(pl_module, [self.after] if isinstance(self.after, str) else self.after)
-        except ValueError as error:
-            raise ValueError(f"DropoutInjection: {error}") from None
+        return self.matching(pl_module, self.after)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register the hooks."""
@@ -204,11 +200,7 @@ class DropoutScheduler(ModuleRegularizer):
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the dropout modules that it drives."""
-        patterns = [self.modules] if isinstance(self.modules, str) else self.modules
-        try:
-            matched = select_modules(pl_module, patterns)
-        except ValueError as error:
-            raise ValueError(f"DropoutScheduler: {error}") from None
+        matched = self.matching(pl_module, self.modules)
         found: dict[str, nn.Module] = {name: module for name, module in matched.items() if isinstance(module, _DropoutNd)}
         if not found:
             raise ValueError(

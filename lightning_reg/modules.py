@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_reg import host
 from lightning_reg.base import Regularizer
+from lightning_reg.selection import select_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +55,13 @@ class ModuleRegularizer(Regularizer):
     @abstractmethod
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules that it acts on, by name."""
+
+    def matching(self, pl_module: LightningModule, patterns: str | list[str]) -> dict[str, nn.Module]:
+        """Return the modules that name globs or class names mean; an error names the class of the callback."""
+        try:
+            return select_modules(pl_module, [patterns] if isinstance(patterns, str) else patterns)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to act on, as far as the modules exist."""

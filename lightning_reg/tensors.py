@@ -78,10 +78,8 @@ def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
     """Return each tensor's norm over all its shards, summed in float32 or better."""
-    if set(map(type, tensors)) <= {Tensor, Parameter} and {tensor.dtype for tensor in tensors} <= {
-        torch.float32,
-        torch.float64,
-    }:
+    precise = {tensor.dtype for tensor in tensors} <= {torch.float32, torch.float64}
+    if precise and set(map(type, tensors)) <= {Tensor, Parameter}:
         return list(torch._foreach_norm(list(tensors), order))
     return [_norm(tensor, order) for tensor in tensors]
 

@@ -483,6 +483,17 @@ def test_the_activity_penalty_is_the_term_written_into_the_module(accumulate):
     assert not same(ours, fit(accumulate_grad_batches=accumulate))
 
 
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_the_activities_of_a_batch_that_is_skipped_are_forgotten():
+    class SkipsLate(Skips):
+        def training_step(self, batch, batch_idx):
+            loss = Classifier.training_step(self, batch, batch_idx)
+            return None if batch_idx in self.skipped else loss
+
+    early, late = (fit([ActivityPenalty(0.1, modules="ReLU")], kind({1, 3})) for kind in (Skips, SkipsLate))
+    assert same(early, late)
+
+
 def test_elastic_net_is_both_penalties():
     for route in ("loss", "gradient"):
         both = fit([L1Penalty(0.01, inject=route), L2Penalty(0.1, inject=route)])

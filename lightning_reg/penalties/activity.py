@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from lightning_reg.base import Phase
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.modules import ForwardHook, ModuleRegularizer
-from lightning_reg.selection import select_modules
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -85,13 +84,11 @@ class ActivityPenalty(ModuleRegularizer):
         self._handles: list[RemovableHandle] = []
         self._seen: list[Tensor] = []
         self._term: Tensor | None = None
+        self._trainer: Trainer | None = None
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules whose outputs it penalises."""
-        try:
-            return select_modules(pl_module, [self.modules] if isinstance(self.modules, str) else self.modules)
-        except ValueError as error:
-            raise ValueError(f"ActivityPenalty: {error}") from None
+        return self.matching(pl_module, self.modules)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse manual optimization, where a loss may be for any of the optimizers."""
@@ -116,6 +113,12 @@ class ActivityPenalty(ModuleRegularizer):
             handle.remove()
         self._handles.clear()
         self._seen.clear()
+        self._term = self._trainer = None
+
+    def update(self, progress: float) -> None:
+        """Move the strength, and forget a batch whose loss was ``None``: its activations are in no backward pass."""
+        self._seen.clear()
+        super().update(progress)
 
     def _listener(self, name: str) -> ForwardHook:
         def listen(module: nn.Module, args: Any, output: Any) -> None:
@@ -138,18 +141,19 @@ class ActivityPenalty(ModuleRegularizer):
 
     def loss_term(self, optimizer: Optimizer, last: bool) -> Tensor | None:
         """Return λ mean ‖h‖ of this batch, divided by the number of batches in a step as Lightning divides the loss."""
-        if not self._seen:
+        if not self._seen or self._trainer is None:
             return None
         total = self.current["strength"] * torch.stack(self._seen).sum()
         self._seen.clear()
         if self.logging:
             self.observe(penalty=total.detach())
-        self._term = total / self._trainer.accumulate_grad_batches
-        return self._term
+        term = total / self._trainer.accumulate_grad_batches
+        self._term = term.detach()
+        return term
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
         """Return what the last batch added."""
-        return None if self._term is None else self._term.detach()
+        return self._term
 
     def route(self) -> str:
         """Say that it has the loss route only."""

@@ -112,10 +112,17 @@ class SoftThresholding(ParameterRegularizer):
         """Threshold each group's parameters by its learning rate, and keep the fraction of exact zeros."""
         if self.current["strength"]:
             for group, members in self.by_group(params, optimizer):
-                soft_threshold_(members, float(group["lr"]) * self.current["strength"])
+                self.threshold_(members, float(group["lr"]) * self.current["strength"])
         if self.logging:
-            zeros = torch.stack([whole((p == 0).sum()) for p in params]).sum()
-            self.observe(zeros=zeros / sum(p.numel() for p in params))
+            self.observe(**self.zeros(params))
+
+    def threshold_(self, params: list[Parameter], threshold: float) -> None:
+        """Take the proximal step."""
+        soft_threshold_(params, threshold)
+
+    def zeros(self, params: list[Parameter]) -> dict[str, Tensor]:
+        """Return the fraction of entries that are exactly zero."""
+        return {"zeros": _share_of_zeros(params)}
 
     def route(self) -> str:
         """Say that it acts after the step."""
@@ -147,12 +154,16 @@ class GroupSoftThresholding(SoftThresholding):
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
 
-    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
-        """Threshold the units of each group's parameters by its learning rate, and keep the fraction that is zero."""
-        if self.current["strength"]:
-            for group, members in self.by_group(params, optimizer):
-                group_soft_threshold_(members, float(group["lr"]) * self.current["strength"], self.units(members))
-        if self.logging:
-            norms = [unit_norms(p, u) for p, u in zip(params, self.units(params), strict=True)]
-            zeros = torch.stack([whole((norm == 0).sum()) for norm in norms]).sum()
-            self.observe(zero_units=zeros / sum(norm.numel() for norm in norms))
+    def threshold_(self, params: list[Parameter], threshold: float) -> None:
+        """Take the proximal step."""
+        group_soft_threshold_(params, threshold, self.units(params))
+
+    def zeros(self, params: list[Parameter]) -> dict[str, Tensor]:
+        """Return the fraction of units that are exactly zero."""
+        norms = [unit_norms(p, u) for p, u in zip(params, self.units(params), strict=True)]
+        return {"zero_units": _share_of_zeros(norms)}
+
+
+def _share_of_zeros(tensors: Sequence[Tensor]) -> Tensor:
+    counts = torch.stack([whole((tensor == 0).sum()) for tensor in tensors])
+    return counts.sum() / sum(tensor.numel() for tensor in tensors)
