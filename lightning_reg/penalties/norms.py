@@ -285,11 +285,13 @@ def _l1_value(params: Sequence[Tensor]) -> Tensor:
 
 
 def _l1_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    gradients = [torch.empty_like(p) if _has_pieces(p) else torch.sign(p) for p in params]
-    if small := [gradient for gradient, p in zip(gradients, params, strict=True) if not _has_pieces(p)]:
-        torch._foreach_mul_(small, factor)
+    if not all(map(_has_pieces, params)):
+        signs = list(torch._foreach_sign(list(params)))
+        torch._foreach_mul_(signs, factor)
+        return signs
+    gradients = [torch.empty_like(p) for p in params]
     for gradient, p in zip(gradients, params, strict=True):
-        for some, of in _pieces(gradient, p) if _has_pieces(p) else ():
+        for some, of in _pieces(gradient, p):
             torch.sign(of, out=some).mul_(factor)
     return gradients
 
