@@ -41,14 +41,18 @@ class Phase(IntEnum):
     """The order in which regularizers act within one optimizer step, however the callbacks are listed."""
 
     DROPOUT = 1
-    PENALTY = 2
-    PEAK_DROPPING = 3
-    VALUE_CLIPPING = 4
-    NORM_CLIPPING = 5
-    DECAY = 6
-    SOFT_THRESHOLD = 7
-    SHRINKAGE = 8
-    CONSTRAINT = 9
+    GUARD = 2
+    PENALTY = 3
+    PEAK_DROPPING = 4
+    CENTRALIZATION = 5
+    NOISE = 6
+    VALUE_CLIPPING = 7
+    NORM_CLIPPING = 8
+    DECAY = 9
+    SOFT_THRESHOLD = 10
+    SHRINKAGE = 11
+    CONSTRAINT = 12
+    PRUNING = 13
 
 
 class Regularizer(Configured, Callback, ABC):

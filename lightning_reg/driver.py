@@ -44,7 +44,8 @@ class Driver:
         self.pl_module = pl_module
         self.regularizers = sorted(regularizers, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
         self._acting = {
-            hook: [cb for cb in self.regularizers if cb.overrides(hook)] for hook in ("gradients", "decay", "weights")
+            hook: [cb for cb in self.regularizers if cb.overrides(hook)]
+            for hook in ("gradients", "decay", "weights", "epoch_end")
         }
         self._plan: Plan | None = None
         self._handles: list[RemovableHandle] = []
@@ -168,8 +169,11 @@ class Driver:
     def after_batch(self) -> None:
         """End the epoch after its last batch, and log."""
         if self._has_gradients and host.ends_epoch(self.trainer):
+            assert self._plan is not None, "a batch has been trained"
+            progress = self._plan.progress(host.batches_done(self.trainer))
             with torch.no_grad():
-                for regularizer in self.regularizers:
+                for regularizer in self._acting["epoch_end"]:
+                    regularizer.update(progress)
                     regularizer.epoch_end(self._all_members(regularizer), self._step())
         if self._logging and not host.accumulates(self.trainer):
             metrics = {f"reg/{cb.name}/{key}": value for cb in self.regularizers for key, value in cb.take_metrics()}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "accumulates",
     "batches_at_step_start",
+    "batches_done",
     "begins_step",
     "builds_modules_later",
     "endless",
@@ -85,6 +86,11 @@ def batches_at_step_start(trainer: Trainer, batch_idx: int) -> int:
     automatic = trainer.lightning_module.automatic_optimization
     done: int = trainer.fit_loop.total_batch_idx
     return done - (batch_idx % trainer.accumulate_grad_batches if automatic else 0)
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Return the training batches that are done, the current one included."""
+    return trainer.fit_loop.total_batch_idx + 1
 
 
 def begins_step(trainer: Trainer, batch_idx: int) -> bool:
