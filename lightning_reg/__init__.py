@@ -9,7 +9,17 @@ from importlib.metadata import version
 from lightning_reg import functional
 from lightning_reg.constraints import WeightClipping
 from lightning_reg.dropout import DropoutInjection, DropoutScheduler
-from lightning_reg.gradients import GradientNormClipping, GradientValueClipping, PeakGradientDropping
+from lightning_reg.gradients import (
+    AdaptiveGradientClipping,
+    GradientCentralization,
+    GradientNoise,
+    GradientNormClipping,
+    GradientValueClipping,
+    NonFiniteGradientGuard,
+    PeakGradientDropping,
+    QuantileGradientClipping,
+    ZScoreGradientClipping,
+)
 from lightning_reg.penalties import (
     ActivityPenalty,
     ElasticNetPenalty,
@@ -34,12 +44,15 @@ __version__ = version("lightning-reg")
 
 __all__ = [
     "ActivityPenalty",
+    "AdaptiveGradientClipping",
     "Cosine",
     "Cubic",
     "DropoutInjection",
     "DropoutScheduler",
     "ElasticNetPenalty",
     "Exponential",
+    "GradientCentralization",
+    "GradientNoise",
     "GradientNormClipping",
     "GradientValueClipping",
     "GroupLassoPenalty",
@@ -47,9 +60,11 @@ __all__ = [
     "L1Penalty",
     "L2Penalty",
     "Linear",
+    "NonFiniteGradientGuard",
     "OrthogonalityPenalty",
     "PeakGradientDropping",
     "Penalty",
+    "QuantileGradientClipping",
     "RandomShrinkage",
     "SoftThresholding",
     "StartingPointPenalty",
@@ -57,6 +72,7 @@ __all__ = [
     "WeightClipping",
     "WeightDecay",
     "WeightDecayScheduler",
+    "ZScoreGradientClipping",
     "decay_groups",
     "functional",
 ]

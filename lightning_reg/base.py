@@ -15,11 +15,11 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import Callback
-from torchmetrics import MeanMetric
 
 from lightning_reg import host
 from lightning_reg.configuration import Configured, Interval
 from lightning_reg.driver import Driver
+from lightning_reg.figures import Figures
 from lightning_reg.schedules import Schedule, Value
 from lightning_reg.summary import print_summary
 
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
-    from torchmetrics import Metric
 
-    from lightning_reg.plan import Plan
+    from lightning_reg.plan import Plan, Step
 
 __all__ = ["Phase", "Regularizer", "regularizers_of"]
 
@@ -81,7 +80,7 @@ class Regularizer(Configured, Callback, ABC):
         self._applied: dict[str, float] | None = None
         self._values: dict[str, Callable[[float], float]] = {}
         self._observed: dict[str, float | Tensor] = {}
-        self._running: dict[str, Metric] = {}
+        self.figures = Figures()
         self._driver: Driver | None = None
 
     # What a technique overrides -------------------------------------------------------------------------------------
@@ -111,16 +110,20 @@ class Regularizer(Configured, Callback, ABC):
         """Return what it adds to the objective, for an optimizer that reads its value."""
         return None
 
-    def gradients(self, params: list[Parameter], optimizer: Optimizer) -> None:
+    def permits(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
+        """Return whether the step may happen: asked, the same on every rank, before anything else acts on it."""
+        return True
+
+    def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Change the gradients of the stepping optimizer's selected parameters: after unscaling, before the update."""
 
-    def decay(self, params: list[Parameter], optimizer: Optimizer) -> None:
+    def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Change the selected parameters between the backward pass and an update that will really happen."""
 
-    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
-        """Change the stepping optimizer's selected parameters: right after the update with this number."""
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Change the stepping optimizer's selected parameters: right after the update of this step."""
 
-    def epoch_end(self, params: list[Parameter], step: int) -> None:
+    def epoch_end(self, params: list[Parameter], step: Step) -> None:
         """Act on all optimizers' selected parameters: after the last batch of an epoch, before its validation."""
 
     def members(self, optimizer: Optimizer) -> list[Parameter]:
@@ -148,28 +151,27 @@ class Regularizer(Configured, Callback, ABC):
     def average(self, **metrics: Tensor) -> None:
         """Add figures to averages over the steps since they were logged last; call it only when ``self.listening``."""
         for key, value in metrics.items():
-            if key not in self._running:
-                self._running[key] = MeanMetric(nan_strategy="disable").to(value.device)  # NaN checks wait for the device
-            self._running[key].update(value)
+            self.figures.average(key, value)
+
+    def count(self, **metrics: Tensor) -> None:
+        """Add figures, the same on every rank, to sums over the fit; call it only when ``self.listening``."""
+        for key, value in metrics.items():
+            self.figures.count(key, value)
 
     def take_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
         """Yield the names and values to log, and begin anew."""
         yield from self.current.items()
         yield from self._observed.items()
-        for key, metric in self._running.items():
-            if metric.update_called:
-                yield key, metric.compute()
-                metric.reset()
+        yield from self.figures.take()
         self._observed.clear()
 
     # Values ---------------------------------------------------------------------------------------------------------
 
     def resolve(self, plan: Plan) -> None:
-        """Bind schedules to the length of the fit, and begin its figures."""
+        """Bind schedules to the length of the fit."""
         self._applied = None
         self._values.clear()
         self._observed.clear()
-        self._running.clear()
         for key in self.limits:
             value = getattr(self, key)
             if isinstance(value, Schedule):
@@ -245,6 +247,7 @@ class Regularizer(Configured, Callback, ABC):
             raise ValueError(
                 f"two callbacks are called {self.name!r}: tell them apart with name='…', for metrics and checkpoints"
             )
+        self.figures.clear()  # before a checkpoint brings those of the run that is resumed
         self.prepare(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

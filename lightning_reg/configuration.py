@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["NON_NEGATIVE", "POSITIVE", "PROBABILITY", "Configured", "Interval", "near_names"]
+__all__ = ["NON_NEGATIVE", "POSITIVE", "PROBABILITY", "Configured", "Interval", "check_whole", "near_names"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ class Interval:
         if float(number) not in self:
             raise ValueError(f"{what} must be a number in {self}, got {number!r}")
         return float(number)
+
+
+def check_whole(what: str, number: Any, low: int) -> int:
+    """Return a whole number, or raise an error that says what came and what was expected.
+
+    Raises:
+        ValueError: If it is none, or smaller than ``low``.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < low:
+        raise ValueError(f"{what} must be a whole number ≥ {low}, got {number!r}")
+    return number
 
 
 NON_NEGATIVE = Interval(0.0, math.inf, open_high=True)

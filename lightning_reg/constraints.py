@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg.plan import Step
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
 
@@ -74,7 +75,7 @@ class WeightClipping(ParameterRegularizer):
         self.clip_value = clip_value
         super().__init__(params, name)
 
-    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clamp the weights, and keep the fraction that this changes."""
         clip_value = self.current["clip_value"]
         if self.logging:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS
 
 from lightning_reg import host
+from lightning_reg.plan import Step
 from lightning_reg.tensors import whole
 
 if TYPE_CHECKING:
@@ -45,13 +46,14 @@ class Driver:
         self.regularizers = sorted(regularizers, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
         self._acting = {
             hook: [cb for cb in self.regularizers if cb.overrides(hook)]
-            for hook in ("gradients", "decay", "weights", "epoch_end")
+            for hook in ("permits", "gradients", "before_update", "weights", "epoch_end")
         }
         self._plan: Plan | None = None
         self._handles: list[RemovableHandle] = []
         self._logging = False
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
         self._about_to_step: set[Optimizer] = set()
+        self._skipped: set[Optimizer] = set()
         self._steps_in_batch = 0
 
     def start(self) -> None:
@@ -106,28 +108,48 @@ class Driver:
         if not self._has_gradients:
             return
         self._about_to_step.add(optimizer)
+        self._skipped.discard(optimizer)
+        step = self._step()
         with torch.no_grad():
+            if not self._permitted(optimizer, step):
+                self._skip(optimizer)
+                return
             for regularizer in self._acting["gradients"]:
                 if params := regularizer.members(optimizer):
-                    regularizer.gradients(params, optimizer)
+                    regularizer.gradients(params, optimizer, step)
         if host.grad_scaler(self.trainer) is None:
             self._before_update(optimizer)
+
+    def _permitted(self, optimizer: Optimizer, step: Step) -> bool:
+        """Ask every guard: no answer may keep another from counting."""
+        asked = [(cb, cb.members(optimizer)) for cb in self._acting["permits"]]
+        answers = [cb.permits(params, optimizer, step) for cb, params in asked if params]
+        return all(answers)
+
+    def _skip(self, optimizer: Optimizer) -> None:
+        """Take the gradients away: without them an optimizer touches neither parameters nor its state."""
+        self._skipped.add(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         """Let every regularizer decay the weights; a step that a loss scaler skips does not come here."""
         with torch.no_grad():
-            for regularizer in self._acting["decay"]:
-                if self._has_gradients and (params := regularizer.members(optimizer)):
-                    regularizer.decay(params, optimizer)
+            for regularizer in self._acting["before_update"] if self._is_step(optimizer) else ():
+                if params := regularizer.members(optimizer):
+                    regularizer.before_update(params, optimizer)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Let every regularizer change the weights that an optimizer has just updated."""
-        if not self._has_gradients:
+        if not self._is_step(optimizer):
+            self._about_to_step.discard(optimizer)
             return
+        step = self._step()
         with torch.no_grad():
             for regularizer in self._acting["weights"]:
                 if params := regularizer.members(optimizer):
-                    regularizer.weights(params, optimizer, self._step())
+                    regularizer.weights(params, optimizer, step)
         self._steps_in_batch += 1
         if optimizer not in self._about_to_step:
             rank_zero_warn(
@@ -136,11 +158,15 @@ class Driver:
             )
         self._about_to_step.discard(optimizer)
 
-    def _step(self) -> int:
-        """Return a number of its own for the current optimizer step, the same on every rank and after a resume."""
+    def _is_step(self, optimizer: Optimizer) -> bool:
+        """Return whether there was something to step with, and no guard has skipped it."""
+        return self._has_gradients and optimizer not in self._skipped
+
+    def _step(self) -> Step:
+        """Return which optimizer step is being taken."""
         if self.pl_module.automatic_optimization:
-            return self.trainer.global_step
-        return self.trainer.fit_loop.total_batch_idx * 1000 + self._steps_in_batch
+            return Step(self.trainer.global_step)
+        return Step(self.trainer.fit_loop.total_batch_idx, self._steps_in_batch)
 
     def _check_steps_are_seen(self) -> None:
         """Refuse an optimizer whose steps cannot be followed, unless a loss scaler may have skipped the step."""

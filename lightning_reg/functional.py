@@ -12,7 +12,21 @@ Example:
 
 from lightning_reg.constraints import clip_weights_
 from lightning_reg.dropout import dropout, inject_dropout, set_dropout_
-from lightning_reg.gradients import clip_gradient_norm_, clip_gradient_value_, drop_peak_gradients_
+from lightning_reg.gradients import (
+    add_gradient_noise_,
+    centralize_gradients_,
+    clip_gradient_norm_,
+    clip_gradient_norms_,
+    clip_gradient_value_,
+    clip_unit_gradients_,
+    drop_peak_gradients_,
+    nonfinite_gradients,
+    quantile_bound,
+    remember_norm,
+    update_norm_statistics,
+    z_score_bound,
+    zero_nonfinite_gradients_,
+)
 from lightning_reg.penalties import (
     activity_penalty,
     add_distance_gradient_,
@@ -32,11 +46,15 @@ __all__ = [
     "Units",
     "activity_penalty",
     "add_distance_gradient_",
+    "add_gradient_noise_",
     "add_group_lasso_gradient_",
     "add_l1_gradient_",
     "add_l2_gradient_",
+    "centralize_gradients_",
     "clip_gradient_norm_",
+    "clip_gradient_norms_",
     "clip_gradient_value_",
+    "clip_unit_gradients_",
     "clip_weights_",
     "decay_weights_",
     "distance_penalty",
@@ -47,9 +65,15 @@ __all__ = [
     "inject_dropout",
     "l1_penalty",
     "l2_penalty",
+    "nonfinite_gradients",
     "orthogonality_penalty",
+    "quantile_bound",
+    "remember_norm",
     "set_dropout_",
     "shrink_randomly_",
     "soft_threshold_",
     "units_of",
+    "update_norm_statistics",
+    "z_score_bound",
+    "zero_nonfinite_gradients_",
 ]

@@ -23,17 +23,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "accumulates",
+    "any_rank",
     "batches_at_step_start",
     "batches_done",
     "begins_step",
     "builds_modules_later",
     "endless",
     "ends_epoch",
+    "flattening_root",
+    "flattens",
     "grad_scaler",
     "log_metrics",
     "logs_this_step",
     "plan",
     "refuses_unscaled_gradients",
+    "searches_scale",
     "shards",
     "tracks_used_parameters",
     "uses_deepspeed",
@@ -126,6 +130,12 @@ def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def searches_scale(trainer: Trainer) -> bool:
+    """Return whether a scaler may still meet gradients that are not finite because its scale is too large."""
+    scaler = grad_scaler(trainer)
+    return scaler is not None and scaler.get_scale() >= 1
+
+
 def refuses_unscaled_gradients(trainer: Trainer, optimizer: Optimizer) -> bool:
     """Return whether gradients are still scaled in ``on_before_optimizer_step``, as a fused optimizer unscales in its step."""
     return grad_scaler(trainer) is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
@@ -140,6 +150,23 @@ def tracks_used_parameters(trainer: Trainer) -> bool:
 def shards(trainer: Trainer, parameters: Iterable[Tensor]) -> bool:
     """Return whether a rank holds only a part of each parameter."""
     return isinstance(trainer.strategy, FSDPStrategy) or any(isinstance(p, DTensor) for p in parameters)
+
+
+def flattens(trainer: Trainer) -> bool:
+    """Return whether FSDP1 has made flat pieces of the parameters, without their shapes."""
+    return isinstance(trainer.strategy, FSDPStrategy)
+
+
+def flattening_root(trainer: Trainer) -> Any:
+    """Return the root module of FSDP1, which alone can tell the norm of its gradients; ``None`` elsewhere."""
+    return trainer.strategy.model if flattens(trainer) else None
+
+
+def any_rank(trainer: Trainer, flags: Tensor) -> Tensor:
+    """Return, for each of some flags, whether it is set on any rank; every rank must ask."""
+    total = trainer.strategy.reduce(flags.float(), reduce_op="sum")
+    assert isinstance(total, torch.Tensor)
+    return total > 0
 
 
 def uses_deepspeed(trainer: Trainer) -> bool:

@@ -6,14 +6,26 @@ import math
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Plan", "parse_marker"]
+__all__ = ["Plan", "Step", "parse_marker"]
 
 _MARKER = re.compile(r"(\d+(?:\.\d+)?)(ep|st)")
+
+
+class Step(NamedTuple):
+    """Which optimizer step it is: the same on every rank and after a resume.
+
+    Args:
+        number: The optimizer steps done before it; in manual optimization, where optimizers may step in turn, the batches.
+        turn: Which of the steps within one batch it is, in manual optimization.
+    """
+
+    number: int
+    turn: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "accumulated_norms",
+    "anywhere",
     "dense_gradients",
     "fraction_beyond",
     "joint_norm",
@@ -117,3 +118,11 @@ def fraction_beyond(tensors: Sequence[Tensor], bound: float) -> Tensor:
     """Return the share of entries whose magnitude exceeds a bound, over all shards."""
     counts = [whole((tensor.abs() > bound).sum()) for tensor in tensors]
     return torch.stack(counts).sum() / sum(tensor.numel() for tensor in tensors) if tensors else torch.zeros(())
+
+
+def anywhere(flags: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return, for each of some flags, whether it is set on any of the ranks among which tensors are divided."""
+    for mesh in {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}:
+        everywhere = DTensor.from_local(flags.float(), mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
+        flags = everywhere > 0
+    return flags

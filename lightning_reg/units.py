@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_reg.tensors import local
 
-__all__ = ["Units", "local_unit_norms", "unit_norms", "unit_size", "unit_view", "units_of"]
+__all__ = ["Units", "local_unit_means", "local_unit_norms", "unit_norms", "unit_size", "unit_view", "units_of"]
 
 
 class Units(NamedTuple):
@@ -62,12 +62,16 @@ def unit_norms(tensor: Tensor, units: Units) -> Tensor:
 
 def local_unit_norms(tensor: Tensor, units: Units) -> Tensor:
     """Return the norms, over all shards, of the units that :func:`unit_view` of the same tensor holds a part of."""
-    norms = unit_norms(tensor, units)
-    if not isinstance(norms, DTensor) or not isinstance(tensor, DTensor):
-        return norms
-    pairs = zip(norms.placements, tensor.placements, strict=True)
-    aligned = [placement if placement == source else Replicate() for placement, source in pairs]
-    return norms.redistribute(placements=aligned).to_local()
+    return _aligned(unit_norms(tensor, units), tensor)
+
+
+def local_unit_means(tensor: Tensor, units: Units) -> Tensor:
+    """Return the means, over all shards, of the units that :func:`unit_view` of the same tensor holds a part of."""
+    view = _grouped(tensor, units)
+    kept = _unit_dims(tensor, units)
+    reduced = [dim for dim in range(view.ndim) if dim not in kept]
+    sums = view.sum(reduced, keepdim=True, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return _aligned(sums, tensor) / unit_size(tensor, units)
 
 
 def unit_size(tensor: Tensor, units: Units) -> int:
@@ -75,6 +79,15 @@ def unit_size(tensor: Tensor, units: Units) -> int:
     kept = _unit_dims(tensor, units)
     count = units.groups if len(kept) > 1 else 1
     return tensor.numel() // max(count * tensor.shape[units.dim], 1) if tensor.ndim else 1
+
+
+def _aligned(figures: Tensor, tensor: Tensor) -> Tensor:
+    """Return the figures of those units of a tensor of which this rank holds a part, reduced over the others."""
+    if not isinstance(figures, DTensor) or not isinstance(tensor, DTensor):
+        return figures
+    pairs = zip(figures.placements, tensor.placements, strict=True)
+    aligned = [placement if placement == source else Replicate() for placement, source in pairs]
+    return figures.redistribute(placements=aligned).to_local()
 
 
 def _grouped(tensor: Tensor, units: Units) -> Tensor:

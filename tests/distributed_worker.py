@@ -16,13 +16,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import (
     ActivityPenalty,
+    AdaptiveGradientClipping,
     DropoutInjection,
     DropoutScheduler,
     ElasticNetPenalty,
+    GradientCentralization,
+    GradientNoise,
     GradientNormClipping,
     GradientValueClipping,
     GroupLassoPenalty,
@@ -30,14 +34,17 @@ from lightning_reg import (
     L1Penalty,
     L2Penalty,
     Linear,
+    NonFiniteGradientGuard,
     OrthogonalityPenalty,
     PeakGradientDropping,
     Penalty,
+    QuantileGradientClipping,
     RandomShrinkage,
     SoftThresholding,
     StartingPointPenalty,
     WeightClipping,
     WeightDecay,
+    ZScoreGradientClipping,
 )
 
 RANKS, STEPS, BATCH = 2, 6, 16
@@ -49,7 +56,8 @@ def techniques() -> list[Callback]:
         WeightClipping(0.1),
         RandomShrinkage(0.01),
         RandomShrinkage(0.02, every="epoch", params="net.6.weight"),
-        GradientNormClipping(Linear(0.5, 0.1)),
+        GradientNormClipping(Linear(0.5, 0.1), params="net.1.*"),
+        *gradient_processing(),
         GradientValueClipping(0.05),
         PeakGradientDropping(),
         L1Penalty(1e-3),
@@ -64,6 +72,17 @@ def techniques() -> list[Callback]:
         GroupSoftThresholding(1e-3),
         DropoutInjection(0.2, after="ReLU"),
         DropoutScheduler(Linear(0.0, 0.3)),
+    ]
+
+
+def gradient_processing() -> list[Callback]:
+    """Return what changes gradients on shards as it does on whole tensors, on parts where one would hide another."""
+    return [
+        AdaptiveGradientClipping(0.05, params="net.4.*"),
+        QuantileGradientClipping(0.1, window=3, params="net.6.weight"),
+        ZScoreGradientClipping(0.2, decay=0.3, warmup=2, params="net.6.bias"),
+        GradientCentralization(),
+        GradientNoise(0.01),
     ]
 
 
@@ -134,8 +153,18 @@ class Sharded(Digits):
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for layer in (self.net[1], self.net[4], self.net[6], self.single):
+            for layer in (self.net[1], self.net[6], self.single):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            columns = lambda p: Shard(p.ndim - 1)  # noqa: E731
+            fully_shard(self.net[4], mesh=self.device_mesh["data_parallel"], shard_placement_fn=columns)  # units cross shards
+
+
+class Poisoned(Sharded):
+    """One batch gives a gradient that is not finite to a single parameter, which under FSDP2 lies on one rank only."""
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        factor = float("nan") if int(batch[2][0]) // (RANKS * BATCH) == 2 else 0.0  # in the third step of an epoch
+        return super().training_step(batch, batch_idx) + factor * self.single(torch.ones(1, 4)).sum()
 
 
 def ddp(**kwargs: bool) -> dict[str, object]:
@@ -179,7 +208,8 @@ def sharded_techniques() -> list[Callback]:
         SoftThresholding(1e-3),
         GroupSoftThresholding(1e-3),
         GradientValueClipping(0.05),
-        GradientNormClipping(0.2),
+        GradientNormClipping(0.1, params="net.1.*"),
+        *gradient_processing(),
         GradientNormClipping(0.01, norm_type=float("inf"), name="largest"),
         WeightClipping(0.1),
     ]
@@ -204,6 +234,10 @@ def main(folder: Path) -> None:
         "refused, DDP": failure([L2Penalty(0.1, inject="loss")], Unused(), [rank], **ddp(find_unused_parameters=True)),
         "refused, sharded": failure([L2Penalty(0.1, inject="loss")], Sharded(), [rank], **sharded()),
         "naive, sharded": failure([Naive()], Sharded(), [rank], **sharded()),
+        "guarded, DDP": train(
+            [NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **ddp(find_unused_parameters=True)
+        ),
+        "guarded, sharded": train([NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **sharded()),
         "sharded": train(sharded_techniques(), Sharded(), [rank], **sharded()),
     }
     results["naive, DDP"] = failure([Naive()], Unused(), [rank], **ddp(find_unused_parameters=True))  # breaks the group

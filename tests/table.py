@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 from lightning_reg import (
     ActivityPenalty,
+    AdaptiveGradientClipping,
     DropoutInjection,
     DropoutScheduler,
     ElasticNetPenalty,
+    GradientCentralization,
+    GradientNoise,
     GradientNormClipping,
     GradientValueClipping,
     GroupLassoPenalty,
@@ -20,14 +23,17 @@ from lightning_reg import (
     L1Penalty,
     L2Penalty,
     Linear,
+    NonFiniteGradientGuard,
     OrthogonalityPenalty,
     PeakGradientDropping,
+    QuantileGradientClipping,
     RandomShrinkage,
     SoftThresholding,
     StartingPointPenalty,
     WeightClipping,
     WeightDecay,
     WeightDecayScheduler,
+    ZScoreGradientClipping,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +72,8 @@ class Row:
         ]
 
 
+DENSE = {"sparse_gradients": "what it does to a gradient needs all of its entries"}
+
 ROWS = {
     "ActivityPenalty": Row(
         active=lambda: ActivityPenalty(0.1, modules="ReLU"),
@@ -73,6 +81,13 @@ ROWS = {
         scheduled=lambda: ActivityPenalty(Linear(0.0, 0.2), modules="ReLU"),
         parts=lambda: [ActivityPenalty(0.1, modules="ReLU"), ActivityPenalty(0.01, modules="net.4", p=2)],
         exempt={"several_optimizers": "it refuses manual optimization, where it cannot know which loss is meant"},
+    ),
+    "AdaptiveGradientClipping": Row(
+        active=lambda: AdaptiveGradientClipping(0.01),
+        inactive=lambda: AdaptiveGradientClipping(float("inf")),
+        scheduled=lambda: AdaptiveGradientClipping(Linear(0.1, 0.001)),
+        parts=lambda: [AdaptiveGradientClipping(0.01, params="net.0.*"), AdaptiveGradientClipping(0.02, params="net.4.*")],
+        exempt=DENSE,
     ),
     "DropoutInjection": Row(
         active=lambda: DropoutInjection(0.3, after="ReLU"),
@@ -85,6 +100,20 @@ ROWS = {
         inactive=lambda: DropoutScheduler(0.1),  # the rate that the model has
         scheduled=lambda: DropoutScheduler(Linear(0.0, 0.5)),
         parts=lambda: [DropoutScheduler(0.4, modules="net.3"), DropoutScheduler(0.2, modules="extra")],
+    ),
+    "GradientCentralization": Row(
+        active=lambda: GradientCentralization(),
+        inactive=lambda: GradientCentralization(params="net.*.bias"),  # which have no mean to take out
+        scheduled=None,
+        parts=lambda: [GradientCentralization(params="net.0.*"), GradientCentralization(params="net.4.*")],
+        exempt=DENSE,
+    ),
+    "GradientNoise": Row(
+        active=lambda: GradientNoise(0.1),
+        inactive=lambda: GradientNoise(0.0),
+        scheduled=lambda: GradientNoise(Linear(0.0, 0.2)),
+        parts=lambda: [GradientNoise(0.1, params="net.0.*"), GradientNoise(0.2, params="net.4.*")],
+        exempt=DENSE,
     ),
     "GradientNormClipping": Row(
         active=lambda: GradientNormClipping(0.1),
@@ -128,6 +157,13 @@ ROWS = {
         scheduled=lambda: L2Penalty(Linear(0.0, 0.2)),
         parts=lambda: [L2Penalty(0.1, params="net.0.*"), L2Penalty(0.2, params="net.4.*")],
     ),
+    "NonFiniteGradientGuard": Row(
+        active=lambda: NonFiniteGradientGuard(),
+        inactive=lambda: NonFiniteGradientGuard(patience=1),
+        scheduled=None,
+        parts=lambda: [NonFiniteGradientGuard(params="net.0.*"), NonFiniteGradientGuard("zero", params="net.4.*")],
+        exempt={"changes_training": "it acts only where gradients are not finite, see test_guard.py"},
+    ),
     "OrthogonalityPenalty": Row(
         active=lambda: OrthogonalityPenalty(0.1),
         inactive=lambda: OrthogonalityPenalty(0.0),
@@ -139,6 +175,14 @@ ROWS = {
         inactive=lambda: PeakGradientDropping(0),
         scheduled=None,
         parts=lambda: [PeakGradientDropping(1, params="net.0.*"), PeakGradientDropping(2, params="net.4.*")],
+        exempt=DENSE,
+    ),
+    "QuantileGradientClipping": Row(
+        active=lambda: QuantileGradientClipping(0.1),
+        inactive=lambda: QuantileGradientClipping(0.5, window=1),  # a norm is its own median
+        scheduled=lambda: QuantileGradientClipping(Linear(0.9, 0.01)),
+        parts=lambda: [QuantileGradientClipping(0.1, params="net.0.*"), QuantileGradientClipping(0.2, params="net.4.*")],
+        exempt=DENSE,
     ),
     "RandomShrinkage": Row(
         active=lambda: RandomShrinkage(0.1),
@@ -180,6 +224,17 @@ ROWS = {
         scheduled=lambda: WeightDecayScheduler(Linear(0.0, 0.4)),
         parts=None,
         options={"weight_decay": 0.01},
+        exempt={"sparse_gradients": "torch's SGD does not decay parameters with sparse gradients"},
+    ),
+    "ZScoreGradientClipping": Row(
+        active=lambda: ZScoreGradientClipping(0.1, warmup=1),
+        inactive=lambda: ZScoreGradientClipping(float("inf")),
+        scheduled=lambda: ZScoreGradientClipping(Linear(1.0, 0.1), warmup=2),
+        parts=lambda: [
+            ZScoreGradientClipping(0.1, warmup=1, params="net.0.*"),
+            ZScoreGradientClipping(0.2, warmup=1, params="net.4.*"),
+        ],
+        exempt=DENSE,
     ),
 }
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_worker import Digits, Sharded, Unused, sharded_techniques, techniques, train
+from distributed_worker import Digits, Poisoned, Sharded, Unused, sharded_techniques, techniques, train
 from processes import HERE, run_script
 from torch.testing import assert_close
 
-from lightning_reg import L1Penalty, L2Penalty
+from lightning_reg import L1Penalty, L2Penalty, NonFiniteGradientGuard, WeightDecay
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
@@ -80,3 +80,14 @@ def test_sharded_parameters_equal_whole_ones(ranks):
         others = sharded_techniques()[:changed] + sharded_techniques()[changed + 1 :]
         with pytest.raises(AssertionError):
             assert_close(ranks[0]["sharded"], train(others, Sharded(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)
+
+
+@pytest.mark.parametrize("run", ["guarded, DDP", "guarded, sharded"])
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(ranks, run):
+    """Only one rank holds the bad gradient under FSDP2; a decision of its own would leave the ranks with different steps."""
+    one_process = train([NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [0, 1], accumulate_grad_batches=2)
+    assert identical(ranks[0][run], ranks[1][run])
+    assert all(p.isfinite().all() for p in one_process.values())
+    assert_close(ranks[0][run], one_process, **TOLERANCE)
+    with pytest.raises(AssertionError):
+        assert_close(ranks[0][run], train([WeightDecay(0.1)], Sharded(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)

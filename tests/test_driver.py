@@ -38,6 +38,7 @@ from lightning_reg import (
     WeightClipping,
     host,
 )
+from lightning_reg.plan import Step
 
 
 def logged(callbacks, model=None, **kwargs):
@@ -104,6 +105,8 @@ def test_other_metrics():
         "reg/PeakGradientDropping/norm_after",
         "reg/GradientValueClipping/clip_value",
         "reg/GradientValueClipping/clipped_entries",
+        "reg/GradientValueClipping/clipped_steps",
+        "reg/GradientValueClipping/nonfinite_steps",
         "reg/GradientValueClipping/norm_before",
         "reg/GradientValueClipping/norm_after",
         "reg/WeightClipping/clip_value",
@@ -218,7 +221,7 @@ def strengths(schedule, *callbacks, model=None, data=None, **kwargs):
     seen = []
 
     class Seen(L1Penalty):
-        def gradients(self, params, optimizer):
+        def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
     fit([Seen(schedule), *callbacks], model, data, **kwargs)
@@ -260,7 +263,7 @@ def test_an_epoch_that_does_not_train_is_none():
             ends.append(step)
 
     fit([Counts(0.1, every="epoch"), StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)], Normalised(), max_epochs=3)
-    assert ends == [4, 8, 12]
+    assert ends == [Step(4), Step(8), Step(12)]
 
 
 class Unhooked(torch.optim.SGD):
@@ -406,7 +409,7 @@ def test_progress_does_not_run_over_in_manual_optimization():
     seen = []
 
     class Seen(L1Penalty):
-        def gradients(self, params, optimizer):
+        def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
     fit([Seen(Linear(0.0, 1.0))], TwoOptimizers(lr=0.01), max_epochs=1)

@@ -72,7 +72,7 @@ def test_a_trainer_moves_the_strength():
     seen = []
 
     class Watch(L1Penalty):
-        def gradients(self, params, optimizer):
+        def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
     fit([Watch(Linear(0.0, 8.0))], max_epochs=2)
@@ -85,7 +85,7 @@ def test_progress_is_the_same_under_accumulation(limit):
     seen = []
 
     class Watch(L1Penalty):
-        def gradients(self, params, optimizer):
+        def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
     fit([Watch(Linear(0.0, 1.0))], data=loader(64, batch_size=16), accumulate_grad_batches=4, **limit)
@@ -96,7 +96,7 @@ def test_steps_are_counted_in_optimizer_steps():
     seen = []
 
     class Watch(L1Penalty):
-        def gradients(self, params, optimizer):
+        def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
     fit([Watch(Steps([1.0, 2.0], at=["1st"]))], accumulate_grad_batches=2, max_epochs=2)
@@ -107,7 +107,7 @@ def test_a_plain_function_is_a_schedule():
     seen = []
 
     class Watch(L1Penalty):
-        def gradients(self, params, optimizer):
+        def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
     fit([Watch(lambda progress: 2 * progress)], max_epochs=1)

@@ -132,7 +132,7 @@ def test_modules_that_are_built_late_are_found_when_the_fit_starts():
 class Watch(L1Penalty):
     """Keeps which parameters it was given."""
 
-    def gradients(self, params, optimizer):
+    def gradients(self, params, optimizer, step):
         names = {id(p): name for name, p in self.tensors.items()}
         self.seen = [names[id(p)] for p in params]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg.plan import Step
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
 
@@ -141,7 +142,7 @@ class Penalty(ParameterRegularizer):
         params = self.members(optimizer) if self.scale else []
         return self.scale * self.value(params) if params else None
 
-    def gradients(self, params: list[Parameter], optimizer: Optimizer) -> None:
+    def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Add λ ∇R(θ), unless this step's loss has had its term."""
         if self._in_loss or not self.scale:
             return

@@ -110,7 +110,7 @@ class WeightDecay(ParameterRegularizer):
         self.require_unscaled_gradients(trainer)
         self.warn_of_second_decay(trainer)
 
-    def decay(self, params: list[Parameter], optimizer: Optimizer) -> None:
+    def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Decay each group's parameters by its learning rate."""
         if self.current["weight_decay"]:
             for group, members in self.by_group(params, optimizer):

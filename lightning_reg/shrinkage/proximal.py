@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg.plan import Step
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
 
@@ -108,7 +109,7 @@ class SoftThresholding(ParameterRegularizer):
         self.strength = strength
         super().__init__(params, name)
 
-    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Threshold each group's parameters by its learning rate, and keep the fraction of exact zeros."""
         if self.current["strength"]:
             for group, members in self.by_group(params, optimizer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from lightning_reg.base import Phase
 from lightning_reg.configuration import PROBABILITY
 from lightning_reg.parameters import ParameterRegularizer
+from lightning_reg.randomness import check_seed, generator_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg.plan import Step
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
 
@@ -86,27 +87,24 @@ class RandomShrinkage(ParameterRegularizer):
     ) -> None:
         if every not in ("step", "epoch"):
             raise ValueError(f"RandomShrinkage: every must be 'step' or 'epoch', got {every!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise ValueError(f"RandomShrinkage: seed must be a whole number in [0, 2^31), got {seed!r}")
         self.epsilon = epsilon
         self.every = every
-        self.seed = seed
+        self.seed = check_seed("RandomShrinkage: seed", seed)
         super().__init__(params, name)
 
-    def weights(self, params: list[Parameter], optimizer: Optimizer, step: int) -> None:
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Shrink after the step."""
         if self.every == "step":
             self._shrink(params, step)
 
-    def epoch_end(self, params: list[Parameter], step: int) -> None:
+    def epoch_end(self, params: list[Parameter], step: Step) -> None:
         """Shrink after the epoch."""
         if self.every == "epoch":
             self._shrink(params, step)
 
-    def _shrink(self, params: list[Parameter], step: int) -> None:
+    def _shrink(self, params: list[Parameter], step: Step) -> None:
         if params and self.current["epsilon"]:
-            of_step = random.Random(f"{self.seed}/{self.name}/{step}").getrandbits(32)
-            generator = torch.Generator(params[0].device).manual_seed(of_step)
+            generator = generator_for(params[0].device, self.seed, self.name, *step)
             shrink_randomly_(params, self.current["epsilon"], generator)
 
     def route(self) -> str:

@@ -1,0 +1,131 @@
+"""Gradient clipping by the size of the weights: each output unit's gradient against the unit itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_reg.base import Phase
+from lightning_reg.configuration import POSITIVE
+from lightning_reg.gradients.base import GradientClipping
+from lightning_reg.tensors import accumulated_norms, anywhere, local
+from lightning_reg.units import Units, local_unit_norms, unit_view
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from lightning_reg.plan import Step
+    from lightning_reg.schedules import Value
+    from lightning_reg.selection import Params
+
+__all__ = ["AdaptiveGradientClipping", "clip_unit_gradients_"]
+
+
+@torch.no_grad()
+def clip_unit_gradients_(
+    params: Sequence[Tensor], clip_factor: float, eps: float = 1e-3, units: Sequence[Units] | None = None
+) -> Tensor:
+    r"""Scale each output unit's gradient so that its norm is at most a share of the unit's own.
+
+    :math:`G_u \leftarrow G_u \min(1, \lambda \max(\|W_u\|, \epsilon) / \|G_u\|)`. A tensor of fewer than two dimensions is one
+    unit.
+
+    Args:
+        params: Tensors whose ``.grad`` is scaled in place; those without one are left out.
+        clip_factor: λ, the largest share, > 0.
+        eps: The norm that a unit is at least taken to have, so that one which starts at zero can learn, > 0.
+        units: Where each tensor keeps its output units, as :func:`units_of` tells; dimension 0 by default.
+
+    Returns:
+        The smallest factor on this rank, a scalar: 1 where nothing was clipped, 0 or NaN where a gradient was not finite.
+
+    Raises:
+        ValueError: For a sparse gradient.
+
+    Example:
+        >>> theta = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+        >>> theta.grad = torch.tensor([[0.3, 0.4], [0.3, 0.4]])
+        >>> clip_unit_gradients_([theta], clip_factor=0.05, eps=1.0)
+        tensor(0.1000)
+        >>> theta.grad
+        tensor([[0.1500, 0.2000],
+                [0.0300, 0.0400]])
+
+    Reference:
+        A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
+    """
+    smallest = [torch.ones((), device=params[0].device if params else "cpu")]
+    for p, of in zip(params, units or [Units()] * len(params), strict=True):
+        if p.grad is not None and p.numel():
+            factors = _factors(p, p.grad, clip_factor, eps, of)
+            _view(p.grad, of).mul_(factors)
+            smallest.append(factors.amin() if factors.numel() else smallest[0])
+    return torch.stack([factor.to(smallest[0]) for factor in smallest]).amin()
+
+
+class AdaptiveGradientClipping(GradientClipping):
+    r"""Clip each output unit's gradient by the size of the unit: :math:`\|G_u\| \le \lambda \max(\|W_u\|, \epsilon)`.
+
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before clipping by norm.
+
+    A unit is a row of a linear layer, a filter of a convolution (dimension 1 in a transposed one), the vector of a token; a
+    bias, or any other tensor of fewer than two dimensions, is one unit. The source leaves the last linear layer out, as in
+    ``params=["all", "!head.*"]``. Works for sharded parameters, also where a unit lies on several ranks. A unit whose gradient
+    is not finite becomes NaN; the others are clipped as always.
+
+    Args:
+        clip_factor: λ > 0, or a schedule; infinity only watches. The source takes 0.01 for batches of 4096, more for smaller.
+        eps: The norm ε > 0 that a unit is at least taken to have: without it, weights that start at zero never learn.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For λ or ε that is not positive, a selection of nothing, sparse gradients, a fused optimizer under float16
+            loss scaling, or the flat parameters of FSDP1.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[AdaptiveGradientClipping(0.01, params=["all", "!head.*"])], logger=False)
+
+    Reference:
+        A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
+    """
+
+    phase = Phase.VALUE_CLIPPING
+    limits = {"clip_factor": POSITIVE}
+
+    def __init__(
+        self, clip_factor: Value = 0.01, *, eps: float = 1e-3, params: Params = "all", name: str | None = None
+    ) -> None:
+        self.clip_factor = clip_factor
+        self.eps = POSITIVE.check("AdaptiveGradientClipping: eps", eps)
+        super().__init__(params, name)
+
+    def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Clip, and keep how often there was something to clip."""
+        with self.watched(params, optimizer):
+            smallest = clip_unit_gradients_(params, self.current["clip_factor"], self.eps, self.units(params))
+        if self.listening:
+            flags = anywhere(torch.stack([~(smallest >= 1), ~(smallest > 0)]), params)
+            self.note(optimizer, clipped=flags[0], finite=~flags[1])
+
+
+def _factors(p: Tensor, gradient: Tensor, clip_factor: float, eps: float, of: Units) -> Tensor:
+    """Return what each unit's gradient, as :func:`_view` shows it, is to be multiplied by."""
+    if gradient.is_sparse:
+        raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: make the embedding with sparse=False")
+    bound = _norms(p, of).clamp_(min=eps).mul_(clip_factor)
+    return bound.div_(_norms(gradient, of)).clamp_(max=1.0)
+
+
+def _norms(tensor: Tensor, of: Units) -> Tensor:
+    return local_unit_norms(tensor, of) if tensor.ndim > 1 else accumulated_norms([tensor], 2)[0]
+
+
+def _view(tensor: Tensor, of: Units) -> Tensor:
+    return unit_view(tensor, of) if tensor.ndim > 1 else local(tensor)

@@ -1,0 +1,107 @@
+"""What the callbacks that process gradients share: unscaled gradients, figures for each optimizer, and what they refuse."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_reg import host
+from lightning_reg.parameters import ParameterRegularizer
+from lightning_reg.tensors import joint_norm, present_gradients
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+__all__ = ["GradientClipping", "GradientProcessing"]
+
+
+class GradientProcessing(ParameterRegularizer):
+    """Unscaled gradients, and their norm before and after on logging steps."""
+
+    takes_sparse: ClassVar[bool] = False
+    """Whether it can act on the sparse gradient of an embedding."""
+    takes_flattened: ClassVar[bool] = False
+    """Whether it can act on the flat pieces that FSDP1 makes of all parameters."""
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin its statistics anew."""
+        super().prepare(trainer, pl_module)
+        self.forget()
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the parameters up, and check that their gradients can be processed."""
+        super().attach(trainer, pl_module)
+        self.require_unscaled_gradients(trainer)
+        self._optimizers = list(trainer.optimizers)
+        if not self.takes_sparse:
+            self._refuse_sparse(pl_module)
+        if not self.takes_flattened and host.flattens(trainer):
+            raise ValueError(
+                f"{self.name} cannot act on the flat parameters of FSDPStrategy: use ModelParallelStrategy (FSDP2) or DDP"
+            )
+
+    def _refuse_sparse(self, pl_module: LightningModule) -> None:
+        embeddings = ((name, m) for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+        selected = {id(p) for p in self.tensors.values()}
+        sparse = [name for name, module in embeddings if module.sparse and id(module.weight) in selected]
+        if sparse:
+            names = ", ".join(sparse)
+            raise ValueError(f"{self.name} needs dense gradients: make {names} with sparse=False, or leave it out of params")
+
+    def forget(self) -> None:
+        """Drop what was learnt in another fit; what a checkpoint holds comes after this."""
+
+    def place(self, optimizer: Optimizer) -> int:
+        """Return which of the trainer's optimizers it is: each has statistics of its own."""
+        return self._optimizers.index(optimizer)
+
+    def label(self, key: str, optimizer: Optimizer) -> str:
+        """Return the name of a figure, told apart where there are several optimizers."""
+        return f"{key}_{self.place(optimizer)}" if len(self._optimizers) > 1 else key
+
+    @contextmanager
+    def watched(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[None]:
+        """Log the norm of the gradients before and after what happens within."""
+        if self.logging:
+            self.observe(**{self.label("norm_before", optimizer): joint_norm(present_gradients(params))})
+        yield
+        if self.logging:
+            self.observe(**{self.label("norm_after", optimizer): joint_norm(present_gradients(params))})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running figures, and what a subclass adds."""
+        return {"figures": self.figures.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the figures of the run that is resumed."""
+        self.figures.load_state_dict(state_dict["figures"])
+
+    def route(self) -> str:
+        """Say that it acts before the step."""
+        return "before the step"
+
+
+class GradientClipping(GradientProcessing):
+    """What clipping adds: how often it clips, and a warning where the Trainer clips too."""
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of clipping twice."""
+        super().prepare(trainer, pl_module)
+        if trainer.gradient_clip_val:
+            rank_zero_warn(
+                f"{self.name} and Trainer(gradient_clip_val={trainer.gradient_clip_val}) both clip the gradients, the callback "
+                "first: remove one of them"
+            )
+
+    def note(self, optimizer: Optimizer, clipped: Tensor, finite: Tensor) -> None:
+        """Keep whether this step was clipped and whether its gradients were finite; call it only when ``self.listening``."""
+        self.average(**{self.label("clipped_steps", optimizer): clipped})
+        self.count(**{self.label("nonfinite_steps", optimizer): ~finite})

@@ -1,0 +1,242 @@
+"""Gradient clipping by bounds that are given: on the norm, on every entry."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from lightning_reg import host
+from lightning_reg.base import Phase
+from lightning_reg.configuration import POSITIVE
+from lightning_reg.gradients.base import GradientClipping
+from lightning_reg.tensors import accumulated_norms, fraction_beyond, joint_norm, locals_of, present_gradients
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from lightning_reg.plan import Step
+    from lightning_reg.schedules import Value
+    from lightning_reg.selection import Params
+
+__all__ = [
+    "GradientNormClipping",
+    "GradientValueClipping",
+    "clip_gradient_norm_",
+    "clip_gradient_norms_",
+    "clip_gradient_value_",
+]
+
+
+@torch.no_grad()
+def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    r"""Scale all gradients by one factor so that their joint norm is at most ``max_norm``.
+
+    :math:`g \leftarrow g \cdot \min(1, \mathrm{max\_norm} / (\|g\| + 10^{-6}))`, as
+    :func:`torch.nn.utils.clip_grad_norm_` does it; sparse gradients are clipped by their values.
+
+    Args:
+        params: Tensors whose ``.grad`` is scaled in place; those without one are left out.
+        max_norm: The largest norm, > 0.
+        norm_type: The order of the norm, > 0, or infinity for the largest magnitude.
+
+    Returns:
+        The norm before clipping, a scalar. A norm that is not finite makes every gradient NaN or 0, as in torch.
+
+    Example:
+        >>> theta = torch.zeros(2, requires_grad=True)
+        >>> theta.grad = torch.tensor([3.0, 4.0])
+        >>> clip_gradient_norm_([theta], max_norm=1.0)
+        tensor(5.)
+        >>> theta.grad
+        tensor([0.6000, 0.8000])
+
+    Reference:
+        R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training Recurrent Neural Networks", 2013.
+    """
+    gradients = present_gradients(params)
+    norm = joint_norm(gradients, norm_type)
+    if gradients:
+        torch._foreach_mul_(locals_of(gradients), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+@torch.no_grad()
+def clip_gradient_norms_(params: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    r"""Scale each tensor's gradient by itself so that its norm is at most ``max_norm``.
+
+    Args:
+        params: Tensors whose ``.grad`` is scaled in place; those without one are left out.
+        max_norm: The largest norm, > 0.
+        norm_type: The order of the norm, > 0, or infinity for the largest magnitude.
+
+    Returns:
+        The norms before clipping, a vector with an entry for each gradient that there is and that is not empty.
+
+    Example:
+        >>> params = [torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)]
+        >>> params[0].grad, params[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([0.5])
+        >>> clip_gradient_norms_(params, max_norm=1.0)
+        tensor([5.0000, 0.5000])
+        >>> params[0].grad, params[1].grad
+        (tensor([0.6000, 0.8000]), tensor([0.5000]))
+    """
+    gradients = present_gradients(params)
+    if not gradients:
+        return torch.zeros(0)
+    norms = torch.stack(accumulated_norms(gradients, norm_type))
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(locals_of(gradients), list(factors.unbind()))
+    return norms
+
+
+@torch.no_grad()
+def clip_gradient_value_(params: Sequence[Tensor], clip_value: float) -> None:
+    r"""Clamp every entry of every gradient: :math:`g_i \leftarrow \max(-c, \min(c, g_i))`.
+
+    Args:
+        params: Tensors whose ``.grad`` is clamped in place; those without one are left out.
+        clip_value: The largest magnitude c, > 0.
+
+    Example:
+        >>> theta = torch.zeros(3, requires_grad=True)
+        >>> theta.grad = torch.tensor([-3.0, 0.5, 4.0])
+        >>> clip_gradient_value_([theta], 1.0)
+        >>> theta.grad
+        tensor([-1.0000,  0.5000,  1.0000])
+    """
+    gradients = locals_of(present_gradients(params))
+    if gradients:
+        torch._foreach_clamp_min_(gradients, -clip_value)
+        torch._foreach_clamp_max_(gradients, clip_value)
+
+
+class GradientNormClipping(GradientClipping):
+    r"""Scale the gradients down where their norm exceeds a bound: :math:`g \leftarrow g \min(1, c / (\|g\| + 10^{-6}))`.
+
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and after every other change of gradients.
+
+    With the default selection it does what ``Trainer(gradient_clip_val=max_norm)`` does, to the last bit, and says how often.
+    Sharded parameters (FSDP2) are clipped by their norm over all shards. A norm that is not finite is treated as in torch: the
+    gradients become NaN or 0; :class:`NonFiniteGradientGuard` is there for that. Under ``FSDPStrategy`` (FSDP1), with all
+    parameters and one norm for them, the root module's own ``clip_grad_norm_`` does it; that needs CUDA and has not been run.
+
+    Args:
+        max_norm: The largest norm c > 0, or a schedule; infinity only watches.
+        norm_type: The order of the norm, > 0; ``.inf`` for the largest magnitude.
+        scope: ``"model"`` for one norm over all selected parameters, ``"tensor"`` for each tensor by itself.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a bound or an order that is not positive, a selection of nothing, a fused optimizer under float16
+            loss scaling, or parts of a model under FSDP1.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[GradientNormClipping(1.0)], logger=False)
+
+    Reference:
+        R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training Recurrent Neural Networks", 2013.
+    """
+
+    phase = Phase.NORM_CLIPPING
+    limits = {"max_norm": POSITIVE}
+    takes_sparse = takes_flattened = True
+    instead_of_deepspeed = "set Trainer(gradient_clip_val=…), which Lightning hands to the engine"
+
+    def __init__(
+        self,
+        max_norm: Value,
+        *,
+        norm_type: float = 2.0,
+        scope: Literal["model", "tensor"] = "model",
+        params: Params = "all",
+        name: str | None = None,
+    ) -> None:
+        if scope not in ("model", "tensor"):
+            raise ValueError(f"GradientNormClipping: scope must be 'model' or 'tensor', got {scope!r}")
+        self.max_norm = max_norm
+        self.norm_type = POSITIVE.check("GradientNormClipping: norm_type", norm_type)
+        self.scope = scope
+        super().__init__(params, name)
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the parameters up, and the root module that clips them where FSDP1 has flattened them."""
+        super().attach(trainer, pl_module)
+        self._root = host.flattening_root(trainer)
+        if self._root is not None and (self.params != "all" or self.scope != "model"):
+            raise ValueError(
+                f"{self.name}: under FSDPStrategy only params='all' with scope='model' can be clipped, got "
+                f"params={self.params!r} with scope={self.scope!r}: use ModelParallelStrategy (FSDP2)"
+            )
+
+    def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Clip, and keep the fraction of steps in which there was something to clip."""
+        norms = self._clip(params)
+        if norms.numel() and self.listening:
+            self.note(optimizer, clipped=(norms > self.current["max_norm"]).any(), finite=norms.isfinite().all())
+        if self.logging:
+            after = norms.clamp(max=self.current["max_norm"])
+            for key, value in (("norm_before", norms), ("norm_after", after)):
+                self.observe(**{self.label(key, optimizer): torch.linalg.vector_norm(value, self.norm_type)})
+
+    def _clip(self, params: list[Parameter]) -> Tensor:
+        """Return the norms before clipping: one, or one for each tensor."""
+        max_norm = self.current["max_norm"]
+        if self._root is not None:
+            norm: Tensor = self._root.clip_grad_norm_(max_norm, self.norm_type)
+            return norm.view(1)
+        if self.scope == "tensor":
+            return clip_gradient_norms_(params, max_norm, self.norm_type)
+        return clip_gradient_norm_(params, max_norm, self.norm_type).view(1)
+
+
+class GradientValueClipping(GradientClipping):
+    r"""Clamp every entry of the gradients: :math:`g_i \leftarrow \max(-c, \min(c, g_i))`.
+
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before clipping by norm.
+
+    It changes the direction of the gradient; :class:`GradientNormClipping` does not.
+
+    Args:
+        clip_value: The largest magnitude c > 0, or a schedule; infinity does nothing.
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a bound that is not positive, a selection of nothing, or a fused optimizer under float16 loss scaling.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[GradientValueClipping(0.5)], logger=False)
+
+    Reference:
+        T. Mikolov, "Statistical Language Models Based on Neural Networks", 2012.
+    """
+
+    phase = Phase.VALUE_CLIPPING
+    limits = {"clip_value": POSITIVE}
+    takes_sparse = takes_flattened = True
+    instead_of_deepspeed = "its engine clips by norm only: set Trainer(gradient_clip_val=…)"
+
+    def __init__(self, clip_value: Value, *, params: Params = "all", name: str | None = None) -> None:
+        self.clip_value = clip_value
+        super().__init__(params, name)
+
+    def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Clamp the gradients, and keep how often and how many entries this changes."""
+        clip_value, gradients = self.current["clip_value"], present_gradients(params)
+        if gradients and self.listening:
+            largest = joint_norm(gradients, math.inf)
+            self.note(optimizer, clipped=largest > clip_value, finite=largest.isfinite())
+        if self.logging:
+            self.observe(**{self.label("clipped_entries", optimizer): fraction_beyond(gradients, clip_value)})
+        with self.watched(params, optimizer):
+            clip_gradient_value_(params, clip_value)

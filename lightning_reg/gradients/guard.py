@@ -1,0 +1,164 @@
+"""What to do with gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.optim import LBFGS
+
+from lightning_reg import host
+from lightning_reg.base import Phase
+from lightning_reg.configuration import check_whole
+from lightning_reg.gradients.base import GradientProcessing
+from lightning_reg.tensors import locals_of, present_gradients
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from lightning_reg.plan import Step
+    from lightning_reg.selection import Params
+
+__all__ = ["NonFiniteGradientGuard", "nonfinite_gradients", "zero_nonfinite_gradients_"]
+
+
+@torch.no_grad()
+def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
+    """Return for each tensor whether this rank's part of its gradient has an entry that is infinite or NaN.
+
+    Args:
+        params: Tensors; one without a gradient counts as finite.
+
+    Example:
+        >>> params = [torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)]
+        >>> params[0].grad = torch.tensor([1.0, float("nan")])
+        >>> nonfinite_gradients(params)
+        tensor([ True, False])
+    """
+    found = torch.zeros(len(params), dtype=torch.bool, device=params[0].device if params else "cpu")
+    parts = {index: part for index, p in enumerate(params) for part in locals_of(present_gradients([p])) if part.numel()}
+    if parts:
+        largest = torch._foreach_norm(list(parts.values()), math.inf)
+        found[list(parts)] = ~torch.stack(list(largest)).isfinite().to(found.device)
+    return found
+
+
+@torch.no_grad()
+def zero_nonfinite_gradients_(params: Sequence[Tensor]) -> None:
+    """Set every infinite or NaN entry of every gradient to 0.
+
+    Args:
+        params: Tensors whose ``.grad`` is changed in place; those without one are left out.
+
+    Example:
+        >>> theta = torch.zeros(3, requires_grad=True)
+        >>> theta.grad = torch.tensor([1.0, float("nan"), float("-inf")])
+        >>> zero_nonfinite_gradients_([theta])
+        >>> theta.grad
+        tensor([1., 0., 0.])
+    """
+    for part in locals_of(present_gradients(params)):
+        part.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+class NonFiniteGradientGuard(GradientProcessing):
+    """Do not let infinite or NaN gradients into the optimizer.
+
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before everything else.
+
+    A skipped step is no step: parameters, momentum and step counters of the optimizer stay as they are, and no other callback
+    of the suite acts on it, neither before nor after. The decision is the same on every rank, and it is the one thing in this
+    package that waits for the device at each step. Where a float16 loss scaler is still looking for its scale, the guard leaves
+    the step to it: the scaler skips it, nothing acts on it, and it counts as bad only once the scale has fallen below 1.
+
+    Args:
+        policy: ``"skip"`` the step, set the bad entries to ``"zero"``, or ``"raise"`` an error at once.
+        patience: How many bad steps in a row end the training with an error that names the parameters, ≥ 1.
+        params: Which ones are watched: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For another policy, a patience below 1, a selection of nothing, ``"skip"`` with LBFGS, which evaluates
+            several times within a step, or a fused optimizer under float16 loss scaling.
+        RuntimeError: During training, after ``patience`` bad steps in a row, or at the first one with ``"raise"``.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[NonFiniteGradientGuard("skip", patience=3)], logger=False)
+    """
+
+    phase = Phase.GUARD
+    takes_sparse = takes_flattened = True
+
+    def __init__(
+        self,
+        policy: Literal["skip", "zero", "raise"] = "skip",
+        *,
+        patience: int = 10,
+        params: Params = "all",
+        name: str | None = None,
+    ) -> None:
+        if policy not in ("skip", "zero", "raise"):
+            raise ValueError(f"NonFiniteGradientGuard: policy must be 'skip', 'zero' or 'raise', got {policy!r}")
+        self.policy = policy
+        self.patience = check_whole("NonFiniteGradientGuard: patience", patience, 1)
+        super().__init__(params, name)
+        self._in_a_row: dict[int, int] = {}
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look the parameters up, and refuse to skip what is no single step."""
+        super().attach(trainer, pl_module)
+        if self.policy == "skip" and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+            raise ValueError(
+                f"{self.name} cannot skip a step of LBFGS, which evaluates several times: use policy='raise' or 'zero'"
+            )
+        self._trainer = trainer
+
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self._in_a_row.clear()
+
+    def permits(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
+        """Return whether the step may happen, after its bad entries have been set to zero where that is the policy."""
+        bad = host.any_rank(self._trainer, nonfinite_gradients(params))
+        is_bad, place = bool(bad.any()), self.place(optimizer)
+        if is_bad and host.searches_scale(self._trainer):
+            return False
+        self._in_a_row[place] = self._in_a_row.get(place, 0) + 1 if is_bad else 0
+        if self.listening:
+            self.count(**{self.label("nonfinite_steps", optimizer): bad.any()})
+        if not is_bad:
+            return True
+        if self.policy == "raise" or self._in_a_row[place] >= self.patience:
+            raise RuntimeError(self._told(params, bad, step, self._in_a_row[place]))
+        if self.policy == "zero":
+            zero_nonfinite_gradients_(params)
+        return self.policy == "zero"
+
+    def _told(self, params: list[Parameter], bad: Tensor, step: Step, in_a_row: int) -> str:
+        names = {id(p): name for name, p in self.tensors.items()}
+        offending = [names[id(p)] for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
+        times = f", {in_a_row} times in a row" if in_a_row > 1 else ""
+        return (
+            f"{self.name}: gradients are not finite at step {step.number}{times}, those of {', '.join(offending)}: look for a "
+            "division by zero, a logarithm or root at zero or bad data, or lower the learning rate"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running figures and the bad steps in a row."""
+        return {**super().state_dict(), "in_a_row": dict(self._in_a_row)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        super().load_state_dict(state_dict)
+        self._in_a_row = dict(state_dict["in_a_row"])
+
+    def route(self) -> str:
+        """Say what happens to a bad step."""
+        return f"before the step: {self.policy}"

@@ -1,0 +1,212 @@
+"""Bounds that are learnt from earlier norms, and figures that survive a checkpoint."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import QUIET, Classifier, Memory, fit, loader, parameter, same
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from resume_worker import Resumable
+from test_laws import Gan
+from torch.testing import assert_close
+
+from lightning_reg import GradientNormClipping, QuantileGradientClipping, ZScoreGradientClipping
+from lightning_reg.functional import quantile_bound, remember_norm, update_norm_statistics, z_score_bound
+
+NORMS = [1.0, 1.2, 0.9, math.nan, 1.1, 9.0, math.inf, 1.05, 0.8, 1.3, 20.0, 1.0, 0.95, 1.15]
+
+
+def finite(norms):
+    return [norm for norm in norms if math.isfinite(norm)]
+
+
+@pytest.mark.parametrize("window", [1, 4, 100])
+@pytest.mark.parametrize("quantile", [0.1, 0.5, 0.93])
+def test_the_quantile_is_numpys_over_the_last_finite_norms(window, quantile):
+    history = torch.full((window,), math.nan)
+    for step, norm in enumerate(NORMS, start=1):
+        history = remember_norm(history, torch.tensor(norm))
+        expected = np.quantile(finite(NORMS[:step])[-window:], quantile)
+        assert_close(quantile_bound(history, quantile).item(), float(expected), rtol=1e-6, atol=0.0)
+        assert len(history) == window
+
+
+def z_score_rule(norms, z, decay, warmup):
+    """Return the bounds of the published rule, in float64."""
+    seen, bounds, mean, variance = [], [], None, None
+    for norm in norms:
+        bound = math.inf
+        if mean is not None:
+            score = (norm - mean) / (math.sqrt(variance) + 1e-6)
+            if score > z:
+                bound = mean + z * math.sqrt(variance) / (score / z)
+        bounds.append(bound)
+        if not math.isfinite(norm):
+            continue
+        kept = min(norm, bound)
+        if mean is not None:
+            mean = decay * mean + (1 - decay) * kept
+            variance = decay * variance + (1 - decay) * (kept - mean) ** 2
+        else:
+            seen.append(kept)
+            if len(seen) == warmup:
+                mean, variance = np.mean(seen), np.var(seen)
+    return bounds
+
+
+@pytest.mark.parametrize(("z", "decay", "warmup"), [(2.5, 0.97, 4), (0.5, 0.5, 2), (1.0, 0.9, 1)])
+def test_the_z_score_rule_is_the_published_one_in_float64(z, decay, warmup):
+    statistics, bounds = torch.zeros(3), []
+    for norm in map(torch.tensor, NORMS):
+        bound = z_score_bound(norm, statistics, z) if statistics[0] >= warmup else torch.tensor(math.inf)
+        statistics = update_norm_statistics(statistics, torch.minimum(norm, bound) if norm.isfinite() else norm, decay, warmup)
+        bounds.append(bound.item())
+    reference = z_score_rule(NORMS, z, decay, warmup)
+    clipped = [index for index, bound in enumerate(reference) if math.isfinite(bound) and math.isfinite(NORMS[index])]
+    assert len(clipped) >= 2
+    assert_close([bounds[i] for i in clipped], [float(reference[i]) for i in clipped], rtol=1e-4, atol=1e-6)
+    assert all(math.isinf(bounds[i]) for i, bound in enumerate(reference) if math.isinf(bound))
+    assert statistics[0] == len(finite(NORMS))
+
+
+def test_statistics_that_saw_a_spike_unclipped_would_differ():
+    """The negative control: what enters the averages is the norm after clipping."""
+    clipped, unclipped = (torch.tensor([4.0, 1.0, 0.01]) for _ in range(2))
+    bound = z_score_bound(torch.tensor(9.0), clipped, 2.5)
+    clipped = update_norm_statistics(clipped, bound, 0.97, 4)
+    unclipped = update_norm_statistics(unclipped, torch.tensor(9.0), 0.97, 4)
+    assert unclipped[2] > 100 * clipped[2]
+
+
+class Watch(Classifier):
+    """Keeps the norm that the optimizer sees, and makes some steps larger or not finite."""
+
+    def __init__(self, factors=(), **options):
+        super().__init__(**options)
+        self.factors, self.norms = dict(factors), []
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.factors.get(self.global_step, 1.0)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.norms.append(torch.stack([p.grad.norm() for p in self.parameters()]).norm().item())
+
+
+def test_a_quantile_bounds_each_step_by_the_norms_before_clipping():
+    free = Watch(lr=0.0)
+    fit(model=free, max_epochs=3)  # nothing moves, so the norms are those of the batches
+    clipped = Watch(lr=0.0)
+    fit([QuantileGradientClipping(0.25)], clipped, max_epochs=3)
+    expected = [min(norm, np.quantile(free.norms[: step + 1], 0.25)) for step, norm in enumerate(free.norms)]
+    assert clipped.norms == pytest.approx(expected, rel=1e-4)
+    assert clipped.norms != pytest.approx(free.norms, rel=1e-4)
+
+
+def test_outliers_are_brought_back_and_the_rest_is_left():
+    free, clipped = Watch(lr=0.0), Watch({9: 50.0}, lr=0.0)
+    fit(model=free, max_epochs=3)
+    fit([ZScoreGradientClipping(2.5, warmup=4)], clipped, max_epochs=3)
+    assert clipped.norms[9] < 2 * max(free.norms)
+    assert clipped.norms[:9] == pytest.approx(free.norms[:9], rel=1e-5)
+
+
+class Survives(Watch):
+    """Keeps its weights, whatever the gradients are."""
+
+    def on_before_optimizer_step(self, optimizer):
+        for p in self.parameters():
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("make", [lambda: QuantileGradientClipping(0.25), lambda: ZScoreGradientClipping(0.5, warmup=2)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_does_not_end_the_statistics(make, bad):
+    """Published callbacks lose their statistics for good: their mean is NaN from then on."""
+    callback, healthy = make(), make()
+    fit([callback], Survives({3: bad}, lr=0.0), max_epochs=3, logger=Memory(), log_every_n_steps=4)
+    fit([healthy], Watch(lr=0.0), max_epochs=3)
+    (memory,), (other,) = callback._memory.values(), healthy._memory.values()
+    assert memory[-1].isfinite()
+    norms = lambda memory: memory[0] if len(memory) == 3 else memory.isfinite().sum()  # noqa: E731
+    assert norms(memory) == norms(other) - 1 == 11
+    assert dict(callback.figures.take())["nonfinite_steps"] == 1
+
+
+def test_each_optimizer_has_its_own_statistics_and_figures():
+    callback, memory = QuantileGradientClipping(0.5, window=3), Memory()
+    fit([callback], Gan(), logger=memory, log_every_n_steps=1)
+    assert sorted(callback._memory) == [0, 1]
+    assert not torch.equal(callback._memory[0], callback._memory[1])
+    assert {"norm_before_0", "norm_before_1", "threshold_0", "threshold_1", "clipped_steps_0", "nonfinite_steps_1"} <= {
+        key.rpartition("/")[2] for key in memory.steps[max(memory.steps)]
+    }
+
+
+def test_no_gradient_at_all_is_no_norm():
+    for callback in (QuantileGradientClipping(), ZScoreGradientClipping()):
+        callback.update(0.0)
+        callback.gradients([parameter([1.0])], None, None)
+        assert not callback._memory
+
+
+def test_a_second_fit_begins_anew():
+    callback = ZScoreGradientClipping(0.5, warmup=2)
+    fit([callback])
+    assert same(fit([callback]), fit([ZScoreGradientClipping(0.5, warmup=2)]))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: QuantileGradientClipping(0.3, window=5),
+        lambda: ZScoreGradientClipping(0.5, warmup=2),
+        lambda: GradientNormClipping(1.0),
+    ],
+)
+def test_what_is_logged_after_a_resume_in_mid_epoch_is_what_would_have_been(make, tmp_path):
+    def run(epochs, folder, resume=None):
+        memory = Memory()
+        saves = ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        options = {**QUIET, "enable_checkpointing": True, "logger": memory, "log_every_n_steps": 4}
+        Trainer(**options, max_epochs=epochs, callbacks=[make(), saves]).fit(
+            Survives({2: math.nan}), Resumable(), ckpt_path=resume
+        )
+        return memory.steps
+
+    whole = run(3, tmp_path / "whole")
+    resumed = run(3, tmp_path / "later", tmp_path / "whole" / "step=6.ckpt")
+    later = {step: metrics for step, metrics in whole.items() if step >= 6}
+    assert later
+    assert all(str(resumed[step]) == str(metrics) for step, metrics in later.items())  # NaN is not equal to itself
+    assert all(metrics[f"reg/{make().name}/nonfinite_steps"] == 1 for metrics in later.values())
+
+
+def test_a_checkpoint_with_another_window_is_refused(tmp_path):
+    trainer = Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[QuantileGradientClipping(window=5)])
+    trainer.fit(Classifier(), loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="checkpoint has a window of 5 norms, expected window=7: resume with window=5"):
+        Trainer(**{**QUIET, "max_epochs": 2}, callbacks=[QuantileGradientClipping(window=7)]).fit(
+            Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt"
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: QuantileGradientClipping(0.0), r"QuantileGradientClipping: quantile must be a number in \(0, 1\), got 0.0"),
+        (lambda: QuantileGradientClipping(1), r"QuantileGradientClipping: quantile must be a number in \(0, 1\), got 1"),
+        (lambda: QuantileGradientClipping(window=0), "QuantileGradientClipping: window must be a whole number ≥ 1, got 0"),
+        (lambda: ZScoreGradientClipping(0.0), r"ZScoreGradientClipping: z must be a number in \(0, inf\], got 0.0"),
+        (lambda: ZScoreGradientClipping(decay=1.5), r"ZScoreGradientClipping: decay must be a number in \[0, 1\], got 1.5"),
+        (lambda: ZScoreGradientClipping(warmup=0), "ZScoreGradientClipping: warmup must be a whole number ≥ 1, got 0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

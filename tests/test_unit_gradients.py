@@ -1,0 +1,159 @@
+"""What is done to the gradient of each output unit: adaptive clipping and centralization."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Classifier, fit, parameter, same
+from torch import nn
+from torch.testing import assert_close
+
+from lightning_reg import AdaptiveGradientClipping, GradientCentralization
+from lightning_reg.functional import centralize_gradients_, clip_unit_gradients_, units_of
+
+UNITS = {
+    nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
+    nn.Conv2d(4, 6, 3, groups=2): lambda w: [w[i] for i in range(6)],
+    nn.ConvTranspose2d(4, 6, 3): lambda w: [w[:, i] for i in range(6)],
+    nn.ConvTranspose1d(4, 6, 3, groups=2): lambda w: [w[2 * g : 2 * g + 2, i] for g in range(2) for i in range(3)],
+    nn.Embedding(7, 4): lambda w: [w[i] for i in range(7)],
+}
+each_layer = pytest.mark.parametrize(
+    ("layer", "units"), [pytest.param(layer, units, id=type(layer).__name__) for layer, units in UNITS.items()]
+)
+
+
+def with_gradient(shape, scale=1.0):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    p.grad = torch.randn(shape) * scale
+    return p
+
+
+def clipped_by_hand(w, g, clip_factor, eps):
+    """Return the rule of the source for one unit, in float64."""
+    w, g = w.double(), g.double()
+    bound = clip_factor * max(w.norm().item(), eps)
+    return g * (bound / g.norm()) if g.norm() > bound else g
+
+
+@each_layer
+@pytest.mark.parametrize("clip_factor", [0.01, 1.0, 1e6])
+def test_each_unit_is_clipped_by_its_own_norm(layer, units, clip_factor):
+    p = with_gradient(layer.weight.shape)
+    expected = [clipped_by_hand(w, g, clip_factor, 1e-3) for w, g in zip(units(p.detach()), units(p.grad.clone()), strict=True)]
+    before = p.grad.clone()
+    smallest = clip_unit_gradients_([p], clip_factor, units=[units_of(layer)])
+    assert_close([g.double() for g in units(p.grad)], expected, rtol=1e-5, atol=0.0)
+    factors = [after.norm() / g.norm() for after, g in zip(units(p.grad), units(before), strict=True)]
+    assert_close(smallest, torch.stack(factors).min().clamp(max=1.0))
+    if clip_factor == 1e6:
+        assert torch.equal(p.grad, before)
+
+
+def test_transposed_convolutions_have_their_units_elsewhere():
+    """The negative control: dimension 0, where other layers keep theirs, gives another result."""
+    layer = nn.ConvTranspose2d(4, 6, 3)
+    right, wrong = with_gradient(layer.weight.shape), with_gradient(layer.weight.shape)
+    clip_unit_gradients_([right], 0.01, units=[units_of(layer)])
+    clip_unit_gradients_([wrong], 0.01)
+    assert not torch.allclose(right.grad, wrong.grad)
+
+
+def test_vectors_and_scalars_are_one_unit():
+    for shape in [(6,), ()]:
+        p = with_gradient(shape)
+        expected = clipped_by_hand(p.detach(), p.grad, 0.01, 1e-3)
+        clip_unit_gradients_([p], 0.01)
+        assert_close(p.grad.double(), expected)
+
+
+def test_weights_that_start_at_zero_learn_only_by_eps():
+    learns, does_not = (parameter([[0.0, 0.0]], grad=[[3.0, 4.0]]) for _ in range(2))
+    clip_unit_gradients_([learns], clip_factor=0.1, eps=1e-3)
+    clip_unit_gradients_([does_not], clip_factor=0.1, eps=1e-30)
+    assert_close(learns.grad, torch.tensor([[6e-5, 8e-5]]))
+    assert does_not.grad.norm() < 1e-29
+
+
+def test_a_unit_that_is_not_finite_leaves_the_others():
+    p = parameter([[1.0, 0.0], [1.0, 0.0]], grad=[[float("nan"), 1.0], [10.0, 0.0]])
+    assert clip_unit_gradients_([p], 0.1).isnan()
+    assert p.grad[0].isnan().all()
+    assert_close(p.grad[1], torch.tensor([0.1, 0.0]))
+    q = parameter([[1.0, 0.0]], grad=[[float("inf"), 1.0]])
+    assert clip_unit_gradients_([q], 0.1) == 0
+
+
+def test_half_precision_is_clipped_by_precise_norms():
+    half, full = parameter([[1.0] * 4096], [[0.01] * 4096], torch.bfloat16), parameter([[1.0] * 4096], [[0.01] * 4096])
+    for p in (half, full):
+        clip_unit_gradients_([p], 1e-3)
+    assert_close(half.grad.float(), full.grad, rtol=1e-2, atol=0.0)
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_missing_and_empty_gradients_are_left_out():
+    none, empty = nn.Parameter(torch.ones(2, 2)), with_gradient((0, 4))
+    assert clip_unit_gradients_([none, empty], 0.1) == 1
+    centralize_gradients_([none, empty])
+    assert none.grad is None
+    assert clip_unit_gradients_([], 0.1) == 1
+
+
+@pytest.mark.parametrize("act", [lambda p: clip_unit_gradients_([p], 0.1), lambda p: centralize_gradients_([p])])
+def test_sparse_gradients_are_refused(act):
+    layer = nn.Embedding(4, 2, sparse=True)
+    layer(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="needs a dense gradient, got a sparse one: make the embedding with sparse=False"):
+        act(layer.weight)
+
+
+@each_layer
+def test_each_unit_loses_its_mean(layer, units):
+    p = with_gradient(layer.weight.shape)
+    expected = [g.double() - g.double().mean() for g in units(p.grad.clone())]
+    centralize_gradients_([p], [units_of(layer)])
+    assert_close([g.double() for g in units(p.grad)], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_vectors_keep_their_mean():
+    p = with_gradient((6,))
+    before = p.grad.clone()
+    centralize_gradients_([p])
+    assert torch.equal(p.grad, before)
+
+
+def test_centralized_training_keeps_the_mean_of_each_unit():
+    trained, plain, start = fit([GradientCentralization()]), fit(), Classifier()
+    for index in (0, 4):
+        assert_close(trained.net[index].weight.mean(1), start.net[index].weight.mean(1))
+        assert not torch.allclose(plain.net[index].weight.mean(1), start.net[index].weight.mean(1))
+
+
+def test_the_callback_clips_as_the_function_does_in_a_hook_of_the_module():
+    class ByHand(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            for p in self.parameters():
+                unit_of = [(p[i], p.grad[i]) for i in range(len(p))] if p.ndim > 1 else [(p, p.grad)]
+                for w, g in unit_of:
+                    g.mul_((0.01 * w.detach().norm().clamp(min=1e-3) / g.norm()).clamp(max=1.0))
+
+    ours, theirs = fit([AdaptiveGradientClipping(0.01)]), fit(model=ByHand())
+    assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()))
+    assert not same(ours, fit())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: AdaptiveGradientClipping(0.0),
+            r"AdaptiveGradientClipping: clip_factor must be a number in \(0, inf\], got 0.0",
+        ),
+        (lambda: AdaptiveGradientClipping(eps=0.0), r"AdaptiveGradientClipping: eps must be a number in \(0, inf\], got 0.0"),
+    ],
+)
+def test_bounds_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
