@@ -12,7 +12,7 @@ import rich
 import torch
 from rich.table import Table
 
-from tests.benchmarks import penalties
+from tests.benchmarks import gradients, penalties
 from tests.benchmarks.measuring import Claim, measure, parameters, peak_growth, shapes_of_124m
 
 
@@ -38,8 +38,13 @@ def main() -> None:
     claims = [
         *penalties.claims("600 tensors of 32 × 32", small, {"L1": 10, "L2": 20}, 2),
         *penalties.claims("124M in 148 tensors", large, {"L1": 5, "L2": 12}, 1),
+        *gradients.claims("124M in 148 tensors", large),
     ]
     rich.print(table_of(claims, seconds))
+    if gradients.adaptive_clipping_of_timm() is None:
+        rich.print(
+            "Adaptive clipping was not measured: timm is missing (pip install --no-deps timm is enough, one file of it is used)"
+        )
     for label, params in (("600 tensors of 32 × 32", small), ("124M in 148 tensors", large)):
         rich.print(penalties.told_of_floor(label, params, seconds))
 
