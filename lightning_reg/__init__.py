@@ -7,7 +7,7 @@ and any order, from Python or from LightningCLI.
 from importlib.metadata import version
 
 from lightning_reg import functional
-from lightning_reg.constraints import WeightClipping
+from lightning_reg.constraints import MaxNorm, MinMaxNorm, NonNegative, UnitNorm, WeightClipping
 from lightning_reg.dropout import DropoutInjection, DropoutScheduler
 from lightning_reg.gradients import (
     AdaptiveGradientClipping,
@@ -60,7 +60,10 @@ __all__ = [
     "L1Penalty",
     "L2Penalty",
     "Linear",
+    "MaxNorm",
+    "MinMaxNorm",
     "NonFiniteGradientGuard",
+    "NonNegative",
     "OrthogonalityPenalty",
     "PeakGradientDropping",
     "Penalty",
@@ -69,6 +72,7 @@ __all__ = [
     "SoftThresholding",
     "StartingPointPenalty",
     "Steps",
+    "UnitNorm",
     "WeightClipping",
     "WeightDecay",
     "WeightDecayScheduler",

@@ -50,8 +50,9 @@ class Phase(IntEnum):
     DECAY = 9
     SOFT_THRESHOLD = 10
     SHRINKAGE = 11
-    CONSTRAINT = 12
-    PRUNING = 13
+    SIGN = 12
+    CONSTRAINT = 13
+    PRUNING = 14
 
 
 class Regularizer(Configured, Callback, ABC):

@@ -10,7 +10,7 @@ Example:
     >>> norm = clip_gradient_norm_(list(model.parameters()), max_norm=1.0)
 """
 
-from lightning_reg.constraints import clip_weights_
+from lightning_reg.constraints import clip_negative_weights_, clip_weights_, project_unit_norms_
 from lightning_reg.dropout import dropout, inject_dropout, set_dropout_
 from lightning_reg.gradients import (
     add_gradient_noise_,
@@ -54,6 +54,7 @@ __all__ = [
     "clip_gradient_norm_",
     "clip_gradient_norms_",
     "clip_gradient_value_",
+    "clip_negative_weights_",
     "clip_unit_gradients_",
     "clip_weights_",
     "decay_weights_",
@@ -67,6 +68,7 @@ __all__ = [
     "l2_penalty",
     "nonfinite_gradients",
     "orthogonality_penalty",
+    "project_unit_norms_",
     "quantile_bound",
     "remember_norm",
     "set_dropout_",

@@ -37,6 +37,8 @@ class ParameterRegularizer(Regularizer):
     params: Params
     whole_tensors: ClassVar[bool] = False
     """Whether it needs whole tensors, so that it cannot act on the shards of one."""
+    takes_flattened: ClassVar[bool] = True
+    """Whether it can do without the shapes of tensors: FSDP1 makes flat pieces of all of them."""
 
     def __init__(self, params: Params, name: str | None) -> None:
         globs = [params] if isinstance(params, str) else params
@@ -81,6 +83,10 @@ class ParameterRegularizer(Regularizer):
         complex_ones = [name for name, p in self.tensors.items() if p.is_complex()]
         if complex_ones:
             raise ValueError(f"{self.name} acts on real parameters only, got complex {', '.join(complex_ones)}: leave them out")
+        if not self.takes_flattened and host.flattens(trainer):
+            raise ValueError(
+                f"{self.name} cannot act on the flat parameters of FSDPStrategy: use ModelParallelStrategy (FSDP2) or DDP"
+            )
         if self.whole_tensors and host.shards(trainer, self.tensors.values()):
             raise ValueError(f"{self.name} cannot act on sharded parameters: it needs whole tensors; use DDP")
 

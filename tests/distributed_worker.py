@@ -34,6 +34,8 @@ from lightning_reg import (
     L1Penalty,
     L2Penalty,
     Linear,
+    MaxNorm,
+    MinMaxNorm,
     NonFiniteGradientGuard,
     OrthogonalityPenalty,
     PeakGradientDropping,
@@ -42,6 +44,7 @@ from lightning_reg import (
     RandomShrinkage,
     SoftThresholding,
     StartingPointPenalty,
+    UnitNorm,
     WeightClipping,
     WeightDecay,
     ZScoreGradientClipping,
@@ -212,6 +215,9 @@ def sharded_techniques() -> list[Callback]:
         *gradient_processing(),
         GradientNormClipping(0.01, norm_type=float("inf"), name="largest"),
         WeightClipping(0.1),
+        MaxNorm(0.3, params="net.1.weight"),
+        MinMaxNorm(0.2, 0.4, rate=0.5, params="net.4.weight"),
+        UnitNorm(params="single.weight"),
     ]
 
 

@@ -23,13 +23,17 @@ from lightning_reg import (
     L1Penalty,
     L2Penalty,
     Linear,
+    MaxNorm,
+    MinMaxNorm,
     NonFiniteGradientGuard,
+    NonNegative,
     OrthogonalityPenalty,
     PeakGradientDropping,
     QuantileGradientClipping,
     RandomShrinkage,
     SoftThresholding,
     StartingPointPenalty,
+    UnitNorm,
     WeightClipping,
     WeightDecay,
     WeightDecayScheduler,
@@ -48,7 +52,7 @@ class Row:
 
     Args:
         active: Makes one that changes the training of ``helpers.Classifier``.
-        inactive: Makes one of strength 0 or with an inactive bound.
+        inactive: Makes one of strength 0 or with an inactive bound, or ``None`` where there is no such thing.
         scheduled: Makes one whose value changes over training, or ``None`` where there is nothing to schedule.
         parts: Makes two that act on different parts, side by side, or ``None`` where it has no parts to choose.
         options: What the model needs: arguments of ``helpers.Classifier``.
@@ -56,7 +60,7 @@ class Row:
     """
 
     active: Callable[[], Regularizer]
-    inactive: Callable[[], Regularizer]
+    inactive: Callable[[], Regularizer] | None
     scheduled: Callable[[], Regularizer] | None
     parts: Callable[[], list[Regularizer]] | None
     options: dict[str, float] = field(default_factory=dict)
@@ -66,7 +70,7 @@ class Row:
         """Return one of each kind."""
         return [
             self.active(),
-            self.inactive(),
+            *([self.inactive()] if self.inactive else []),
             *(self.parts() if self.parts else []),
             *([self.scheduled()] if self.scheduled else []),
         ]
@@ -157,12 +161,30 @@ ROWS = {
         scheduled=lambda: L2Penalty(Linear(0.0, 0.2)),
         parts=lambda: [L2Penalty(0.1, params="net.0.*"), L2Penalty(0.2, params="net.4.*")],
     ),
+    "MaxNorm": Row(
+        active=lambda: MaxNorm(0.3),
+        inactive=lambda: MaxNorm(float("inf")),
+        scheduled=lambda: MaxNorm(Linear(0.6, 0.2)),
+        parts=lambda: [MaxNorm(0.3, params="net.0.*"), MaxNorm(0.2, params="net.4.*")],
+    ),
+    "MinMaxNorm": Row(
+        active=lambda: MinMaxNorm(0.8, 0.9),
+        inactive=lambda: MinMaxNorm(0.8, 0.9, rate=0.0),
+        scheduled=lambda: MinMaxNorm(0.1, Linear(0.9, 0.3), rate=Linear(0.1, 1.0)),
+        parts=lambda: [MinMaxNorm(0.8, 0.9, params="net.0.*"), MinMaxNorm(0.1, 0.2, rate=0.5, params="net.4.*")],
+    ),
     "NonFiniteGradientGuard": Row(
         active=lambda: NonFiniteGradientGuard(),
         inactive=lambda: NonFiniteGradientGuard(patience=1),
         scheduled=None,
         parts=lambda: [NonFiniteGradientGuard(params="net.0.*"), NonFiniteGradientGuard("zero", params="net.4.*")],
         exempt={"changes_training": "it acts only where gradients are not finite, see test_guard.py"},
+    ),
+    "NonNegative": Row(
+        active=lambda: NonNegative(),
+        inactive=lambda: NonNegative(params="net.1.weight"),  # which is far above zero
+        scheduled=None,
+        parts=lambda: [NonNegative(params="net.0.*"), NonNegative(params="net.4.*")],
     ),
     "OrthogonalityPenalty": Row(
         active=lambda: OrthogonalityPenalty(0.1),
@@ -205,6 +227,13 @@ ROWS = {
             "second_fit": "its starting point is that of the first fit, not of the second",
             "lazy_modules": "it refuses weights that do not exist when the fit starts",
         },
+    ),
+    "UnitNorm": Row(
+        active=lambda: UnitNorm(),
+        inactive=None,
+        scheduled=None,
+        parts=lambda: [UnitNorm(params="net.0.*"), UnitNorm(params="net.4.*")],
+        exempt={"inactive": "it has no strength and no bound, and leaves no weight of this model as it is"},
     ),
     "WeightClipping": Row(
         active=lambda: WeightClipping(0.05),

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import Classifier, fit, same
+from helpers import Classifier, Memory, fit, same
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
 from torch.testing import assert_close
 
-from lightning_reg import Linear, WeightClipping
-from lightning_reg.functional import clip_weights_
+from lightning_reg import Linear, MaxNorm, MinMaxNorm, NonNegative, UnitNorm, WeightClipping
+from lightning_reg.functional import clip_negative_weights_, clip_weights_, project_unit_norms_, units_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,3 +82,130 @@ def test_the_bound_may_be_scheduled():
 def test_bounds_out_of_range_are_refused(clip_value):
     with pytest.raises(ValueError, match=rf"WeightClipping: clip_value must be a number in \(0, inf\], got {clip_value}"):
         WeightClipping(clip_value)
+
+
+UNITS = {
+    nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
+    nn.Conv2d(4, 6, 3, groups=2): lambda w: [w[i] for i in range(6)],
+    nn.ConvTranspose2d(4, 6, 3): lambda w: [w[:, i] for i in range(6)],
+    nn.ConvTranspose1d(4, 6, 3, groups=2): lambda w: [w[2 * g : 2 * g + 2, i] for g in range(2) for i in range(3)],
+    nn.Embedding(7, 4): lambda w: [w[i] for i in range(7)],
+}
+INTERVALS = [(0.0, 1.5), (1.0, 1.0), (2.0, 3.0), (0.0, math.inf)]
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.25])
+@pytest.mark.parametrize(("low", "high"), INTERVALS)
+@pytest.mark.parametrize(
+    ("layer", "units"), [pytest.param(layer, units, id=type(layer).__name__) for layer, units in UNITS.items()]
+)
+def test_each_unit_goes_to_the_nearest_norm(layer, units, low, high, rate):
+    torch.manual_seed(0)
+    w = torch.randn(layer.weight.shape)
+    expected = []
+    for unit in units(w.double()):
+        norm = unit.norm()
+        expected.append(unit * ((1 - rate) + rate * min(max(norm.item(), low), high) / norm))
+    project_unit_norms_([w], low, high, rate, [units_of(layer)])
+    assert_close([unit.double() for unit in units(w)], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("dim", "layer"), [(0, nn.Linear(50, 30)), (1, nn.ConvTranspose2d(8, 9, 3))])
+def test_max_norm_is_torchs_renorm(dim, layer):
+    w = torch.randn(layer.weight.shape)
+    theirs = torch.renorm(w, p=2, dim=dim, maxnorm=2.0)
+    other = torch.renorm(w, p=2, dim=1 - dim, maxnorm=2.0)
+    project_unit_norms_([w], 0.0, 2.0, units=[units_of(layer)])
+    assert_close(w, theirs, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(w, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("low", "high"), INTERVALS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_projecting_twice_is_projecting_once_to_the_last_bit(low, high, dtype):
+    """Keras divides by the norm plus a small number, and so shrinks weights within the bound a little at each step."""
+    torch.manual_seed(0)
+    for shape in [(200, 3), (50, 768), (4, 20_000)]:
+        once = torch.randn(shape).mul(torch.rand(shape[0], 1)).div(math.sqrt(shape[1]) / 2).to(dtype)
+        project_unit_norms_([once], low, high)
+        twice = once.clone()
+        for _ in range(3):
+            project_unit_norms_([twice], low, high)
+        assert torch.equal(once, twice)
+        norms, precise = once.double().norm(dim=1), torch.promote_types(dtype, torch.float32)
+        rounding = torch.finfo(dtype).eps + 2 * math.sqrt(shape[1]) * torch.finfo(precise).eps
+        assert norms.min() >= low * (1 - rounding)
+        assert norms.max() <= high * (1 + rounding)
+
+
+def test_units_of_zeros_stay_and_other_units_do_not_care():
+    w = torch.tensor([[0.0, 0.0], [math.nan, 1.0], [3.0, 4.0]])
+    project_unit_norms_([w], 1.0, 1.0)
+    assert w[0].tolist() == [0, 0]
+    assert w[1].isnan().all()
+    assert_close(w[2], torch.tensor([0.6, 0.8]))
+    project_unit_norms_([torch.zeros(0, 4), torch.zeros(4, 0)], 1.0, 1.0)
+
+
+def test_nothing_is_below_zero_after_a_step():
+    theta = torch.tensor([-1.0, 0.0, 2.0, math.nan])
+    clip_negative_weights_([theta])
+    assert theta[:3].tolist() == [0, 0, 2]
+    clip_negative_weights_([])
+    model = fit([NonNegative(params="net.4.weight")])
+    assert model.net[4].weight.min() == 0
+    assert fit().net[4].weight.min() < 0
+    assert model.net[0].weight.min() < 0
+
+
+@pytest.mark.parametrize("callback", [MaxNorm(0.4), UnitNorm(), MinMaxNorm(0.8, 0.9)])
+def test_norms_hold_after_every_step(callback):
+    class Watch(Classifier):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            norms = torch.cat([self.net[i].weight.norm(dim=1) for i in (0, 4)])
+            assert norms.min() >= callback.interval()[0] - 1e-6
+            assert norms.max() <= callback.interval()[1] + 1e-6
+
+    fit([callback], Watch())
+    with pytest.raises(AssertionError):
+        fit(model=Watch())
+
+
+def test_a_sign_and_a_norm_can_be_asked_for_together():
+    """In either order of the list: the sign comes first, or the norm would no longer be one."""
+    for callbacks in ([NonNegative(), UnitNorm()], [UnitNorm(), NonNegative()]):
+        w = fit(callbacks).net[4].weight
+        assert w.min() == 0
+        assert_close(w.norm(dim=1), torch.ones(10))
+
+
+def test_the_constrained_fraction_is_logged():
+    memory = Memory()
+    callbacks = [MaxNorm(1e-3), MinMaxNorm(0.0, 100.0), NonNegative(params="net.4.weight"), UnitNorm(params="net.0.weight")]
+    negative = (Classifier().net[4].weight < 0).float().mean().item()
+    fit(callbacks, Classifier(lr=0.0), max_epochs=1, logger=memory, log_every_n_steps=1)
+    told = {key.split("/")[1]: value for key, value in memory.steps[0].items() if key.endswith("constrained")}
+    assert told == {
+        "MaxNorm": 1.0,
+        "MinMaxNorm": 0.0,
+        "NonNegative-net_4_weight": pytest.approx(negative),
+        "UnitNorm-net_0_weight": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MaxNorm(0.0), r"MaxNorm: max_norm must be a number in \(0, inf\], got 0.0"),
+        (lambda: MinMaxNorm(-1, 2.0), r"MinMaxNorm: min_norm must be a number in \[0, inf\), got -1"),
+        (lambda: MinMaxNorm(2.0, 1.0), "min_norm must be at most max_norm, got min_norm=2 and max_norm=1"),
+        (lambda: MinMaxNorm(1.0, 2.0, rate=1.5), r"MinMaxNorm: rate must be a number in \[0, 1\], got 1.5"),
+        (
+            lambda: fit([MinMaxNorm(Linear(0.0, 2.0), 1.0)]),
+            "min_norm must be at most max_norm, got min_norm=1.25 and max_norm=1",
+        ),
+    ],
+)
+def test_intervals_that_are_none_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

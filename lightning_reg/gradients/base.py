@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_reg import host
 from lightning_reg.parameters import ParameterRegularizer
 from lightning_reg.tensors import joint_norm, present_gradients
 
@@ -28,8 +27,7 @@ class GradientProcessing(ParameterRegularizer):
 
     takes_sparse: ClassVar[bool] = False
     """Whether it can act on the sparse gradient of an embedding."""
-    takes_flattened: ClassVar[bool] = False
-    """Whether it can act on the flat pieces that FSDP1 makes of all parameters."""
+    takes_flattened = False
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin its statistics anew."""
@@ -43,10 +41,6 @@ class GradientProcessing(ParameterRegularizer):
         self._optimizers = list(trainer.optimizers)
         if not self.takes_sparse:
             self._refuse_sparse(pl_module)
-        if not self.takes_flattened and host.flattens(trainer):
-            raise ValueError(
-                f"{self.name} cannot act on the flat parameters of FSDPStrategy: use ModelParallelStrategy (FSDP2) or DDP"
-            )
 
     def _refuse_sparse(self, pl_module: LightningModule) -> None:
         embeddings = ((name, m) for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))

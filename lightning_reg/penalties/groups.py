@@ -87,6 +87,8 @@ class GroupLassoPenalty(Penalty):
         "Learning Structured Sparsity in Deep Neural Networks", 2016.
     """
 
+    takes_flattened = False
+
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return Σ √|g| ‖w_g‖."""
         return group_lasso_penalty(params, self.units(params))

@@ -122,6 +122,8 @@ class OrthogonalityPenalty(Penalty):
         More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
     """
 
+    takes_flattened = False
+
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return ½‖WWᵀ − I‖²."""
         return orthogonality_penalty([whole(p) for p in params])

@@ -155,6 +155,8 @@ class GroupSoftThresholding(SoftThresholding):
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
 
+    takes_flattened = False
+
     def threshold_(self, params: list[Parameter], threshold: float) -> None:
         """Take the proximal step."""
         group_soft_threshold_(params, threshold, self.units(params))

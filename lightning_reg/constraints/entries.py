@@ -1,4 +1,4 @@
-"""Constraints: projections of the weights that hold after every optimizer step."""
+"""Constraints on every entry by itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE
-from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import fraction_beyond, locals_of
+from lightning_reg.constraints.base import Constraint
+from lightning_reg.tensors import fraction_beyond, locals_of, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_reg.schedules import Value
     from lightning_reg.selection import Params
 
-__all__ = ["WeightClipping", "clip_weights_"]
+__all__ = ["NonNegative", "WeightClipping", "clip_negative_weights_", "clip_weights_"]
 
 
 @torch.no_grad()
@@ -44,7 +44,24 @@ def clip_weights_(params: Sequence[Tensor], clip_value: float) -> None:
         torch._foreach_clamp_max_(locals_of(params), clip_value)
 
 
-class WeightClipping(ParameterRegularizer):
+@torch.no_grad()
+def clip_negative_weights_(params: Sequence[Tensor]) -> None:
+    r"""Set every negative entry to 0: :math:`\arg\min_{w \ge 0} \|w - \theta\|`, which is :math:`\max(0, \theta)`.
+
+    Args:
+        params: Tensors, changed in place.
+
+    Example:
+        >>> theta = torch.tensor([-3.0, 0.5])
+        >>> clip_negative_weights_([theta])
+        >>> theta
+        tensor([0.0000, 0.5000])
+    """
+    if params:
+        torch._foreach_clamp_min_(locals_of(params), 0.0)
+
+
+class WeightClipping(Constraint):
     r"""Keep every weight within bounds: :math:`\theta_i \leftarrow \max(-c, \min(c, \theta_i))`.
 
     Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler skips.
@@ -68,7 +85,6 @@ class WeightClipping(ParameterRegularizer):
         M. Arjovsky, S. Chintala, L. Bottou, "Wasserstein GAN", 2017.
     """
 
-    phase = Phase.CONSTRAINT
     limits = {"clip_value": POSITIVE}
 
     def __init__(self, clip_value: Value, *, params: Params = "weights", name: str | None = None) -> None:
@@ -82,6 +98,40 @@ class WeightClipping(ParameterRegularizer):
             self.observe(constrained=fraction_beyond(params, clip_value))
         clip_weights_(params, clip_value)
 
-    def route(self) -> str:
-        """Say that it acts after the step."""
-        return "after the step"
+
+class NonNegative(Constraint):
+    r"""Keep every weight at or above zero: :math:`\theta_i \leftarrow \max(0, \theta_i)`.
+
+    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler or a guard skips;
+    before the constraints on norms, so that it can be combined with them.
+
+    Args:
+        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        ValueError: For a selection of nothing.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[NonNegative(params="decoder.*.weight")], logger=False)
+
+    Reference:
+        D. D. Lee, H. S. Seung, "Learning the parts of objects by non-negative matrix factorization", 1999.
+    """
+
+    phase = Phase.SIGN
+
+    def __init__(self, *, params: Params = "weights", name: str | None = None) -> None:
+        super().__init__(params, name)
+
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Clip the weights, and keep the fraction that this changes."""
+        if self.logging:
+            self.observe(constrained=_negative_fraction(params))
+        clip_negative_weights_(params)
+
+
+def _negative_fraction(params: Sequence[Tensor]) -> Tensor:
+    """Return the share of entries, over all shards, that are below zero."""
+    return torch.stack([whole((p < 0).sum()) for p in params]).sum() / max(sum(p.numel() for p in params), 1)
