@@ -24,6 +24,7 @@ __all__ = [
     "joint_norm",
     "local",
     "locals_of",
+    "on_host",
     "present_gradients",
     "shard_like",
     "whole",
@@ -33,6 +34,11 @@ __all__ = [
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, sharing its memory: the whole of it unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Return whether a number can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,17 +1,29 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, fit, parameter, same
+from helpers import Classifier, Memory, fit, parameter, same
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_reg import GradientNormClipping, GradientValueClipping, PeakGradientDropping
-from lightning_reg.functional import clip_gradient_norm_, clip_gradient_value_, drop_peak_gradients_
+from lightning_reg import (
+    AdaptiveGradientClipping,
+    GradientCentralization,
+    GradientNoise,
+    GradientNormClipping,
+    GradientValueClipping,
+    NonFiniteGradientGuard,
+    PeakGradientDropping,
+    QuantileGradientClipping,
+    ZScoreGradientClipping,
+    host,
+)
+from lightning_reg.functional import clip_gradient_norm_, clip_gradient_norms_, clip_gradient_value_, drop_peak_gradients_
 
 
 def with_gradients(dtype=torch.float32):
@@ -139,12 +151,25 @@ def test_scaled_gradients_are_unscaled_before_they_are_clipped():
     assert not same(ours, scaled())
 
 
+PROCESSING = [
+    AdaptiveGradientClipping(),
+    GradientCentralization(),
+    GradientNoise(0.1),
+    GradientNormClipping(1.0),
+    GradientValueClipping(1.0),
+    NonFiniteGradientGuard(),
+    PeakGradientDropping(),
+    QuantileGradientClipping(),
+    ZScoreGradientClipping(),
+]
+
+
 class Fused(Classifier):
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), fused=True)
 
 
-@pytest.mark.parametrize("callback", [GradientNormClipping(1.0), GradientValueClipping(1.0), PeakGradientDropping()])
+@pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
 def test_a_fused_optimizer_is_refused_only_under_a_loss_scale(callback):
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     message = rf"{type(callback).__name__} acts before .* the fused Adam unscales .* fused=False, or train with precision="
@@ -165,6 +190,76 @@ def test_parameters_that_would_never_learn_are_said():
     model.training_step = lambda batch, batch_idx: model.net(batch[0]).square().mean()
     with pytest.warns(UserWarning, match=r"drops all 1 or fewer entries of net.4.bias, .* params=\['all', '!net.4.bias'\]"):
         fit([PeakGradientDropping()], model)
+
+
+@pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
+def test_parameters_that_all_lack_a_gradient_are_left_alone(callback):
+    class Without(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Linear(2, 2)
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net.parameters(), lr=0.05), torch.optim.SGD(self.unused.parameters(), lr=0.05)]
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                if batch_idx or optimizer.param_groups[0]["params"][0] is self.unused.weight:
+                    optimizer.step()
+            self.manual_backward(super().training_step(batch, batch_idx))
+
+    model = Without()
+    model.automatic_optimization = False
+    before = model.unused.weight.clone()
+    memory = Memory()
+    fit([copy.deepcopy(callback)], model, max_epochs=1, logger=memory, log_every_n_steps=1)
+    assert torch.equal(model.unused.weight, before)
+    assert memory.steps
+
+
+@pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
+def test_flat_parameters_are_refused_where_shapes_or_norms_are_needed(callback, monkeypatch):
+    """FSDP1 needs CUDA in Lightning, so only what it is told is tested here."""
+    monkeypatch.setattr(host, "flattens", lambda trainer: True)
+    monkeypatch.setattr(host, "flattening_root", lambda trainer: None)
+    if callback.takes_flattened:
+        fit([callback], max_epochs=1)
+    else:
+        with pytest.raises(ValueError, match=r"cannot act on the flat parameters of FSDPStrategy: use ModelParallelStrategy"):
+            fit([callback], max_epochs=1)
+
+
+def test_the_root_of_flat_parameters_clips_their_norm(monkeypatch):
+    class Root:
+        calls = []
+
+        def clip_grad_norm_(self, max_norm, norm_type):
+            self.calls.append((max_norm, norm_type))
+            return torch.tensor(5.0)
+
+    monkeypatch.setattr(host, "flattening_root", lambda trainer: Root())
+    memory = Memory()
+    fit([GradientNormClipping(0.5, norm_type=3.0)], max_epochs=1, logger=memory, log_every_n_steps=1)
+    assert Root.calls == [(0.5, 3.0)] * 4
+    assert memory.steps[0]["reg/GradientNormClipping/norm_before"] == 5.0
+    for part in ({"params": "weights"}, {"scope": "tensor"}):
+        with pytest.raises(ValueError, match="only params='all' with scope='model' can be clipped, got params="):
+            fit([GradientNormClipping(0.5, **part)])
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_tensor_is_clipped_as_torch_clips_it_alone(norm_type, dtype):
+    ours, theirs = with_gradients(dtype), with_gradients(dtype)
+    norms = clip_gradient_norms_(ours, 0.5, norm_type)
+    expected = [nn.utils.clip_grad_norm_([q], 0.5, norm_type) for q in theirs if q.grad is not None and q.numel()]
+    assert_close(norms, torch.stack(expected).to(norms.dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0.0)
+    for p, q in zip(ours[:-1], theirs[:-1], strict=True):
+        assert_close(p.grad, q.grad)
+    joint = with_gradients(dtype)
+    clip_gradient_norm_(joint, 0.5, norm_type)
+    assert not all(torch.allclose(p.grad, q.grad) for p, q in zip(joint[:-1], ours[:-1], strict=True))
 
 
 def test_no_gradient_at_all_is_fine():

@@ -10,12 +10,13 @@ import random
 import lightning.pytorch.callbacks
 import pytest
 import torch
-from helpers import Classifier, fit, loader, same, weights
+from helpers import Classifier, Memory, fit, loader, same, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from table import ROWS, everything
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_reg
 from lightning_reg import L1Penalty, L2Penalty
@@ -350,6 +351,31 @@ def test_weight_averaging_works_beside_it(row):
         together = fit([row.active(), average()], model(row), max_epochs=3)
         assert all(p.isfinite().all() for p in together.parameters())
         assert same(together, fit([average()], model(row), max_epochs=3)) is not changes(row)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host waits for a number from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return function(*args, **(kwargs or {}))
+
+
+def waits(callbacks, row, batches):
+    with Waits() as mode:
+        fit(callbacks, model(row), loader(16 * batches), max_epochs=1, logger=Memory(), log_every_n_steps=16)
+    return mode.count
+
+
+@pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval")
+@every_callback
+def test_no_step_waits_for_the_device(row, monkeypatch):
+    """Counted as what four more steps, none of them logged, add to it; what happens once is not counted."""
+    monkeypatch.setattr("lightning_reg.penalties.base.on_host", lambda tensor: False)  # as if there were a device
+    plain, ours = (waits(callbacks(), row, 8) - waits(callbacks(), row, 4) for callbacks in (list, lambda: [row.active()]))
+    assert (ours > plain) is ("waits" in row.exempt)
 
 
 @every_callback

@@ -12,7 +12,7 @@ from lightning_reg import host
 from lightning_reg.base import Phase
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import dense_gradients, local, shard_like, whole
+from lightning_reg.tensors import dense_gradients, local, on_host, shard_like, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,7 +166,7 @@ class Penalty(ParameterRegularizer):
             raise ValueError(f"{what} a tensor of shape {tuple(value.shape)}: sum over all entries")
         if not value.requires_grad:
             raise ValueError(f"{what} one without a graph: compute it from params, without .data, .detach() or .item()")
-        if (self.logging or value.device.type == "cpu") and value.isnan() and all(p.isfinite().all() for p in params):
+        if (self.logging or on_host(value)) and value.isnan() and all(p.isfinite().all() for p in params):
             raise ValueError(f"{what} NaN for finite parameters")
         return value
 
