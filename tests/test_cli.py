@@ -8,14 +8,16 @@ import digits
 import docstring_parser
 import pytest
 import yaml
-from helpers import QUIET, same
+from helpers import QUIET, Classifier, loader, same
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from processes import HERE, run_script
-from table import ROWS
+from table import ROWS, everything
+from test_laws import vars_of
 
 import lightning_reg
 from lightning_reg import Cosine, DropoutInjection, L1Penalty, Linear
+from lightning_reg.schedules import Schedule
 
 SHORT = [
     "fit",
@@ -108,3 +110,75 @@ def test_the_script_itself(tmp_path, monkeypatch):
     (saved,) = tmp_path.glob("**/config.yaml")
     names = [cb["class_path"] for cb in yaml.safe_load(saved.read_text())["trainer"]["callbacks"]]
     assert names == ["lightning_reg.L1Penalty", "lightning_reg.DropoutInjection"]
+
+
+class WithData(Classifier):
+    """A model that brings its data, for a command line without a data module."""
+
+    def train_dataloader(self):
+        return loader(32)
+
+
+def written(value):
+    """Return a callback or a schedule as it is written in YAML: a class and those arguments that are not at their default."""
+    arguments = inspect.signature(type(value)).parameters
+    given = {name: value._as_given(name) for name in arguments}
+    needed = {name: argument for name, argument in given.items() if argument != arguments[name].default}
+    plain = {name: written(argument) if isinstance(argument, Schedule) else argument for name, argument in needed.items()}
+    return {"class_path": f"lightning_reg.{type(value).__name__}", "init_args": plain}
+
+
+def as_flags(callback):
+    """Return the same as flags, classes by their short names."""
+    flags = [f"--trainer.callbacks+={type(callback).__name__}"]
+    for name, value in written(callback)["init_args"].items():
+        if isinstance(value, dict):
+            flags.append(f"--trainer.callbacks.{name}={value['class_path'].rpartition('.')[2]}")
+            flags += [f"--trainer.callbacks.{name}.{key}={part}" for key, part in value["init_args"].items()]
+        else:
+            flags.append(f"--trainer.callbacks.{name}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
+    return flags
+
+
+def parsed(*args, run=False):
+    """Return the regularizers of a command line for the model of the table, and the model, perhaps trained."""
+    quiet = [f"--trainer.{key}={str(value).lower()}" for key, value in QUIET.items()]
+    command = ["fit"] if run else []
+    cli = LightningCLI(
+        WithData,
+        args=[*command, *quiet, "--trainer.max_epochs=1", *args],
+        run=run,
+        seed_everything_default=0,
+        save_config_callback=None,
+    )
+    return regularizers(cli), cli.model
+
+
+def named(callbacks):
+    """Give every callback a name of its own, as several of a class need it."""
+    return [type(cb)(**{**vars_of(cb), "name": f"number {index}"}) for index, cb in enumerate(callbacks)]
+
+
+@pytest.mark.parametrize("kind", ["active", "scheduled"])
+def test_every_callback_can_be_written_as_flags(kind):
+    made = [getattr(row, kind)() for row in ROWS.values() if getattr(row, kind)]
+    by_flags, _ = parsed(*(flag for callback in made for flag in as_flags(callback)))
+    assert list(map(repr, by_flags)) == list(map(repr, made))
+
+
+def test_every_callback_can_be_written_in_yaml(tmp_path):
+    made = named([callback for row in ROWS.values() for callback in row.all()])
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": list(map(written, made))}}))
+    by_yaml, _ = parsed("--config", str(tmp_path / "all.yaml"))
+    assert list(map(repr, by_yaml)) == list(map(repr, made))
+
+
+def test_the_printed_configuration_of_every_callback_reproduces_the_run(tmp_path, capsys):
+    flags = [flag for callback in everything() for flag in as_flags(callback)]
+    with pytest.raises(SystemExit):
+        parsed(*flags, "--print_config", run=True)
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    _, by_flags = parsed(*flags, run=True)
+    _, by_yaml = parsed("--config", str(tmp_path / "printed.yaml"), run=True)
+    assert same(by_flags, by_yaml)
+    assert not same(by_flags, parsed(run=True)[1])
