@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+_PLAIN = {Tensor, Parameter}
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds, sharing its memory: the whole of it unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -85,8 +88,7 @@ def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 def accumulated_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
     """Return each tensor's norm over all its shards, summed in float32 or better."""
-    precise = {tensor.dtype for tensor in tensors} <= {torch.float32, torch.float64}
-    if precise and set(map(type, tensors)) <= {Tensor, Parameter}:
+    if {tensor.dtype for tensor in tensors} <= {torch.float32, torch.float64} and set(map(type, tensors)) <= _PLAIN:
         return list(torch._foreach_norm(list(tensors), order))
     return [_norm(tensor, order) for tensor in tensors]
 
@@ -113,7 +115,10 @@ def _sharded_norm(tensor: DTensor, order: float, dtype: torch.dtype) -> Tensor:
 def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """Return the norm of all tensors as one vector, over all shards; without shards, torch's own to the last bit."""
     norm: Tensor
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
+    if set(map(type, tensors)) == {Tensor} and len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1:
+        # what torch comes to after it has looked for several devices and dtypes, which costs more than small norms do
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), order)), order)
+    elif any(isinstance(tensor, DTensor) for tensor in tensors):
         norm = torch.linalg.vector_norm(torch.stack(accumulated_norms(tensors, order)), order)
     else:
         norm = get_total_norm(tensors, order)

@@ -52,8 +52,8 @@ def project_unit_norms_(
     """
     for p, of in zip(params, units or [Units()] * len(params), strict=True):
         norms = local_unit_norms(p, of)
-        factors = 1 - rate + rate * (norms.clamp(low, high) / norms)
-        unit_view(p, of).mul_(torch.where(_feasible(norms, low, high, p, of), 1.0, factors))
+        excess = norms.clamp(low, high) / norms.clamp(min=_TINY) - 1
+        unit_view(p, of).mul_(torch.where(excess.abs() > _slack(p, of, norms), 1 + rate * excess, 1.0))
 
 
 class _NormConstraint(Constraint):
@@ -198,14 +198,23 @@ class MinMaxNorm(_NormConstraint):
         return self.current["rate"]
 
 
-def _feasible(norms: Tensor, low: float, high: float, p: Tensor, of: Units) -> Tensor:
-    """Return which norms of units lie in an interval, as far as the rounding of weights and of their sum can tell, or are 0."""
-    slack = torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, of))) * torch.finfo(norms.dtype).eps
-    return ((norms >= low * (1 - slack)) & (norms <= high * (1 + slack))) | (norms == 0)
+_TINY = 1e-30
+"""A norm that counts as 0: a unit of zeros has no direction to be scaled in."""
+
+
+def _slack(p: Tensor, of: Units, norms: Tensor) -> float:
+    """Return by what share of itself a norm may be off because weights, and the sum of their squares, were rounded."""
+    return torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, of))) * torch.finfo(norms.dtype).eps
+
+
+def _is_infeasible(norms: Tensor, low: float, high: float, slack: float) -> Tensor:
+    return (norms > _TINY) & ((norms < low * (1 - slack)) | (norms > high * (1 + slack)))
 
 
 def _infeasible_fraction(params: Sequence[Tensor], low: float, high: float, units: Sequence[Units]) -> Tensor:
     """Return the share of units, over all shards, that a projection will change."""
     norms = [whole(unit_norms(p, of)) for p, of in zip(params, units, strict=True)]
-    counts = [(~_feasible(norm, low, high, p, of)).sum() for norm, p, of in zip(norms, params, units, strict=True)]
+    counts = [
+        _is_infeasible(norm, low, high, _slack(p, of, norm)).sum() for norm, p, of in zip(norms, params, units, strict=True)
+    ]
     return torch.stack(counts).sum() / max(sum(norm.numel() for norm in norms), 1)

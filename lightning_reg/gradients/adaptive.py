@@ -59,13 +59,20 @@ def clip_unit_gradients_(
     Reference:
         A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
     """
-    smallest = [torch.ones((), device=params[0].device if params else "cpu")]
-    for p, of in zip(params, units or [Units()] * len(params), strict=True):
-        if p.grad is not None and p.numel():
-            factors = _factors(p, p.grad, clip_factor, eps, of)
-            _view(p.grad, of).mul_(factors)
-            smallest.append(factors.amin() if factors.numel() else smallest[0])
-    return torch.stack([factor.to(smallest[0]) for factor in smallest]).amin()
+    where = units or [Units()] * len(params)
+    held = [(p, p.grad, of) for p, of in zip(params, where, strict=True) if p.grad is not None and p.numel()]
+    if any(gradient.is_sparse for _, gradient, _ in held):
+        raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: make the embedding with sparse=False")
+    smallest = torch.ones((), device=params[0].device if params else "cpu")
+    if not held:
+        return smallest
+    factors = [_norms(p, of) for p, _, of in held]
+    torch._foreach_clamp_min_(factors, eps)
+    torch._foreach_mul_(factors, clip_factor)
+    torch._foreach_div_(factors, tuple(_norms(gradient, of) for _, gradient, of in held))
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_([_view(gradient, of) for _, gradient, of in held], tuple(factors))
+    return torch.stack([smallest, *(factor.amin().to(smallest) for factor in factors if factor.numel())]).amin()
 
 
 class AdaptiveGradientClipping(GradientClipping):
@@ -113,14 +120,6 @@ class AdaptiveGradientClipping(GradientClipping):
         if self.listening:
             flags = anywhere(torch.stack([~(smallest >= 1), ~(smallest > 0)]), params)
             self.note(optimizer, clipped=flags[0], finite=~flags[1])
-
-
-def _factors(p: Tensor, gradient: Tensor, clip_factor: float, eps: float, of: Units) -> Tensor:
-    """Return what each unit's gradient, as :func:`_view` shows it, is to be multiplied by."""
-    if gradient.is_sparse:
-        raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: make the embedding with sparse=False")
-    bound = _norms(p, of).clamp_(min=eps).mul_(clip_factor)
-    return bound.div_(_norms(gradient, of)).clamp_(max=1.0)
 
 
 def _norms(tensor: Tensor, of: Units) -> Tensor:

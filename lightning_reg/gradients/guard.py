@@ -12,7 +12,7 @@ from lightning_reg import host
 from lightning_reg.base import Phase
 from lightning_reg.configuration import check_whole
 from lightning_reg.gradients.base import GradientProcessing
-from lightning_reg.tensors import locals_of, present_gradients
+from lightning_reg.tensors import local, locals_of, present_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,12 +41,10 @@ def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
         >>> nonfinite_gradients(params)
         tensor([ True, False])
     """
-    found = torch.zeros(len(params), dtype=torch.bool, device=params[0].device if params else "cpu")
-    parts = {index: part for index, p in enumerate(params) for part in locals_of(present_gradients([p])) if part.numel()}
-    if parts:
-        largest = torch._foreach_norm(list(parts.values()), math.inf)
-        found[list(parts)] = ~torch.stack(list(largest)).isfinite().to(found.device)
-    return found
+    parts = [present_gradients([p]) for p in params]
+    empty = torch.zeros(1, device=params[0].device if params else "cpu")
+    filled = [local(part[0]) if part and local(part[0]).numel() else empty for part in parts]
+    return ~torch.stack(torch._foreach_norm(filled, math.inf)).isfinite() if filled else empty[:0].bool()
 
 
 @torch.no_grad()

@@ -104,11 +104,11 @@ def update_norm_statistics(statistics: Tensor, norm: Tensor, decay: float, warmu
         tensor([2., 3., 1.])
     """
     count, mean, variance = statistics.unbind()
-    keep = torch.where(count < warmup, count / (count + 1), decay)
-    new_mean = keep * mean + (1 - keep) * norm
-    # within the warm-up this is the variance of all norms, after it the source's average of squared distances to the new mean
-    distance = torch.where(count < warmup, (norm - mean) * (norm - new_mean), (norm - new_mean).square())
-    updated = torch.stack([count + 1, new_mean, keep * variance + (1 - keep) * distance])
+    warm = count >= warmup
+    keep = torch.where(warm, decay, count / (count + 1))
+    squared = (norm - mean).square() * keep  # times keep: the product of the distances to the old mean and to the new one
+    distance = torch.where(warm, squared * keep, squared)  # after the warm-up the source's squared distance to the new mean
+    updated = torch.stack([count + 1, torch.lerp(norm, mean, keep), torch.lerp(distance, variance, keep)])
     return torch.where(norm.isfinite(), updated, statistics)
 
 

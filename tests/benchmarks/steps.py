@@ -1,0 +1,77 @@
+"""What a callback adds to a step of a tiny model, where nothing but overhead counts."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tests.table import ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["added_by_each"]
+
+
+class Tiny(LightningModule):
+    """A model of 100 parameters that notes when each step ends; its layers are named as the table's callbacks ask."""
+
+    def __init__(self, weight_decay: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
+        self.weight_decay = weight_decay
+        self.ends: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return a loss."""
+        return self.net(batch).square().mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the time; callbacks come before."""
+        self.ends.append(time.perf_counter())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return plain gradient descent."""
+        return torch.optim.SGD(self.parameters(), lr=1e-3, weight_decay=self.weight_decay)
+
+
+def step_times(callback: Callback, steps: int, **options: float) -> list[float]:
+    """Return how long each step took, none of them logged, with a logger that would take it."""
+    model = Tiny(**options)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        logger=DummyLogger(),
+        log_every_n_steps=10 * steps,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(model, DataLoader(torch.randn(4 * steps, 8), batch_size=4))
+    return [after - before for before, after in zip(model.ends[20:], model.ends[21:], strict=False)]
+
+
+def added(make: Callable[[], Callback], rounds: int = 5, steps: int = 220, **options: float) -> float:
+    """Return the seconds that a callback adds to a step beside an empty one, both taking turns."""
+    differences = []
+    for _ in range(rounds):
+        empty, ours = (median(step_times(callback, steps, **options)) for callback in (Callback(), make()))
+        differences.append(ours - empty)
+    return median(differences)
+
+
+def added_by_each() -> dict[str, float]:
+    """Return the microseconds that each callback of the suite adds, by name."""
+    return {name: 1e6 * added(row.active, **row.options) for name, row in ROWS.items()}
