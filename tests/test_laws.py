@@ -13,6 +13,7 @@ import torch
 from helpers import Classifier, Memory, fit, loader, same, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import MixedPrecision
 from table import ROWS, everything
 from torch import nn
 from torch.testing import assert_close
@@ -93,6 +94,31 @@ def test_accumulation_does_not_matter(row):
     once = fit([row.active()], without_dropout(), loader(64, batch_size=32))
     in_parts = fit([row.active()], without_dropout(), loader(64, batch_size=8), accumulate_grad_batches=4)
     assert_close(weights(in_parts), weights(once))
+
+
+def scaled(callback, row, scale):
+    """Train in float16 with a loss scale."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+    return weights(fit([callback], model(row), max_epochs=1, plugins=[plugin]))
+
+
+class Naive(Callback):
+    """A penalty as one writes it first."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        loss.add_(0.1 * sum(p.square().sum() for p in pl_module.parameters()))
+
+
+@every_callback
+def test_the_loss_scale_does_not_matter(row):
+    low, high = (scaled(row.active(), row, scale) for scale in (2.0**8, 2.0**12))
+    assert_close(low, high, rtol=1e-3, atol=1e-4)
+
+
+def test_the_loss_scale_matters_to_a_naive_penalty():
+    low, high = (scaled(Naive(), ROWS["L2Penalty"], scale) for scale in (2.0**8, 2.0**12))
+    with pytest.raises(AssertionError):
+        assert_close(low, high, rtol=1e-3, atol=1e-4)
 
 
 class Branches(Classifier):
