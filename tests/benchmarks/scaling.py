@@ -1,0 +1,52 @@
+"""How costs grow with the number of parameters: they must grow in proportion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_reg.functional import (
+    add_l1_gradient_,
+    add_l2_gradient_,
+    clip_gradient_norm_,
+    clip_unit_gradients_,
+    project_unit_norms_,
+)
+from tests.benchmarks.measuring import measure, parameters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+__all__ = ["SIZES", "scaling"]
+
+SIZES = (1, 10, 100)
+"""Millions of parameters, in tensors of a million."""
+
+WORK: dict[str, Callable[[list[Tensor]], object]] = {
+    "L1, gradient route": lambda params: add_l1_gradient_(params, 1e-4),
+    "L2, gradient route": lambda params: add_l2_gradient_(params, 1e-4),
+    "global norm clipping": lambda params: clip_gradient_norm_(params, 1e3),
+    "adaptive clipping": lambda params: clip_unit_gradients_(params, 0.01),
+    "max norm": lambda params: project_unit_norms_([p.detach() for p in params], 0.0, 1e3),
+}
+
+
+def scaling(seconds: float) -> dict[str, list[float]]:
+    """Return the milliseconds for a million parameters, for each kind of work at each size: the same number if linear."""
+    found: dict[str, list[float]] = {name: [] for name in WORK}
+    for size in SIZES:
+        params = parameters([(1000, 1000)] * size)
+        times = measure([lambda work=work: work(params) for work in WORK.values()], seconds)
+        for name, took in zip(WORK, times, strict=True):
+            found[name].append(1e3 * took / size)
+        del params
+    return found
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for name, per_million in scaling(2.0).items():
+        print(name, [f"{ms:.2f}" for ms in per_million])
