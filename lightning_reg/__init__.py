@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from lightning_reg import functional
 from lightning_reg.constraints import WeightClipping
-from lightning_reg.dropout import DropoutInjection, DropoutScheduler
+from lightning_reg.dropout import DROPOUT_ATTRIBUTES, DropoutInjection, DropoutScheduler, MonteCarloDropout
 from lightning_reg.gradients import GradientNormClipping, GradientValueClipping, PeakGradientDropping
 from lightning_reg.penalties import (
     ActivityPenalty,
@@ -33,6 +33,7 @@ from lightning_reg.shrinkage import (
 __version__ = version("lightning-reg")
 
 __all__ = [
+    "DROPOUT_ATTRIBUTES",
     "ActivityPenalty",
     "Cosine",
     "Cubic",
@@ -47,6 +48,7 @@ __all__ = [
     "L1Penalty",
     "L2Penalty",
     "Linear",
+    "MonteCarloDropout",
     "OrthogonalityPenalty",
     "PeakGradientDropping",
     "Penalty",

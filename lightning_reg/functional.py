@@ -11,7 +11,15 @@ Example:
 """
 
 from lightning_reg.constraints import clip_weights_
-from lightning_reg.dropout import dropout, inject_dropout, set_dropout_
+from lightning_reg.dropout import (
+    Rate,
+    alpha_dropout,
+    dropout,
+    find_dropout,
+    inject_dropout,
+    sample_predictions,
+    set_dropout_,
+)
 from lightning_reg.gradients import clip_gradient_norm_, clip_gradient_value_, drop_peak_gradients_
 from lightning_reg.penalties import (
     activity_penalty,
@@ -29,12 +37,14 @@ from lightning_reg.shrinkage import decay_weights_, group_soft_threshold_, shrin
 from lightning_reg.units import Units, units_of
 
 __all__ = [
+    "Rate",
     "Units",
     "activity_penalty",
     "add_distance_gradient_",
     "add_group_lasso_gradient_",
     "add_l1_gradient_",
     "add_l2_gradient_",
+    "alpha_dropout",
     "clip_gradient_norm_",
     "clip_gradient_value_",
     "clip_weights_",
@@ -42,12 +52,14 @@ __all__ = [
     "distance_penalty",
     "drop_peak_gradients_",
     "dropout",
+    "find_dropout",
     "group_lasso_penalty",
     "group_soft_threshold_",
     "inject_dropout",
     "l1_penalty",
     "l2_penalty",
     "orthogonality_penalty",
+    "sample_predictions",
     "set_dropout_",
     "shrink_randomly_",
     "soft_threshold_",

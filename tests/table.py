@@ -20,6 +20,7 @@ from lightning_reg import (
     L1Penalty,
     L2Penalty,
     Linear,
+    MonteCarloDropout,
     OrthogonalityPenalty,
     PeakGradientDropping,
     RandomShrinkage,
@@ -47,6 +48,7 @@ class Row:
         parts: Makes two that act on different parts, side by side, or ``None`` where it has no parts to choose.
         options: What the model needs: arguments of ``helpers.Classifier``.
         exempt: Laws that cannot hold for it, by the name of the test, with the reason.
+        acts_in_fit: Whether it changes training; of one that does not, the laws ask that it changes no bit of it.
     """
 
     active: Callable[[], Regularizer]
@@ -55,6 +57,7 @@ class Row:
     parts: Callable[[], list[Regularizer]] | None
     options: dict[str, float] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
+    acts_in_fit: bool = True
 
     def all(self) -> list[Regularizer]:
         """Return one of each kind."""
@@ -127,6 +130,13 @@ ROWS = {
         inactive=lambda: L2Penalty(0.0),
         scheduled=lambda: L2Penalty(Linear(0.0, 0.2)),
         parts=lambda: [L2Penalty(0.1, params="net.0.*"), L2Penalty(0.2, params="net.4.*")],
+    ),
+    "MonteCarloDropout": Row(
+        active=lambda: MonteCarloDropout(samples=3),
+        inactive=MonteCarloDropout,
+        scheduled=None,
+        parts=None,
+        acts_in_fit=False,  # it acts in predict, which test_montecarlo.py tests
     ),
     "OrthogonalityPenalty": Row(
         active=lambda: OrthogonalityPenalty(0.1),

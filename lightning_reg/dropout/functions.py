@@ -1,36 +1,34 @@
-"""Dropout as functions: of a tensor, into modules, and the rate of modules that have it."""
+"""Dropout of a tensor, with a rate that is a number or, for compiled code, a tensor."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
-from torch.nn.functional import dropout as drop_elements
-
-from lightning_reg.modules import ForwardHook
+from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
     from torch import Tensor
-    from torch.utils.hooks import RemovableHandle
 
-__all__ = ["dropout", "inject_dropout", "set_dropout_"]
+__all__ = ["alpha_dropout", "dropout"]
+
+_ALPHA = -1.7580993408473766  # what SELU tends to at minus infinity: its scale times its alpha
 
 
-def dropout(x: Tensor, p: float, channelwise: bool = False) -> Tensor:
+def dropout(x: Tensor, p: float | Tensor, channelwise: bool = False, samplewise: bool = False) -> Tensor:
     r"""Inverted dropout: :math:`y_i = x_i\,m_i / (1 - p)` with :math:`m_i \sim \mathrm{Bernoulli}(1 - p)`.
 
-    The expectation is x, so nothing needs to be rescaled when dropout is off.
+    The expectation is x, so nothing needs to be rescaled when dropout is off. With a number for p it is torch's own kernel; a
+    tensor is drawn against in float32, whatever the precision of x, without reading its value: compiled code serves every p.
 
     Args:
         x: Any shape; with ``channelwise`` a batch with channels in dimension 1.
-        p: The probability of a zero, in [0, 1].
+        p: The probability of a zero, in [0, 1]: a number, or a tensor of no dimensions.
         channelwise: Whether whole channels are dropped, one draw for each of them.
+        samplewise: Whether whole samples (dimension 0) are dropped: stochastic depth, if x is the branch of a residual block.
 
     Returns:
-        A tensor of the shape of ``x``; ``x`` itself where p is 0.
+        A tensor of the shape of ``x``; ``x`` itself where p is the number 0.
 
     Example:
         >>> kept = dropout(torch.ones(1000), 0.5)
@@ -39,67 +37,61 @@ def dropout(x: Tensor, p: float, channelwise: bool = False) -> Tensor:
 
     Reference:
         N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", 2014; channels: J. Tompson
-        et al., "Efficient Object Localization Using Convolutional Networks", 2015.
+        et al., "Efficient Object Localization Using Convolutional Networks", 2015; samples: G. Huang et al., "Deep Networks
+        with Stochastic Depth", 2016.
     """
+    if isinstance(p, torch.Tensor):
+        kept = _kept(x, p, channelwise, samplewise)
+        return x * (kept * _inverse(1 - p)).to(x.dtype)
     if p == 0:
         return x
-    return torch.feature_dropout(x, p, True) if channelwise else drop_elements(x, p, training=True)
+    if samplewise:
+        return x * functional.dropout(x.new_ones(_mask_shape(x, channelwise, samplewise)), p, training=True)
+    return torch.feature_dropout(x, p, True) if channelwise else functional.dropout(x, p, training=True)
 
 
-def inject_dropout(
-    modules: Mapping[str, nn.Module], rate: Callable[[], float], channelwise: bool = False
-) -> list[RemovableHandle]:
-    """Drop parts of the outputs of modules while these are in training mode, through forward hooks: no key is renamed.
+def alpha_dropout(x: Tensor, p: float | Tensor, channelwise: bool = False) -> Tensor:
+    r"""Dropout that keeps mean 0 and variance 1: :math:`y_i = a\,(x_i\,m_i + \alpha\,(1 - m_i)) + b`.
+
+    Here :math:`m_i \sim \mathrm{Bernoulli}(1 - p)`, α is the value that SELU tends to at minus infinity, and
+    :math:`a = ((1 - p)\,(1 + p\,\alpha^2))^{-1/2}`, :math:`b = -a\,p\,\alpha`.
 
     Args:
-        modules: The modules, by a name for error messages.
-        rate: Asked for p in every forward pass.
-        channelwise: Whether whole channels are dropped.
+        x: Any shape; with ``channelwise`` a batch with channels in dimension 1.
+        p: The probability that an entry is replaced, in [0, 1]: a number, or a tensor of no dimensions.
+        channelwise: Whether whole channels are replaced.
 
     Returns:
-        Handles whose ``remove()`` takes the dropout out again.
+        A tensor of the shape of ``x``; zeros where p is 1.
 
     Example:
-        >>> layer = nn.Linear(4, 8)
-        >>> handles = inject_dropout({"layer": layer}, rate=lambda: 1.0)
-        >>> layer(torch.ones(2, 4)).count_nonzero().item(), layer.eval()(torch.ones(2, 4)).count_nonzero().item()
-        (0, 16)
+        >>> y = alpha_dropout(torch.randn(10_000), torch.tensor(0.2))
+        >>> bool(y.mean().abs() < 0.1), bool((y.var() - 1).abs() < 0.2)
+        (True, True)
+
+    Reference:
+        G. Klambauer et al., "Self-Normalizing Neural Networks", 2017.
     """
-
-    def hook_of(name: str) -> ForwardHook:
-        def hook(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not module.training:
-                return None
-            _check_output(name, module, output, channelwise)
-            return dropout(output, rate(), channelwise)
-
-        return ForwardHook(hook)
-
-    return [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
+    if isinstance(p, torch.Tensor):
+        kept = _kept(x, p, channelwise)
+        a = _inverse(((1 - p) * (1 + p * _ALPHA**2)).sqrt())
+        shift = _ALPHA * a * (kept.logical_not().to(a.dtype) - p)  # α for what is dropped, and b
+        return x * (kept * a).to(x.dtype) + shift.to(x.dtype)
+    replace = functional.feature_alpha_dropout if channelwise else functional.alpha_dropout
+    return replace(x, p, training=True)
 
 
-def set_dropout_(modules: Iterable[nn.Module], p: float) -> None:
-    """Set the rate of dropout modules.
-
-    Args:
-        modules: Modules with an attribute ``p``, such as :class:`torch.nn.Dropout`.
-        p: The probability of a zero, in [0, 1].
-
-    Example:
-        >>> layer = nn.Dropout(0.5)
-        >>> set_dropout_([layer], 0.1)
-        >>> layer
-        Dropout(p=0.1, inplace=False)
-    """
-    for module in modules:
-        module.p = p  # type: ignore[assignment]
+def _mask_shape(x: Tensor, channelwise: bool, samplewise: bool) -> list[int]:
+    drawn = 1 if samplewise else 2 if channelwise else x.ndim
+    return [*x.shape[:drawn], *[1] * (x.ndim - drawn)]
 
 
-def _check_output(name: str, module: nn.Module, output: Any, channelwise: bool) -> None:
-    what = f"dropout cannot follow {name!r} ({type(module).__name__})"
-    if not isinstance(output, torch.Tensor):
-        raise TypeError(f"{what}: it returns {type(output).__name__}, expected one float tensor; name a module inside it")
-    if not output.is_floating_point():
-        raise TypeError(f"{what}: it returns a tensor of {output.dtype}, expected a float tensor")
-    if channelwise and output.ndim < 2:
-        raise TypeError(f"{what}: channels are in dimension 1, but its output has shape {tuple(output.shape)}")
+def _kept(x: Tensor, p: Tensor, channelwise: bool = False, samplewise: bool = False) -> Tensor:
+    """Draw which entries, channels or samples stay."""
+    shape = _mask_shape(x, channelwise, samplewise)
+    return torch.rand(shape, device=x.device, dtype=torch.float32) >= p.to(x.device)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """Return 1/s, and 0 for 0: with p = 1 nothing is kept, and neither the output nor the gradient may become NaN."""
+    return torch.where(scale > 0, 1 / scale, 0.0)
