@@ -78,7 +78,6 @@ class MonteCarloDropout(Regularizer):
 
     phase = Phase.DROPOUT
     instead_of_deepspeed = None
-    selector = "samples"
 
     def __init__(
         self, samples: int | None = None, *, attributes: dict[str, str] | None = None, name: str | None = None

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_reg import host
 from lightning_reg.base import Phase, regularizers_of
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch import nn
 
     from lightning_reg.base import Regularizer
     from lightning_reg.schedules import Value
@@ -41,10 +41,11 @@ class DropoutScheduler(ModuleRegularizer):
     all values; a float attribute of another module is part of the graph, which is compiled anew for each value: a warning
     says so. Masks are drawn from torch's global generator, which ``seed_everything`` seeds alike on all ranks.
 
-    Recipes, with p = 0.1 in the first 50 of 300 epochs as in the paper of early and late dropout:
+    Recipes, the first three with the rates published for 300 epochs (ViT-T; its stochastic depth; that of ViT-B):
 
-    - early dropout: ``Steps([0.1, 0.0], at=["50ep"])``, or falling in a line ``Linear(0.1, 0.0, until="50ep")``;
-    - late dropout: ``Steps([0.0, 0.1], at=["50ep"])``;
+    - early dropout: ``Linear(0.1, 0.0, until="50ep")``, or constant and then off ``Steps([0.1, 0.0], at=["50ep"])``;
+    - early stochastic depth: ``Linear(0.5, 0.0, until="50ep")`` with ``modules="DropPath"``;
+    - late stochastic depth: ``Steps([0.0, 0.4], at=["50ep"])``, and late dropout alike;
     - linear decay over all of training: ``Linear(0.5, 0.0)``;
     - curriculum dropout, which approaches 0.5 as 1 - exp(-10 t) does 1: ``lambda t: 0.5 * (1 - math.exp(-10 * t))``;
     - a depth profile: ``{"encoder.layers.0.*": 0.0, "encoder.layers.1.*": Linear(0.0, 0.2)}``.
@@ -192,7 +193,8 @@ class DropoutScheduler(ModuleRegularizer):
 
     def _warn_of_recompilation(self, pl_module: LightningModule) -> None:
         floats = [place for key in self._values_scheduled() for place in self.places[key] if isinstance(place, ModulePlace)]
-        slow = [place for place in floats if not reads_tensor(place.module)]
+        # torch runs RNNs without compiling them
+        slow = [place for place in floats if not (reads_tensor(place.module) or isinstance(place.module, nn.RNNBase))]
         if slow and host.compiles(pl_module):
             rank_zero_warn(
                 f"{self.name}: {describe(slow)}: torch compiles the model anew for each value of such an attribute, and gives "
