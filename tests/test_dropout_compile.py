@@ -113,6 +113,23 @@ def test_a_model_that_ran_before_the_fit_gets_its_dropout_for_one_graph_more(cal
     assert counter.frame_count == 2
 
 
+def graphs_behind_the_whole(rate, ran_before):
+    """Return how many graphs dropout behind a compiled module needs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = Shown(counter, 0.0)
+    if ran_before:
+        model.body(torch.ones(100, 64))
+    fit([DropoutInjection(rate, after="body")], model, twelve_batches(), max_epochs=1)
+    assert near(model.shares, RATES if rate != 0.5 else [0.5] * 12)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_dropout_behind_what_is_compiled_as_a_whole(ran_before):
+    assert graphs_behind_the_whole(Rises(), ran_before) == graphs_behind_the_whole(0.5, ran_before)
+
+
 def test_a_hook_alone_would_be_ignored_there():
     """The negative control of the class that a driven module gets for a while."""
     counter = CompileCounterWithBackend("eager")

@@ -135,6 +135,14 @@ def test_injected_dropout_drops_in_predictions_with_its_rate_or_that_of_the_end_
     assert not model.net[2]._forward_hooks
 
 
+def test_a_fit_after_predictions_can_change_the_rate():
+    """Predictions run in inference mode, whose tensors nobody may change outside of it."""
+    model = Predicts()
+    trainer = Trainer(**QUIET, max_epochs=1, callbacks=[DropoutInjection(0.5, after="ReLU"), MonteCarloDropout(samples=2)])
+    trainer.predict(model, loader())
+    trainer.fit(model.train(), loader())
+
+
 def test_it_changes_nothing_in_the_fit_beside_others():
     callbacks = [DropoutInjection(0.2, after="ReLU"), DropoutScheduler(0.3)]
     assert same(fit([*callbacks, MonteCarloDropout(samples=4)]), fit(callbacks))

@@ -42,7 +42,7 @@ class Rate:
 
     def __init__(self, p: float, device: torch.device | str | None = None) -> None:
         self.number = p
-        self.tensor = torch.tensor(p, dtype=torch.float32, device=device)
+        self.to(device)
 
     @property
     def p(self) -> float | Tensor:
@@ -54,9 +54,10 @@ class Rate:
         self.number = p
         self.tensor.fill_(p)
 
-    def to(self, device: torch.device | str) -> None:
+    def to(self, device: torch.device | str | None) -> None:
         """Move the tensor to where the forward pass runs."""
-        self.tensor = self.tensor.to(device)
+        with torch.inference_mode(False):  # one that predictions have made could not be changed in a fit
+            self.tensor = torch.tensor(self.number, dtype=torch.float32, device=device)
 
 
 @dataclass
