@@ -62,9 +62,10 @@ class Rate:
 
 @dataclass
 class _Driven:
-    """What a module with a class of its own keeps: its plain class, how many need the other one, and the rate that it reads."""
+    """What a module with a class of its own keeps: both classes, how many need the made one, and the rate that it reads."""
 
     plain: Any
+    made: Any
     users: int = 0
     own: dict[str, float] = field(default_factory=dict)
     rate: Rate | None = None
@@ -81,9 +82,9 @@ def drive_class_(module: nn.Module, attribute: str | None = None, rate: Rate | N
     state: _Driven | None = vars(module).get(_STATE)
     if state is None:
         plain: Any = type(module)
-        state = _Driven(plain)
+        state = _Driven(plain, _class_of_its_own(plain))
         setattr(module, _STATE, state)
-        module.__class__ = _class_of_its_own(plain)
+        module.__class__ = state.made
     state.users += 1
     if attribute:
         state.own[attribute], state.rate = getattr(module, attribute), rate
@@ -91,14 +92,16 @@ def drive_class_(module: nn.Module, attribute: str | None = None, rate: Rate | N
 
 def release_class_(module: nn.Module, attribute: str | None = None) -> None:
     """Undo one :func:`drive_class_`: the rate is the module's own again, after the last one the class too."""
-    state: _Driven = getattr(module, _STATE)
+    state: _Driven | None = vars(module).get(_STATE)
+    if state is None:  # the fit failed before it was driven
+        return
     state.users -= 1
     if attribute:
         setattr(module, attribute, state.own.pop(attribute))
         state.rate = None
     if not state.users:
         delattr(module, _STATE)
-        if type(module) is _class_of_its_own(state.plain):
+        if type(module) is state.made:  # nobody has changed it since
             module.__class__ = state.plain
 
 
