@@ -187,8 +187,10 @@ class Regularizer(Configured, Callback, ABC):
         """Move the scheduled values to a progress."""
         for key, limit, value in self._given() if self._values else ():
             if key in self._values:
-                what = f"{self.name}: {key}={value!r} at progress {progress:g}"
-                self.current[key] = limit.check(what, self._values[key](progress))
+                number = self._values[key](progress)
+                if type(number) is not float or number not in limit:  # the message would cost more than the rest
+                    number = limit.check(f"{self.name}: {key}={value!r} at progress {progress:g}", number)
+                self.current[key] = number
         if self.current != self._applied:
             self._applied = dict(self.current)
             self.values_changed()

@@ -18,7 +18,7 @@ from lightning_reg.dropout.rates import Rate, reads_tensor
 from lightning_reg.modules import ModuleRegularizer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -124,14 +124,7 @@ class DropoutScheduler(ModuleRegularizer):
         meant = list({place.key: place for glob in _list(self.modules) for place in _matching(known, glob)}.values())
         if not isinstance(self.p, Mapping):
             return {"p": meant}
-        profile = {f"p/{glob}": _matching(meant, glob) for glob in self.p}
-        first: dict[tuple[int, str], str] = {}
-        for key, places in profile.items():
-            for place in places:
-                other = first.setdefault(place.key, key)
-                if other != key:
-                    raise ValueError(f"DropoutScheduler: the dropout of {place.name} is driven by both {other!r} and {key!r}")
-        return profile
+        return self._profile(meant, self.p)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is dropout to drive, as far as the modules exist."""
@@ -175,6 +168,17 @@ class DropoutScheduler(ModuleRegularizer):
     def acts_on(self) -> str:
         """List the modules, with the rates of their own."""
         return describe(place for places in self.places.values() for place in places)
+
+    def _profile(self, places: Sequence[DropoutPlace], globs: Iterable[str]) -> dict[str, list[DropoutPlace]]:
+        """Divide places by the globs of a profile."""
+        profile = {f"p/{glob}": _matching(places, glob) for glob in globs}
+        first: dict[tuple[int, str], str] = {}
+        for key, matching in profile.items():
+            for place in matching:
+                other = first.setdefault(place.key, key)
+                if other != key:
+                    raise ValueError(f"DropoutScheduler: the dropout of {place.name} is driven by both {other!r} and {key!r}")
+        return profile
 
     def _refuse_second_driver(self, pl_module: LightningModule, assigned: Mapping[str, Sequence[DropoutPlace]]) -> None:
         mine = {place.key: place for places in assigned.values() for place in places}
