@@ -93,6 +93,7 @@ def test_twelve_rates_need_one_graph(callback, own, backend, how):
     model = fit([callback()], Shown(counter, own, how), twelve_batches(), max_epochs=1)
     assert counter.frame_count == 1
     assert near(model.shares, RATES)
+    assert not near(model.shares[1:], RATES[:-1])  # a batch later would show
 
 
 @callbacks
@@ -265,6 +266,8 @@ def test_masks_of_compiled_code_are_bernoulli_and_the_mean_is_kept(kind, backend
         n, variance = draws.numel(), p / (1 - p)
         assert draws.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=1e-6)
         assert abs((draws == 0).double().mean() - p) < 5 * (p * (1 - p) / n) ** 0.5
+        if p > 0.1:
+            assert abs((draws == 0).double().mean() - 1.05 * p) > 5 * (p * (1 - p) / n) ** 0.5  # the interval is narrow
         assert abs(draws.mean() - 1) < 5 * (variance / n) ** 0.5
         fourth = (1 - p) * (p / (1 - p)) ** 4 + p
         assert abs(draws.var() - variance) < 5 * ((fourth - variance**2) / n) ** 0.5 + 1e-4
