@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from lightning_reg import functional
 from lightning_reg.constraints import MaxNorm, MinMaxNorm, NonNegative, UnitNorm, WeightClipping
-from lightning_reg.dropout import DropoutInjection, DropoutScheduler
+from lightning_reg.dropout import DROPOUT_ATTRIBUTES, DropoutInjection, DropoutScheduler, MonteCarloDropout
 from lightning_reg.gradients import (
     AdaptiveGradientClipping,
     GradientCentralization,
@@ -43,6 +43,7 @@ from lightning_reg.shrinkage import (
 __version__ = version("lightning-reg")
 
 __all__ = [
+    "DROPOUT_ATTRIBUTES",
     "ActivityPenalty",
     "AdaptiveGradientClipping",
     "Cosine",
@@ -62,6 +63,7 @@ __all__ = [
     "Linear",
     "MaxNorm",
     "MinMaxNorm",
+    "MonteCarloDropout",
     "NonFiniteGradientGuard",
     "NonNegative",
     "OrthogonalityPenalty",

@@ -11,8 +11,9 @@ import inspect
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning.pytorch import Callback
 
@@ -24,7 +25,7 @@ from lightning_reg.schedules import Schedule, Value
 from lightning_reg.summary import print_summary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
@@ -68,6 +69,8 @@ class Regularizer(Configured, Callback, ABC):
     """Where in the optimizer step it acts."""
     limits: ClassVar[Mapping[str, Interval]] = {}
     """The constructor's arguments that may be scheduled, and the numbers that each may take."""
+    profiles: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that may be a mapping from glob to value too: each is a value of its own, such as ``p/encoder.*``."""
     selector: ClassVar[str] = "params"
     """The constructor's argument that says what it acts on."""
     instead_of_deepspeed: ClassVar[str | None] = "use DDP or FSDP2"
@@ -75,7 +78,7 @@ class Regularizer(Configured, Callback, ABC):
 
     def __init__(self, name: str | None) -> None:
         self.name = name or self._default_name()
-        self.current = {key: self._constant(key) for key in self.limits}
+        self.current = {key: self._constant(key, limit, value) for key, limit, value in self._given()}
         self.listening = False  # whether the fit has a logger
         self.logging = False  # whether this step is logged
         self._applied: dict[str, float] | None = None
@@ -173,8 +176,7 @@ class Regularizer(Configured, Callback, ABC):
         self._applied = None
         self._values.clear()
         self._observed.clear()
-        for key in self.limits:
-            value = getattr(self, key)
+        for key, limit, value in self._given():
             if isinstance(value, Schedule):
                 self._values[key] = value.resolve(plan)
             elif callable(value) and math.isinf(plan.total):
@@ -182,31 +184,41 @@ class Regularizer(Configured, Callback, ABC):
             elif callable(value):
                 self._values[key] = value
             else:
-                self.current[key] = self._constant(key)
+                self.current[key] = self._constant(key, limit, value)
 
     def update(self, progress: float) -> None:
         """Move the scheduled values to a progress."""
-        for key, schedule in self._values.items():
-            what = f"{self.name}: {key}={getattr(self, key)!r} at progress {progress:g}"
-            self.current[key] = self.limits[key].check(what, schedule(progress))
+        for key, limit, value in self._given() if self._values else ():
+            if key in self._values:
+                number = self._values[key](progress)
+                if type(number) is not float or number not in limit:  # the message would cost more than the rest
+                    number = limit.check(f"{self.name}: {key}={value!r} at progress {progress:g}", number)
+                self.current[key] = number
         if self.current != self._applied:
             self._applied = dict(self.current)
             self.values_changed()
 
-    def _constant(self, key: str) -> float:
+    def _given(self) -> Iterator[tuple[str, Interval, Value]]:
+        """Yield what the constructor was given for each value, by the key of the value, with the numbers that it may take."""
+        for key, limit in self.limits.items():
+            given: Value | Mapping[str, Value] = getattr(self, key)
+            if isinstance(given, Mapping) and key in self.profiles:
+                yield from ((f"{key}/{glob}", limit, value) for glob, value in given.items())
+            else:
+                yield key, limit, cast("Value", given)
+
+    def _constant(self, key: str, limit: Interval, value: Value) -> float:
         """Check a value that was given to the constructor; return it, or a placeholder until a schedule has begun."""
-        value: Value = getattr(self, key)
         what = f"{type(self).__name__}: {key}"
         if isinstance(value, Schedule):
-            extremes = [self.limits[key].check(f"{what}={value!r}", extreme) for extreme in value.extremes]
+            extremes = [limit.check(f"{what}={value!r}", extreme) for extreme in value.extremes]
             return extremes[0]
         if callable(value):
             return math.nan
-        return self.limits[key].check(what, value)
+        return limit.check(what, value)
 
     def _refuse_endless(self, trainer: Trainer) -> None:
-        for key in self.limits:
-            value = getattr(self, key)
+        for key, _, value in self._given():
             if (isinstance(value, Schedule) and value.needs_end) or (callable(value) and not isinstance(value, Schedule)):
                 raise ValueError(
                     f"{self.name}: {key}={value!r} is scheduled over fractions of training, but the run has no end "

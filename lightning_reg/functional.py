@@ -11,7 +11,15 @@ Example:
 """
 
 from lightning_reg.constraints import clip_negative_weights_, clip_weights_, project_unit_norms_
-from lightning_reg.dropout import dropout, inject_dropout, set_dropout_
+from lightning_reg.dropout import (
+    Rate,
+    alpha_dropout,
+    dropout,
+    find_dropout,
+    inject_dropout,
+    sample_predictions,
+    set_dropout_,
+)
 from lightning_reg.gradients import (
     add_gradient_noise_,
     centralize_gradients_,
@@ -43,6 +51,7 @@ from lightning_reg.shrinkage import decay_weights_, group_soft_threshold_, shrin
 from lightning_reg.units import Units, units_of
 
 __all__ = [
+    "Rate",
     "Units",
     "activity_penalty",
     "add_distance_gradient_",
@@ -50,6 +59,7 @@ __all__ = [
     "add_group_lasso_gradient_",
     "add_l1_gradient_",
     "add_l2_gradient_",
+    "alpha_dropout",
     "centralize_gradients_",
     "clip_gradient_norm_",
     "clip_gradient_norms_",
@@ -61,6 +71,7 @@ __all__ = [
     "distance_penalty",
     "drop_peak_gradients_",
     "dropout",
+    "find_dropout",
     "group_lasso_penalty",
     "group_soft_threshold_",
     "inject_dropout",
@@ -71,6 +82,7 @@ __all__ = [
     "project_unit_norms_",
     "quantile_bound",
     "remember_norm",
+    "sample_predictions",
     "set_dropout_",
     "shrink_randomly_",
     "soft_threshold_",

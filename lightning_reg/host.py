@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +29,7 @@ __all__ = [
     "batches_done",
     "begins_step",
     "builds_modules_later",
+    "compiles",
     "endless",
     "ends_epoch",
     "flattening_root",
@@ -47,6 +49,12 @@ __all__ = [
 def builds_modules_later(pl_module: LightningModule) -> bool:
     """Return whether modules may be added after the callbacks' ``setup``."""
     return any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+
+
+def compiles(pl_module: LightningModule) -> bool:
+    """Return whether a model, or a part of it, runs under ``torch.compile``."""
+    compiled = (isinstance(module, OptimizedModule) or module._compiled_call_impl for module in pl_module.modules())
+    return pl_module._compiler_ctx is not None or any(compiled)
 
 
 def endless(trainer: Trainer) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from digits import DigitsClassifier
@@ -49,6 +50,9 @@ from lightning_reg import (
     WeightDecay,
     ZScoreGradientClipping,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RANKS, STEPS, BATCH = 2, 6, 16
 
@@ -137,6 +141,38 @@ class Unseeded(RandomShrinkage):
         self.generator = torch.Generator().manual_seed(trainer.global_rank)
 
 
+class Masked(Digits):
+    """The digits model with masks from the global generator, and the first that dropout of two kinds draws.
+
+    Args:
+        apart: Whether each rank has a seed of its own; else all have the same, as ``seed_everything`` leaves them.
+    """
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.apart = apart
+        self.masks: dict[str, Tensor] = {}
+
+    def on_train_start(self) -> None:
+        torch.manual_seed(self.trainer.global_rank if self.apart else 0)
+        for name in ("net.2", "net.3"):
+            self.get_submodule(name).register_forward_hook(self.keep(name))
+
+    def keep(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            self.masks.setdefault(name, (output == 0).detach().clone())
+
+        return hook
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.masks:
+            self.net(torch.ones_like(images))  # the same images on every rank
+        return super().forward(images)
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0].view(-1, 8, 8)), batch[1])
+
+
 class Unused(Digits):
     """The digits model with a layer that the forward pass leaves out."""
 
@@ -189,6 +225,13 @@ def failure(callbacks: list[Callback], model: LightningModule, ranks: list[int],
     return ""
 
 
+def masks(apart: bool, rank: int) -> dict[str, object]:
+    """Train with dropout, injected and driven, and return the weights and the first masks."""
+    model = Masked(apart)
+    callbacks = [DropoutInjection(0.5, after="net.2"), DropoutScheduler(Linear(0.5, 0.1), modules="Dropout")]
+    return {"weights": train(callbacks, model, [rank], **ddp()), "masks": model.masks}
+
+
 class Naive(Callback):
     """What one writes first: a Python sum, added to the loss in every backward pass."""
 
@@ -214,6 +257,8 @@ def sharded_techniques() -> list[Callback]:
         GradientNormClipping(0.1, params="net.1.*"),
         *gradient_processing(),
         GradientNormClipping(0.01, norm_type=float("inf"), name="largest"),
+        DropoutInjection(0.2, after="net.1"),  # a module whose class sharding has changed
+        DropoutScheduler(Linear(0.0, 0.3), modules="Dropout"),
         WeightClipping(0.1),
         MaxNorm(0.3, params="net.1.weight"),
         MinMaxNorm(0.2, 0.4, rate=0.5, params="net.4.weight"),
@@ -235,6 +280,7 @@ def main(folder: Path) -> None:
     results = {
         "all": train(techniques(), Digits(), [rank], **ddp()),
         "unseeded": train([Unseeded(0.1)], Digits(), [rank], **ddp()),
+        "masks": {apart: masks(apart, rank) for apart in (True, False)},
         "unused": train([L2Penalty(0.1, params="all")], Unused(), [rank], **ddp(find_unused_parameters=True)),
         "unused, plain DDP": train([L2Penalty(0.1, params="all")], Unused(), [rank], **ddp()),
         "refused, DDP": failure([L2Penalty(0.1, inject="loss")], Unused(), [rank], **ddp(find_unused_parameters=True)),

@@ -25,6 +25,7 @@ from lightning_reg import (
     Linear,
     MaxNorm,
     MinMaxNorm,
+    MonteCarloDropout,
     NonFiniteGradientGuard,
     NonNegative,
     OrthogonalityPenalty,
@@ -188,6 +189,16 @@ ROWS = {
         inactive=lambda: NonNegative(params="net.1.weight"),  # which is far above zero
         scheduled=None,
         parts=lambda: [NonNegative(params="net.0.*"), NonNegative(params="net.4.*")],
+    ),
+    "MonteCarloDropout": Row(
+        active=lambda: MonteCarloDropout(samples=3),
+        inactive=MonteCarloDropout,
+        scheduled=None,
+        parts=None,
+        exempt={
+            "changes_training": "it acts in predict, see test_montecarlo.py",
+            "predictions": "to change them is what it is for",
+        },
     ),
     "OrthogonalityPenalty": Row(
         active=lambda: OrthogonalityPenalty(0.1),

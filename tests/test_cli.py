@@ -16,7 +16,7 @@ from table import ROWS, everything
 from test_laws import vars_of
 
 import lightning_reg
-from lightning_reg import Cosine, DropoutInjection, L1Penalty, Linear
+from lightning_reg import Cosine, DropoutInjection, DropoutScheduler, L1Penalty, Linear
 from lightning_reg.schedules import Schedule
 
 SHORT = [
@@ -74,6 +74,22 @@ def test_the_printed_configuration_reproduces_the_run(capsys, tmp_path):
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert same(run(*FLAGS).model, run("--config", str(tmp_path / "printed.yaml")).model)
     assert not same(run(*FLAGS).model, run().model)
+
+
+def test_a_depth_profile_in_yaml(tmp_path):
+    profile = {"net.2": 0.3, "net.4": {"class_path": "lightning_reg.Linear", "init_args": {"start": 0.0, "end": 0.5}}}
+    callbacks = [
+        {"class_path": "lightning_reg.DropoutInjection", "init_args": {"p": 0.1, "after": ["ReLU"]}},
+        {"class_path": "lightning_reg.DropoutScheduler", "init_args": {"p": profile}},
+    ]
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    cli = run("--config", str(tmp_path / "profile.yaml"))
+    expected = [DropoutInjection(0.1, after=["ReLU"]), DropoutScheduler({"net.2": 0.3, "net.4": Linear(0.0, 0.5)})]
+    assert list(map(repr, regularizers(cli))) == list(map(repr, expected))
+    flags = ["--trainer.callbacks+=DropoutInjection", "--trainer.callbacks.p=0.1", "--trainer.callbacks.after=ReLU"]
+    by_flags = run(*flags, "--trainer.callbacks+=DropoutScheduler", '--trainer.callbacks.p={"net.2": 0.3, "net.4": 0.2}')
+    assert regularizers(by_flags)[1].p == {"net.2": 0.3, "net.4": 0.2}
+    assert not same(by_flags.model, cli.model)
 
 
 def test_yaml():

@@ -33,6 +33,16 @@ def test_replicas_are_bit_identical_with_all_techniques_at_once(ranks):
     assert not identical(ranks[0]["unseeded"], ranks[1]["unseeded"])  # what drawing without a common seed comes to
 
 
+def test_ranks_draw_different_masks_if_their_seeds_differ_and_stay_identical(ranks):
+    """As with nn.Dropout: ranks that were seeded alike draw the same masks, each for its own samples."""
+    for apart in (True, False):
+        (one, other) = (rank["masks"][apart] for rank in ranks)
+        assert identical(one["weights"], other["weights"])
+        for name in ("net.2", "net.3"):
+            assert one["masks"][name].any()
+            assert torch.equal(one["masks"][name], other["masks"][name]) is not apart
+
+
 def test_two_ranks_equal_one_process_on_the_same_global_batches(ranks):
     one_process = train(techniques(), Digits(), [0, 1], accumulate_grad_batches=2)
     assert_close(ranks[0]["all"], one_process, **TOLERANCE)

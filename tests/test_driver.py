@@ -112,6 +112,7 @@ def test_other_metrics():
         "reg/WeightClipping/clip_value",
         "reg/WeightClipping/constrained",
         "reg/DropoutInjection-ReLU/p",
+        "reg/DropoutInjection-ReLU/progress",
         "reg/RandomShrinkage/epsilon",
         "reg/L2Penalty/strength",
         "reg/L2Penalty/penalty",

@@ -77,7 +77,7 @@ def test_a_hook_is_silent_in_eval_mode():
     layer = nn.Linear(4, 4)
     x = torch.ones(2, 4)
     before = layer(x)
-    handles = inject_dropout({"layer": layer}, lambda: 0.9)
+    handles = inject_dropout({"layer": layer}, 0.9)
     assert torch.equal(layer.eval()(x), before)
     layer.train()
     assert not torch.equal(layer(x), before)
@@ -139,7 +139,7 @@ def test_variants_of_dropout_are_driven():
 def test_a_model_without_dropout_is_pointed_to_injection():
     model = Classifier()
     model.net[3] = nn.Identity()
-    with pytest.raises(ValueError, match=r"DropoutScheduler: no dropout module matches '\*'; .* use DropoutInjection"):
+    with pytest.raises(ValueError, match=r"DropoutScheduler: the model has no dropout to drive; .* use DropoutInjection"):
         fit([DropoutScheduler(0.1)], model)
 
 
@@ -151,17 +151,24 @@ def test_modules_in_eval_mode_are_said():
         fit([DropoutInjection(0.1, after="ReLU"), DropoutScheduler(0.1)], model)
     messages = " ".join(str(warning.message) for warning in caught)
     assert re.search(r"DropoutInjection-ReLU: net.2 will not drop anything, .* call model.train\(\)", messages)
-    assert re.search(r"DropoutScheduler: net.3 will not drop anything, .* call model.train\(\)", messages)
+    assert re.search(r"DropoutScheduler: net.3, net.2 will not drop anything, .* call model.train\(\)", messages)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
 
 
 class Recurrent(Classifier):
     def __init__(self):
         super().__init__()
+        self.pair = Pair()
         self.rnn = nn.GRU(8, 64, batch_first=True)
         self.ids = nn.Identity()
 
     def training_step(self, batch, batch_idx):
         self.ids(batch[1])
+        self.pair(batch[0])
         states, _ = self.rnn(batch[0].view(-1, 8, 8))
         return super().training_step((states[:, -1], batch[1]), batch_idx)
 
@@ -170,8 +177,8 @@ class Recurrent(Classifier):
     ("callback", "message"),
     [
         (
-            DropoutInjection(0.1, after="GRU"),
-            r"dropout cannot follow 'rnn' \(GRU\): it returns tuple, expected one float tensor",
+            DropoutInjection(0.1, after="pair"),
+            r"dropout cannot follow 'pair' \(Pair\): it returns tuple, expected one float tensor",
         ),
         (DropoutInjection(0.1, after="ids"), r"cannot follow 'ids' \(Identity\): it returns a tensor of torch.int64"),
     ],
@@ -183,7 +190,7 @@ def test_outputs_that_cannot_be_dropped_are_refused(callback, message):
 
 def test_channels_need_a_dimension():
     layer = nn.Identity()
-    inject_dropout({"layer": layer}, lambda: 0.5, channelwise=True)
+    inject_dropout({"layer": layer}, 0.5, channelwise=True)
     with pytest.raises(TypeError, match=r"'layer' \(Identity\): channels are in dimension 1, but its output has shape \(3,\)"):
         layer(torch.ones(3))
 
@@ -204,7 +211,7 @@ def test_channels_need_a_dimension():
         ),
         (
             lambda: fit([DropoutScheduler(0.1, modules="nett.*")]),
-            r"DropoutScheduler: no module .* matches 'nett.\*'; near: net",
+            r"DropoutScheduler: no dropout is in a module that matches 'nett.\*'; near: net.3",
         ),
     ],
 )

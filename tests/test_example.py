@@ -1,4 +1,4 @@
-"""The main job as a user runs it: without arguments, from another folder."""
+"""The examples as a user runs them, from another folder: the main job without arguments, the others shortened."""
 
 from __future__ import annotations
 
@@ -45,3 +45,14 @@ def test_it_shows_its_progress_and_what_acts(job):
     assert "Epoch 99" in job[1]
     assert job[1].count("Regularization") == 1
     assert "DropoutInjection-ReLU" in job[1]
+
+
+def test_schedules_of_dropout_are_compared(tmp_path):
+    script = str(HERE.parent / "examples" / "dropout_schedules.py")
+    printed = run_script(script, "--epochs=4", "--seeds=2", folder=tmp_path, columns=200)
+    rows = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
+    assert rows == ["none", "constant", "early", "late"]
+    losses = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in printed.splitlines() if line.startswith("│")}
+    assert len(set(losses.values())) == 4  # no two schedules came to the same
+    assert "Curves: runs/dropout_schedules/curves.png" in printed
+    assert matplotlib.image.imread(tmp_path / "runs/dropout_schedules/curves.png")[..., :3].std() > 0.05

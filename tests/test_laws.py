@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import random
+from contextlib import nullcontext
 
 import lightning.pytorch.callbacks
 import pytest
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lightning_reg
 from lightning_reg import L1Penalty, L2Penalty
 from lightning_reg.base import Regularizer
+from lightning_reg.dropout import rates
 
 every_callback = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
 # the masks of dropout are drawn anew for each micro-batch; test_dropout checks that the rate is that of the step
@@ -188,7 +190,9 @@ def test_evaluation_changes_nothing_and_is_not_changed(row):
     bare = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     for evaluate in ("validate", "test", "predict"):
         results = [getattr(t, evaluate)(m, loader()) for t, m in ((trainer, trained), (bare, plain))]
-        assert_close(results[0], results[1], rtol=0.0, atol=0.0)
+        changed = pytest.raises(AssertionError) if "predictions" in row.exempt and evaluate == "predict" else nullcontext()
+        with changed:
+            assert_close(results[0], results[1], rtol=0.0, atol=0.0)
     trainer.fit(trained, loader(), loader())
 
 
@@ -199,8 +203,10 @@ def surroundings(model: LightningModule):
         for name, module in model.named_modules()
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     }
-    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-    return hooks, rates, list(model.state_dict()), [name for name, _ in model.named_buffers()]
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules() if module is not model}
+    classes = {name: type(module) for name, module in model.named_modules()}
+    own = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    return hooks, own, attributes, classes, list(model.state_dict()), [name for name, _ in model.named_buffers()]
 
 
 @every_callback
@@ -358,13 +364,15 @@ def test_a_checkpoint_loads_into_the_plain_model(row, tmp_path):
 
 
 @every_callback
-def test_a_compiled_module_is_trained_alike(row):
+def test_a_compiled_module_is_trained_alike(row, monkeypatch):
     def compiled():
         made = model(row)
         made.net = torch.compile(made.net, backend="aot_eager")
         return made
 
-    trained, eager = (dict(fit([row.active()], made, max_epochs=1).named_parameters()) for made in (compiled(), model(row)))
+    trained = dict(fit([row.active()], compiled(), max_epochs=1).named_parameters())
+    monkeypatch.setattr(rates, "is_compiling", lambda: True)  # so that eager code draws the masks of compiled code
+    eager = dict(fit([row.active()], model(row), max_epochs=1).named_parameters())
     assert_close({name.replace("_orig_mod.", ""): p for name, p in trained.items()}, eager)
 
 

@@ -12,7 +12,7 @@ import rich
 import torch
 from rich.table import Table
 
-from tests.benchmarks import gradients, penalties
+from tests.benchmarks import dropout, gradients, penalties
 from tests.benchmarks.measuring import Claim, measure, parameters, peak_growth, shapes_of_124m
 
 
@@ -39,6 +39,7 @@ def main() -> None:
         *penalties.claims("600 tensors of 32 × 32", small, {"L1": 10, "L2": 20}, 2),
         *penalties.claims("124M in 148 tensors", large, {"L1": 5, "L2": 12}, 1),
         *gradients.claims("124M in 148 tensors", large),
+        *dropout.claims(),
     ]
     rich.print(table_of(claims, seconds))
     if gradients.adaptive_clipping_of_timm() is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
-
-import torch
 
 from lightning_reg.functional import (
     add_l1_gradient_,
@@ -39,14 +38,7 @@ def scaling(seconds: float) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in WORK}
     for size in SIZES:
         params = parameters([(1000, 1000)] * size)
-        times = measure([lambda work=work: work(params) for work in WORK.values()], seconds)
+        times = measure([partial(work, params) for work in WORK.values()], seconds)
         for name, took in zip(WORK, times, strict=True):
             found[name].append(1e3 * took / size)
-        del params
     return found
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    for name, per_million in scaling(2.0).items():
-        print(name, [f"{ms:.2f}" for ms in per_million])

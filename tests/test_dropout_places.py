@@ -1,0 +1,301 @@
+"""Where rates of dropout hide, who drives which of them, and the schedules that the literature gives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import QUIET, Classifier, Memory, fit, loader
+from lightning.pytorch import Trainer
+from torch import nn
+
+import lightning_reg
+from lightning_reg import Cosine, DropoutInjection, DropoutScheduler, Linear, Steps
+from lightning_reg.functional import find_dropout, set_dropout_
+from lightning_reg.plan import Plan
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, as timm's class of this name has it."""
+
+    def __init__(self, drop_prob=0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x):
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+
+class Attention(nn.Module):
+    """Attention with a float of its own, as many models have it."""
+
+    def __init__(self, attention_dropout=0.0):
+        super().__init__()
+        self.attention_dropout = attention_dropout
+
+    def forward(self, x):
+        p = self.attention_dropout if self.training else 0.0
+        return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=p)
+
+
+class Everywhere(Classifier):
+    """A model with every kind of place, which keeps the rates that each forward pass sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, dim_feedforward=8, dropout=0.1, batch_first=True)
+        self.path = DropPath(0.2)
+        self.own = Attention(0.3)
+        self.rnn = nn.LSTM(8, 8, num_layers=2, dropout=0.4, batch_first=True)
+        self.single = nn.GRU(8, 8, batch_first=True)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(self.rates())
+        x = self.single(self.rnn(self.own(self.path(self.encoder(batch[0].view(-1, 8, 8)))))[0])[0]
+        return super().training_step((x.flatten(1), batch[1]), batch_idx)
+
+    def rates(self):
+        encoder = self.encoder
+        return {
+            "net.3": self.net[3].p,
+            "encoder.self_attn": encoder.self_attn.dropout,
+            "encoder.dropout": encoder.dropout.p,
+            "path": self.path.drop_prob,
+            "own": self.own.attention_dropout,
+            "rnn": self.rnn.dropout,
+            "single": self.single.dropout,
+        }
+
+
+OWN = {"net.3": 0.1, "encoder.self_attn": 0.1, "encoder.dropout": 0.1, "path": 0.2, "own": 0.3, "rnn": 0.4, "single": 0.0}
+inert = pytest.mark.filterwarnings("ignore:.*has a single layer")
+
+
+@inert
+def test_every_place_is_driven_and_has_its_own_rate_back():
+    model = Everywhere()
+    assert model.rates() == OWN
+    fit([DropoutScheduler(0.5, attributes={"Attention": "attention_dropout"})], model, max_epochs=1)
+    assert model.seen == [{**dict.fromkeys(OWN, 0.5), "single": 0.0}] * 4
+    assert model.rates() == OWN
+
+
+@inert
+@pytest.mark.parametrize("part", ["MultiheadAttention", "DropPath", "LSTM", "Attention"])
+def test_what_is_driven_drops(part):
+    """At rate 1 nothing is left of the part: its output does not depend on its input, or is 0."""
+    model = Everywhere()
+    scheduler = DropoutScheduler(1.0, modules=part, attributes={"Attention": "attention_dropout"})
+    (place,) = scheduler.assign(model, [])["p"]
+    before = place.own
+    set_dropout_([place], 1.0)
+    x, y = torch.randn(2, 3, 5, 8)
+    if part == "MultiheadAttention":
+        outputs = [place.module(z, z, z)[0] for z in (x, y)]
+    elif part == "LSTM":
+        place.module.flatten_parameters()
+        outputs = [place.module(z)[1][0][1] for z in (x, y)]
+    else:
+        outputs = [place.module(z) for z in (x, y)] if part == "Attention" else []
+        if part == "DropPath":
+            set_dropout_([place], 0.999999)
+            outputs = [place.module(z) for z in (x, y)]
+    assert torch.equal(*outputs)
+    set_dropout_([place], before)
+
+
+def test_an_inert_rate_is_warned_of():
+    with pytest.warns(UserWarning, match=r"DropoutScheduler: single has a single layer, .* use DropoutInjection"):
+        fit([DropoutScheduler(0.5)], Everywhere(), max_epochs=1)
+    model = Classifier()
+    model.net[3] = nn.Identity()
+    model.rnn = nn.GRU(2, 2)
+    with pytest.raises(ValueError, match=r"no dropout to drive \(rnn has a single layer, .*\); to put some in, use DropoutInj"):
+        fit([DropoutScheduler(0.5)], model)
+
+
+def test_the_table_can_be_extended(monkeypatch):
+    model = nn.Sequential(Attention(0.3))
+    assert find_dropout(model) == []
+    monkeypatch.setitem(lightning_reg.DROPOUT_ATTRIBUTES, Attention, "attention_dropout")
+    assert [(place.name, place.own) for place in find_dropout(model)] == [("0", 0.3)]
+    with pytest.raises(TypeError, match=r"0.missing \(Attention\) must be a number in \[0, 1\], got 'nothing of this name'"):
+        find_dropout(model, {"Attention": "missing"})
+    with pytest.raises(ValueError, match="DropoutScheduler: attributes: no module is of the class Atention"):
+        fit([DropoutScheduler(0.1, attributes={"Atention": "p"})])
+
+
+@inert
+def test_a_depth_profile_drives_each_part_by_its_own_schedule():
+    model = Everywhere()
+    fit([DropoutScheduler({"encoder.*": Linear(0.0, 0.4), "LSTM": 0.25}, name="depth")], model, max_epochs=1)
+    assert [seen["encoder.self_attn"] for seen in model.seen] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert [seen["encoder.dropout"] for seen in model.seen] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert [(seen["rnn"], seen["net.3"], seen["path"]) for seen in model.seen] == [(0.25, 0.1, 0.2)] * 4
+    assert model.rates() == OWN
+
+
+def test_injected_dropout_is_driven_by_the_module_that_it_follows_or_by_its_kind():
+    class Watches(Classifier):
+        def training_step(self, batch, batch_idx):
+            (hook,) = self.net[2]._forward_hooks.values()
+            self.seen = [*getattr(self, "seen", []), (hook.act.__self__.rate.p, self.net[3].p)]
+            return super().training_step(batch, batch_idx)
+
+    def rates(*schedulers, p=0.2):
+        return fit([DropoutInjection(p, after="ReLU"), *schedulers], Watches(), max_epochs=1).seen[-1]
+
+    assert rates() == (0.2, 0.1)
+    assert rates(DropoutScheduler(0.5)) == (0.5, 0.5)
+    assert rates(DropoutScheduler(0.5, modules="DropoutInjection")) == (0.5, 0.1)
+    assert rates(DropoutScheduler(0.5, modules="net.2")) == (0.5, 0.1)
+    assert rates(DropoutScheduler(0.5, modules="Dropout")) == (0.2, 0.5)
+    assert rates(DropoutScheduler({"net.2": 0.6, "net.3": 0.7})) == (0.6, 0.7)
+    assert rates(DropoutScheduler(0.5, modules="Dropout"), p=Linear(0.0, 0.4)) == (pytest.approx(0.3), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (
+            lambda: [DropoutScheduler(0.1), DropoutScheduler(0.2, modules="net.3")],
+            "the dropout of net.3 is driven by both DropoutScheduler and DropoutScheduler-net_3: say with modules=",
+        ),
+        (
+            lambda: [DropoutInjection(Linear(0.0, 0.1), after="ReLU"), DropoutScheduler(0.2)],
+            "the dropout of net.2 is driven by both DropoutScheduler and DropoutInjection-ReLU: .* or give DropoutInjection a",
+        ),
+        (
+            lambda: [DropoutScheduler({"*": 0.1, "net.*": 0.2})],
+            r"DropoutScheduler: the dropout of net.3 is driven by both 'p/\*' and 'p/net.\*'",
+        ),
+        (lambda: [DropoutScheduler({"net.3": 0.1, "nett": 0.2})], "no dropout is in a module that matches 'nett'; near: net.3"),
+        (lambda: [DropoutScheduler({})], "DropoutScheduler: p must hold at least one glob"),
+        (lambda: [DropoutScheduler({"*": 1.2})], r"DropoutScheduler: p/\* must be a number in \[0, 1\], got 1.2"),
+        (lambda: [DropoutScheduler({"*": Linear(0.0, 1.2)})], r"p/\*=Linear\(0.0, 1.2\) must be a number in \[0, 1\], got 1.2"),
+        (lambda: [DropoutScheduler({"*": lambda t: 2.0})], r"DropoutScheduler: p/\*=.* at progress 0 must be a number"),
+        (
+            lambda: [DropoutInjection(0.1, after="ReLU", channelwise=True, samplewise=True)],
+            "it drops either channels or samples",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(callbacks, message):
+    with pytest.raises(ValueError, match=message):
+        fit(callbacks())
+
+
+def test_a_rate_that_two_drive_is_an_error_before_anything_is_trained():
+    class Never(Classifier):
+        def on_fit_start(self):
+            raise AssertionError("the fit has started")
+
+    with pytest.raises(ValueError, match="is driven by both"):
+        fit([DropoutScheduler(0.1), DropoutScheduler(0.2, modules="net.3")], Never())
+
+
+def test_a_profile_over_an_endless_run_is_refused():
+    with pytest.raises(ValueError, match=r"p/net.\*=Linear\(0.0, 0.5\) is scheduled over fractions .* no end"):
+        fit([DropoutScheduler({"net.*": Linear(0.0, 0.5)})], max_epochs=-1)
+
+
+def test_the_summary_lists_what_was_found_and_the_metrics_where_training_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    logger = Memory()
+    callbacks = [DropoutScheduler({"net.3": Linear(0.0, 0.4)}), DropoutInjection(Linear(0.1, 0.5), after=["ReLU", "net.0"])]
+    fit(callbacks, logger=logger, log_every_n_steps=1, max_epochs=1, enable_model_summary=True)
+    shown = capsys.readouterr().out
+    assert "Dropout 0.1: net.3" in shown
+    assert "p={'net.3': Linear(0.0, 0.4)}" in shown
+    assert "after net.0, net.2" in shown
+    assert [steps["reg/DropoutScheduler/p/net.3"] for steps in logger.steps.values()] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    for name in ("DropoutScheduler", "DropoutInjection-ReLU-net_0"):
+        assert [steps[f"reg/{name}/progress"] for steps in logger.steps.values()] == [0.0, 0.25, 0.5, 0.75]
+    assert {steps["reg/DropoutScheduler/places"] for steps in logger.steps.values()} == {1}
+    injected = [steps["reg/DropoutInjection-ReLU-net_0/p"] for steps in logger.steps.values()]
+    assert injected == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_the_output_of_an_rnn_is_dropped_and_not_its_states():
+    class Recurrent(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(8, 64, batch_first=True)
+
+        def training_step(self, batch, batch_idx):
+            output, (hidden, _) = self.rnn(batch[0].view(-1, 8, 8))
+            self.share, self.states = (output == 0).float().mean().item(), (hidden == 0).sum().item()
+            return super().training_step((output[:, -1], batch[1]), batch_idx)
+
+    model = fit([DropoutInjection(0.5, after="LSTM")], Recurrent(), max_epochs=1)
+    assert 0.45 < model.share < 0.55
+    assert model.states == 0
+
+
+# Published for 300 epochs (Z. Liu et al., 2023, and its repository): early dropout of ViT-T, 0.1 falling in a line to 0
+# within 50 epochs; its early stochastic depth, 0.5 likewise; late stochastic depth of ViT-B, 0.4 from the 50th epoch on.
+EARLY = {0: 0.1, 1: 0.098, 10: 0.08, 25: 0.05, 40: 0.02, 49: 0.002, 50: 0.0, 51: 0.0, 150: 0.0, 299: 0.0}
+EARLY_DEPTH = {0: 0.5, 1: 0.49, 10: 0.4, 25: 0.25, 40: 0.1, 49: 0.01, 50: 0.0, 299: 0.0}
+EARLY_CONSTANT = {0: 0.1, 25: 0.1, 49: 0.1, 50: 0.0, 51: 0.0, 299: 0.0}
+LATE = {0: 0.0, 25: 0.0, 49: 0.0, 50: 0.4, 51: 0.4, 299: 0.4}
+DECAY = {0: 0.5, 75: 0.375, 150: 0.25, 225: 0.125, 297: 0.005}
+CURRICULUM = {0: 0.0, 30: 0.316060, 60: 0.432332, 150: 0.496631, 299: 0.499976}  # 0.5 (1 - exp(-10 t))
+RECIPES = [
+    ('Linear(0.1, 0.0, until="50ep")', EARLY),
+    ('Linear(0.5, 0.0, until="50ep")', EARLY_DEPTH),
+    ('Steps([0.1, 0.0], at=["50ep"])', EARLY_CONSTANT),
+    ('Steps([0.0, 0.4], at=["50ep"])', LATE),
+    ("Linear(0.5, 0.0)", DECAY),
+    ("lambda t: 0.5 * (1 - math.exp(-10 * t))", CURRICULUM),
+]
+
+
+@pytest.mark.parametrize(("recipe", "published"), RECIPES)
+def test_the_recipes_of_the_docstring_are_the_published_tables(recipe, published):
+    assert f"``{recipe}``" in DropoutScheduler.__doc__
+    plan = Plan(total=300 * 7, per_epoch=7)
+    schedule = eval(recipe, {"Linear": Linear, "Steps": Steps, "math": math})
+    scheduler = DropoutScheduler(schedule)
+    scheduler.resolve(plan)
+    found = {}
+    for epoch in published:
+        scheduler.update(plan.progress(epoch * 7))
+        found[epoch] = scheduler.current["p"]
+    assert found == pytest.approx(published, abs=1e-6)
+    last = {epoch: Steps([0.1, 0.0], at=["49ep"]).resolve(plan)(plan.progress(epoch * 7)) for epoch in EARLY_CONSTANT}
+    assert last != pytest.approx(EARLY_CONSTANT)  # an epoch less would show
+
+
+def test_early_and_late_dropout_in_a_real_fit():
+    def followed(schedule):
+        seen = []
+        model = Classifier()
+        model.net[3].register_forward_hook(lambda module, args, output: seen.append(module.p))
+        fit([DropoutScheduler(schedule)], model, loader(), max_epochs=6)
+        return seen
+
+    assert followed(Steps([0.1, 0.0], at=["1ep"])) == [0.1] * 4 + [0.0] * 20
+    assert followed(Steps([0.0, 0.4], at=["1ep"])) == [0.0] * 4 + [0.4] * 20
+    assert followed(Linear(0.1, 0.0, until="1ep")) == pytest.approx([0.1, 0.075, 0.05, 0.025] + [0.0] * 20)
+
+
+def test_repr_of_a_profile_is_the_call_that_made_it():
+    made = DropoutScheduler({"a.*": Cosine(0.1, 0.2), "b": 0.3}, attributes={"Attention": "drop"}, modules=["a.*", "b"])
+    assert repr(eval(repr(made), vars(lightning_reg))) == repr(made)
+
+
+def test_modules_that_are_built_when_the_fit_starts_are_found():
+    class Later(Classifier):
+        def configure_model(self):
+            if isinstance(self.net[3], nn.Identity):
+                self.net[3] = nn.Dropout(0.2)
+
+    model = Later()
+    model.net[3] = nn.Identity()
+    Trainer(**QUIET, max_epochs=1, callbacks=[DropoutScheduler(0.5)]).fit(model, loader())
+    assert model.net[3].p == 0.2
