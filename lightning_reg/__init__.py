@@ -1,7 +1,7 @@
 """Regularization for PyTorch Lightning: every technique is one callback.
 
-Penalties, gradient clipping, weight constraints, shrinkage and dropout for an unchanged ``LightningModule``, in any combination
-and any order, from Python or from LightningCLI.
+Penalties, gradient clipping, weight constraints, shrinkage, pruning and dropout for an unchanged ``LightningModule``, in any
+combination and any order, from Python or from LightningCLI.
 """
 
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from lightning_reg.penalties import (
     Penalty,
     StartingPointPenalty,
 )
+from lightning_reg.pruning import sparsity
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Steps
 from lightning_reg.shrinkage import (
     GroupSoftThresholding,
@@ -59,4 +60,5 @@ __all__ = [
     "WeightDecayScheduler",
     "decay_groups",
     "functional",
+    "sparsity",
 ]

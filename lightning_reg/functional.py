@@ -25,6 +25,7 @@ from lightning_reg.penalties import (
     l2_penalty,
     orthogonality_penalty,
 )
+from lightning_reg.pruning import clear_state_, mask_, mask_gradients_, pruning_masks, smallest_entries, sparsity
 from lightning_reg.shrinkage import decay_weights_, group_soft_threshold_, shrink_randomly_, soft_threshold_
 from lightning_reg.units import Units, units_of
 
@@ -35,6 +36,7 @@ __all__ = [
     "add_group_lasso_gradient_",
     "add_l1_gradient_",
     "add_l2_gradient_",
+    "clear_state_",
     "clip_gradient_norm_",
     "clip_gradient_value_",
     "clip_weights_",
@@ -47,9 +49,14 @@ __all__ = [
     "inject_dropout",
     "l1_penalty",
     "l2_penalty",
+    "mask_",
+    "mask_gradients_",
     "orthogonality_penalty",
+    "pruning_masks",
     "set_dropout_",
     "shrink_randomly_",
+    "smallest_entries",
     "soft_threshold_",
+    "sparsity",
     "units_of",
 ]

@@ -25,6 +25,7 @@ __all__ = [
     "locals_of",
     "present_gradients",
     "shard_like",
+    "sum_over_shards",
     "whole",
 ]
 
@@ -45,6 +46,14 @@ def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
         return tensor
     replicated = DTensor.from_local(tensor, sharded.device_mesh, [Replicate()] * sharded.device_mesh.ndim, run_check=False)
     return replicated.redistribute(placements=sharded.placements)
+
+
+def sum_over_shards(part: Tensor, sharded: Tensor) -> Tensor:
+    """Return the sum of what each rank counted in its shard of a tensor; where there are no shards, what was counted."""
+    if not isinstance(sharded, DTensor):
+        return part
+    placements = [Partial("sum") if placement.is_shard() else Replicate() for placement in sharded.placements]
+    return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False).full_tensor()
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
