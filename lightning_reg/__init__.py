@@ -20,7 +20,7 @@ from lightning_reg.penalties import (
     Penalty,
     StartingPointPenalty,
 )
-from lightning_reg.pruning import sparsity
+from lightning_reg.pruning import WeightPruning, sparsity
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Steps
 from lightning_reg.shrinkage import (
     GroupSoftThresholding,
@@ -58,6 +58,7 @@ __all__ = [
     "WeightClipping",
     "WeightDecay",
     "WeightDecayScheduler",
+    "WeightPruning",
     "decay_groups",
     "functional",
     "sparsity",

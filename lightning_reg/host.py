@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_reg.plan import Plan
 
@@ -18,17 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 __all__ = [
     "accumulates",
+    "averages",
     "batches_at_step_start",
     "batches_done",
     "begins_step",
     "builds_modules_later",
     "endless",
     "ends_epoch",
+    "flattens",
     "grad_scaler",
     "log_metrics",
     "logs_this_step",
@@ -135,6 +138,17 @@ def tracks_used_parameters(trainer: Trainer) -> bool:
     """Return whether DDP looks for parameters that the forward pass left out, or relies on a graph that never changes."""
     model: Any = trainer.strategy.model
     return isinstance(model, DistributedDataParallel) and (model.find_unused_parameters or model.static_graph)
+
+
+def averages(trainer: Trainer) -> list[nn.Module]:
+    """Return the models in which other callbacks keep averages of the weights: EMA, SWA and those like them."""
+    models = [getattr(cb, "_average_model", None) for cb in trainer.callbacks]  # type: ignore[attr-defined]
+    return [model.module if isinstance(model, AveragedModel) else model for model in models if model is not None]
+
+
+def flattens(trainer: Trainer) -> bool:
+    """Return whether the strategy (FSDP1) replaces the parameters by flat pieces of several of them."""
+    return isinstance(trainer.strategy, FSDPStrategy)
 
 
 def shards(trainer: Trainer, parameters: Iterable[Tensor]) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightning_reg import (
     ActivityPenalty,
+    Cubic,
     DropoutInjection,
     DropoutScheduler,
     ElasticNetPenalty,
@@ -28,6 +29,7 @@ from lightning_reg import (
     WeightClipping,
     WeightDecay,
     WeightDecayScheduler,
+    WeightPruning,
 )
 
 if TYPE_CHECKING:
@@ -180,6 +182,13 @@ ROWS = {
         scheduled=lambda: WeightDecayScheduler(Linear(0.0, 0.4)),
         parts=None,
         options={"weight_decay": 0.01},
+    ),
+    "WeightPruning": Row(
+        active=lambda: WeightPruning(0.5),
+        inactive=lambda: WeightPruning(0.0),
+        scheduled=lambda: WeightPruning(Cubic(0.0, 0.9)),
+        parts=lambda: [WeightPruning(0.5, params="net.0.weight"), WeightPruning(0.3, params="net.4.*")],
+        exempt={"second_fit": "its masks go on in the second fit of the same model"},
     ),
 }
 
