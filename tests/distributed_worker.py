@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from digits import DigitsClassifier
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import (
     ActivityPenalty,
+    Cubic,
     DropoutInjection,
     DropoutScheduler,
     ElasticNetPenalty,
@@ -38,6 +40,7 @@ from lightning_reg import (
     StartingPointPenalty,
     WeightClipping,
     WeightDecay,
+    WeightPruning,
 )
 
 RANKS, STEPS, BATCH = 2, 6, 16
@@ -72,7 +75,7 @@ class Digits(DigitsClassifier):
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        super().__init__(hidden=32)
+        super().__init__(hidden=32, lr=0.1)
         self.net.insert(3, nn.Dropout(0.1))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
@@ -81,7 +84,7 @@ class Digits(DigitsClassifier):
         return nn.functional.cross_entropy(self(images.view(-1, 8, 8)), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
 def batches(ranks: list[int]) -> DataLoader[tuple[Tensor, ...]]:
@@ -192,6 +195,56 @@ class LogPenalty(Penalty):
         return sum(p.square().log1p().sum() for p in params)
 
 
+def all_alike(name: str, p: Tensor) -> Tensor:
+    """Score all weights alike: what is pruned depends on the order of ties alone."""
+    return torch.zeros_like(p)
+
+
+def descending(name: str, p: Tensor) -> Tensor:
+    """Give whole scores, from the last weight to the first, however the parameter is sharded."""
+    return -torch.arange(p.numel(), dtype=torch.float32).view(p.shape)
+
+
+def drawn_by_each_rank(name: str, p: Tensor) -> Tensor:
+    """The naive version of random pruning."""
+    return torch.rand(p.shape, generator=torch.Generator().manual_seed(int(os.environ["RANK"])))
+
+
+# where everything is selected, a tensor that is not sharded and one of whose shards is empty are among the weights
+WAYS: dict[str, dict[str, Any]] = {
+    "magnitude": {},
+    "per layer": {"scope": "layer", "params": "net.*.weight"},
+    "random": {"criterion": "random", "params": "net.*.weight"},
+    "units": {"structure": "unit"},
+    "units per layer": {"structure": "unit", "scope": "layer", "params": "net.*.weight"},
+    "random units": {"structure": "unit", "criterion": "random", "params": "net.*.weight"},
+    "2:4": {"sparsity": 0.5, "structure": "2:4", "params": "net.*.weight"},
+    "ties": {"criterion": all_alike, "params": "net.*.weight", "sparsity": 0.37},
+    "whole scores": {"criterion": descending, "scope": "layer", "params": "net.*.weight"},
+}
+
+
+def masks_of(model: LightningModule, way: dict[str, Any], ranks: list[int], **trainer: object) -> dict[str, Tensor]:
+    """Prune weights that are bit for bit those of every other run, since they are not trained; return the masks."""
+    model.lr = 0.0
+    after = train([WeightPruning(**{"sparsity": 0.6, **way})], model, ranks, max_epochs=1, **trainer)
+    return {name: p == 0 for name, p in after.items() if p.ndim > 1}
+
+
+def gradual() -> WeightPruning:
+    """Return pruning that does not depend on how sums are rounded."""
+    return WeightPruning(Cubic(0.0, 0.7), criterion="random", params="net.*.weight")
+
+
+def kept(ranks: list[int], state: dict[str, Any] | None = None, **trainer: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Prune while training, from the state of another run if one is given; return the state and the weights."""
+    callback = gradual()
+    if state is not None:
+        callback.load_state_dict(state)
+    weights = train([callback], Sharded(), ranks, **trainer)
+    return callback.state_dict(), weights
+
+
 def main(folder: Path) -> None:
     """Train in every way and save the weights of this rank."""
     torch.set_num_threads(1)
@@ -206,6 +259,12 @@ def main(folder: Path) -> None:
         "naive, sharded": failure([Naive()], Sharded(), [rank], **sharded()),
         "sharded": train(sharded_techniques(), Sharded(), [rank], **sharded()),
     }
+    for name, way in WAYS.items():
+        results[f"masks, DDP, {name}"] = masks_of(Digits(), way, [rank], **ddp())
+        results[f"masks, sharded, {name}"] = masks_of(Sharded(), way, [rank], **sharded())
+    results["masks, unseeded"] = masks_of(Digits(), {"criterion": drawn_by_each_rank}, [rank], **ddp())
+    results["pruned, sharded"] = kept([rank], **sharded())
+    results["pruned again, sharded"] = kept([rank], results["pruned, sharded"][0], **sharded())
     results["naive, DDP"] = failure([Naive()], Unused(), [rank], **ddp(find_unused_parameters=True))  # breaks the group
     torch.save(results, folder / f"{rank}.pt")
 
