@@ -40,8 +40,8 @@ class Score(ABC):
     def of_units(self, units: Units) -> Tensor:
         """Return a score for each output unit of the whole tensor, in the shape of :func:`~lightning_reg.units.unit_norms`."""
 
-    def keys(self, begin: int, end: int) -> Tensor:
-        """Return the scores of a range as integers of the same order."""
+    def keys(self, begin: int, end: int, buffer: Tensor) -> Tensor:
+        """Return the scores of a range as integers of the same order, which the caller may change, perhaps in a buffer."""
         return order_keys(self.chunk(begin, end))
 
     def whole(self) -> Tensor:
@@ -57,9 +57,9 @@ class Magnitude(Score):
         """Return |θ|."""
         return self.flat[begin:end].float().abs()
 
-    def keys(self, begin: int, end: int) -> Tensor:
+    def keys(self, begin: int, end: int, buffer: Tensor) -> Tensor:
         """Return the bits of |θ|, which are in order already."""
-        return self.chunk(begin, end).view(torch.int32)  # a copy
+        return torch.abs(self.flat[begin:end], out=buffer[: end - begin]).view(torch.int32)
 
     def of_units(self, units: Units) -> Tensor:
         """Return ‖w_u‖₂ / √|u|, so that units of different sizes compare."""

@@ -69,9 +69,9 @@ def lowest(scores: Sequence[Score], count: int, pruned: Sequence[Tensor | None])
     Returns:
         For each tensor, a mask of the part that this rank holds.
     """
-    masks = [torch.zeros_like(score.part, dtype=torch.bool, memory_format=torch.contiguous_format) for score in scores]
+    masks = [torch.empty(score.part.shape, dtype=torch.bool, device=score.part.device) for score in scores]
     if not count or not scores:
-        return masks
+        return [mask.fill_(False) for mask in masks]
     of_entries = _keys_of_entries(scores, pruned)
     threshold = _find([score.tensor for score in scores], of_entries, 32, count, signed=True)
     ties = count - threshold.smaller
@@ -86,12 +86,15 @@ def lowest(scores: Sequence[Score], count: int, pruned: Sequence[Tensor | None])
 
 
 def _keys_of_entries(scores: Sequence[Score], pruned: Sequence[Tensor | None]) -> Keys:
+    # one buffer for all chunks: memory that is given back and asked for again costs more than the work itself
+    buffers = {device: torch.empty(_CHUNK, device=device) for device in {score.part.device for score in scores}}
+
     def keys() -> Iterator[tuple[int, Tensor]]:
         for index, (score, dead) in enumerate(zip(scores, pruned, strict=True)):
             for begin in range(0, score.flat.numel(), _CHUNK):
                 end = min(begin + _CHUNK, score.flat.numel())
-                found = score.keys(begin, end)
-                yield index, found if dead is None else found.masked_fill(dead.view(-1)[begin:end], _PRUNED)
+                found = score.keys(begin, end, buffers[score.part.device])
+                yield index, found if dead is None else found.masked_fill_(dead.view(-1)[begin:end], _PRUNED)
 
     return keys
 
