@@ -143,7 +143,9 @@ def tracks_used_parameters(trainer: Trainer) -> bool:
 def averages(trainer: Trainer) -> list[nn.Module]:
     """Return the models in which other callbacks keep averages of the weights: EMA, SWA and those like them."""
     models = [getattr(cb, "_average_model", None) for cb in trainer.callbacks]  # type: ignore[attr-defined]
-    return [model.module if isinstance(model, AveragedModel) else model for model in models if model is not None]
+    return [
+        model.module if isinstance(model, AveragedModel) else model for model in models if isinstance(model, torch.nn.Module)
+    ]
 
 
 def flattens(trainer: Trainer) -> bool:

@@ -76,6 +76,13 @@ def test_magnitude_is_what_torch_prunes_up_to_ties():
     assert not torch.equal(pruning_masks(params, 0.7)[0], masks[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_magnitudes_of_any_precision_are_compared_in_float32(dtype):
+    torch.manual_seed(0)
+    params = [torch.randn(50, 7).to(dtype), torch.randn(20).to(dtype)]
+    assert_close(pruning_masks(params, 0.3), by_sorting([p.abs() for p in params], 111), rtol=0.0, atol=0.0)
+
+
 def test_per_layer_each_tensor_has_its_share():
     torch.manual_seed(0)
     params = [torch.randn(7, 3), 10 * torch.randn(5, 5), torch.zeros(0, 4)]

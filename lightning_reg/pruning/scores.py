@@ -59,7 +59,10 @@ class Magnitude(Score):
 
     def keys(self, begin: int, end: int, buffer: Tensor) -> Tensor:
         """Return the bits of |θ|, which are in order already."""
-        return torch.abs(self.flat[begin:end], out=buffer[: end - begin]).view(torch.int32)
+        magnitudes, chunk = buffer[: end - begin], self.flat[begin:end]
+        if chunk.dtype == magnitudes.dtype:  # in one go
+            return torch.abs(chunk, out=magnitudes).view(torch.int32)
+        return magnitudes.copy_(chunk).abs_().view(torch.int32)
 
     def of_units(self, units: Units) -> Tensor:
         """Return ‖w_u‖₂ / √|u|, so that units of different sizes compare."""
