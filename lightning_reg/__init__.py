@@ -1,7 +1,7 @@
 """Regularization for PyTorch Lightning: every technique is one callback.
 
-Penalties, gradient clipping, weight constraints, shrinkage and dropout for an unchanged ``LightningModule``, in any combination
-and any order, from Python or from LightningCLI.
+Penalties, gradient clipping, weight constraints, shrinkage, pruning and dropout for an unchanged ``LightningModule``, in any
+combination and any order, from Python or from LightningCLI.
 """
 
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from lightning_reg.penalties import (
     Penalty,
     StartingPointPenalty,
 )
+from lightning_reg.pruning import WeightPruning, sparsity
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Steps
 from lightning_reg.shrinkage import (
     GroupSoftThresholding,
@@ -78,7 +79,9 @@ __all__ = [
     "WeightClipping",
     "WeightDecay",
     "WeightDecayScheduler",
+    "WeightPruning",
     "ZScoreGradientClipping",
     "decay_groups",
     "functional",
+    "sparsity",
 ]

@@ -61,6 +61,7 @@ class Driver:
         for regularizer in self.regularizers:
             regularizer.listening = bool(self.trainer.loggers)
             regularizer.attach(self.trainer, self.pl_module)
+            regularizer.figures.to(self.pl_module.device)
         for optimizer in self.trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
             if host.grad_scaler(self.trainer) is not None:  # it has run the closure before it calls the optimizer
@@ -220,5 +221,8 @@ def _add_(loss: Tensor, terms: Sequence[Tensor | None], scaler: torch.amp.GradSc
 def _to_host(values: Sequence[float | Tensor]) -> list[float]:
     """Bring numbers from the device in a single transfer."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    fetched = iter(torch.stack([whole(tensor.detach()).float() for tensor in tensors]).tolist() if tensors else [])
+    device = tensors[0].device if tensors else None
+    fetched = iter(
+        torch.stack([whole(tensor.detach()).to(device, torch.float32) for tensor in tensors]).tolist() if tensors else []
+    )
     return [next(fetched) if isinstance(value, torch.Tensor) else value for value in values]

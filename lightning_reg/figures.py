@@ -50,9 +50,15 @@ class Figures:
         if len(pending) >= _PENDING:
             self._flush()
 
+    def to(self, device: torch.device) -> None:
+        """Move what a checkpoint brought to the device of the run."""
+        for metric in self._metrics.values():
+            metric.to(device)
+
     def _flush(self) -> None:
         for key, pending in self._pending.items():
-            self._metrics[key].to(pending[0].device).update(torch.stack(pending).float())
+            device = pending[0].device
+            self._metrics[key].to(device).update(torch.stack([value.to(device) for value in pending]).float())
         self._pending.clear()
 
     def take(self) -> Iterator[tuple[str, Tensor]]:

@@ -47,6 +47,7 @@ from lightning_reg.penalties import (
     l2_penalty,
     orthogonality_penalty,
 )
+from lightning_reg.pruning import clear_state_, mask_, mask_gradients_, pruning_masks, smallest_entries, sparsity
 from lightning_reg.shrinkage import decay_weights_, group_soft_threshold_, shrink_randomly_, soft_threshold_
 from lightning_reg.units import Units, units_of
 
@@ -61,6 +62,7 @@ __all__ = [
     "add_l2_gradient_",
     "alpha_dropout",
     "centralize_gradients_",
+    "clear_state_",
     "clip_gradient_norm_",
     "clip_gradient_norms_",
     "clip_gradient_value_",
@@ -77,15 +79,20 @@ __all__ = [
     "inject_dropout",
     "l1_penalty",
     "l2_penalty",
+    "mask_",
+    "mask_gradients_",
     "nonfinite_gradients",
     "orthogonality_penalty",
     "project_unit_norms_",
+    "pruning_masks",
     "quantile_bound",
     "remember_norm",
     "sample_predictions",
     "set_dropout_",
     "shrink_randomly_",
+    "smallest_entries",
     "soft_threshold_",
+    "sparsity",
     "units_of",
     "update_norm_statistics",
     "z_score_bound",

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_reg.plan import Plan
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 __all__ = [
     "accumulates",
     "any_rank",
+    "averages",
     "batches_at_step_start",
     "batches_done",
     "begins_step",
@@ -135,7 +137,8 @@ def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
 
 def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
     """Return the scaler of the loss, which only float16 mixed precision has."""
-    return getattr(trainer.precision_plugin, "scaler", None)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
 
 
 def searches_scale(trainer: Trainer) -> bool:
@@ -153,6 +156,14 @@ def tracks_used_parameters(trainer: Trainer) -> bool:
     """Return whether DDP looks for parameters that the forward pass left out, or relies on a graph that never changes."""
     model: Any = trainer.strategy.model
     return isinstance(model, DistributedDataParallel) and (model.find_unused_parameters or model.static_graph)
+
+
+def averages(trainer: Trainer) -> list[nn.Module]:
+    """Return the models in which other callbacks keep averages of the weights: EMA, SWA and those like them."""
+    models = [getattr(cb, "_average_model", None) for cb in trainer.callbacks]  # type: ignore[attr-defined]
+    return [
+        model.module if isinstance(model, AveragedModel) else model for model in models if isinstance(model, torch.nn.Module)
+    ]
 
 
 def shards(trainer: Trainer, parameters: Iterable[Tensor]) -> bool:

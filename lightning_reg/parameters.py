@@ -53,6 +53,7 @@ class ParameterRegularizer(Regularizer):
         self._verdicts: dict[str, bool] = {}
         self._members: dict[int, tuple[int, list[Parameter]]] = {}
         self._units: dict[int, Units] = {}
+        self._optimizers: list[Optimizer] = []
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide which names are meant, as far as the modules exist."""
@@ -79,6 +80,7 @@ class ParameterRegularizer(Regularizer):
         self.tensors = lookup(pl_module, [name for name, selected in self._verdicts.items() if selected])
         self._units = {number: units_of(owner) for number, owner in owners(pl_module).items()}
         self._members.clear()
+        self._optimizers = list(trainer.optimizers)
         self._check_trainable(trainer)
         complex_ones = [name for name, p in self.tensors.items() if p.is_complex()]
         if complex_ones:
@@ -99,6 +101,14 @@ class ParameterRegularizer(Regularizer):
     def units(self, params: Sequence[Tensor]) -> list[Units]:
         """Return where each parameter keeps its output units."""
         return [self._units.get(id(p), Units()) for p in params]
+
+    def place(self, optimizer: Optimizer) -> int:
+        """Return which of the trainer's optimizers it is: each has statistics of its own."""
+        return self._optimizers.index(optimizer)
+
+    def label(self, key: str, optimizer: Optimizer) -> str:
+        """Return the name of a figure, told apart where there are several optimizers."""
+        return f"{key}_{self.place(optimizer)}" if len(self._optimizers) > 1 else key
 
     def _check_trainable(self, trainer: Trainer) -> None:
         """Say so when nothing that is selected is trained, now at least: a callback may unfreeze it later."""

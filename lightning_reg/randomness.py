@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_seed", "generator_for"]
+__all__ = ["check_seed", "generator_for", "hashed"]
 
 
 def generator_for(device: torch.device | str, *key: object) -> torch.Generator:
@@ -20,8 +20,17 @@ def generator_for(device: torch.device | str, *key: object) -> torch.Generator:
         >>> (one == same).item(), (one == other).item()
         (True, False)
     """
-    seed = random.Random("/".join(map(str, key))).getrandbits(32)
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(hashed(*key))
+
+
+def hashed(*key: object) -> int:
+    """Return 32 bits that depend on a key alone.
+
+    Example:
+        >>> hashed("name", 7) == hashed("name", 7), hashed("name", 7) == hashed("name", 8)
+        (True, False)
+    """
+    return random.Random("/".join(map(str, key))).getrandbits(32)
 
 
 def check_seed(what: str, seed: Any) -> int:

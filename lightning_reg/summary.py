@@ -16,14 +16,19 @@ if TYPE_CHECKING:
 
     from lightning_reg.base import Regularizer
 
-__all__ = ["print_summary", "summary_table"]
+__all__ = ["print_line", "print_summary", "summary_table"]
 
 
 def print_summary(trainer: Trainer, regularizers: Sequence[Regularizer]) -> None:
     """Print the table on rank zero, unless Lightning's own summary is off (``enable_model_summary=False``) too."""
-    wanted = any(isinstance(cb, ModelSummary) for cb in trainer.callbacks)  # type: ignore[attr-defined]
-    if wanted and trainer.is_global_zero:
+    if _wanted(trainer):
         rich.print(summary_table(regularizers))
+
+
+def print_line(trainer: Trainer, line: str) -> None:
+    """Print a line about the fit where its table was printed."""
+    if _wanted(trainer):
+        rich.print(Text(line))
 
 
 def summary_table(regularizers: Sequence[Regularizer]) -> Table:
@@ -36,3 +41,7 @@ def summary_table(regularizers: Sequence[Regularizer]) -> Table:
         cells = (regularizer.name, regularizer.acts_on(), ", ".join(settings), regularizer.route())
         table.add_row(*map(Text, cells))
     return table
+
+
+def _wanted(trainer: Trainer) -> bool:
+    return trainer.is_global_zero and any(isinstance(cb, ModelSummary) for cb in trainer.callbacks)  # type: ignore[attr-defined]

@@ -25,8 +25,10 @@ __all__ = [
     "local",
     "locals_of",
     "on_host",
+    "precise_norm",
     "present_gradients",
     "shard_like",
+    "sum_over_shards",
     "whole",
 ]
 
@@ -55,6 +57,14 @@ def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
         return tensor
     replicated = DTensor.from_local(tensor, sharded.device_mesh, [Replicate()] * sharded.device_mesh.ndim, run_check=False)
     return replicated.redistribute(placements=sharded.placements)
+
+
+def sum_over_shards(part: Tensor, sharded: Tensor) -> Tensor:
+    """Return the sum of what each rank counted in its shard of a tensor; where there are no shards, what was counted."""
+    if not isinstance(sharded, DTensor):
+        return part
+    placements = [Partial("sum") if placement.is_shard() else Replicate() for placement in sharded.placements]
+    return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False).full_tensor()
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -125,6 +135,14 @@ def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     return norm
 
 
+def precise_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """Return the norm of all tensors as one vector, over all shards, in float32 or better whatever their dtype."""
+    norms = accumulated_norms(tensors, order)
+    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]), order)
+    return norm
+
+
 def fraction_beyond(tensors: Sequence[Tensor], bound: float) -> Tensor:
     """Return the share of entries whose magnitude exceeds a bound, over all shards."""
     counts = [whole((tensor.abs() > bound).sum()) for tensor in tensors]
@@ -133,7 +151,7 @@ def fraction_beyond(tensors: Sequence[Tensor], bound: float) -> Tensor:
 
 def anywhere(flags: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return, for each of some flags, whether it is set on any of the ranks among which tensors are divided."""
-    for mesh in {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}:
+    for mesh in dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)):  # in one order on all
         everywhere = DTensor.from_local(flags.float(), mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
         flags = everywhere > 0
     return flags

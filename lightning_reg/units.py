@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_reg.tensors import local
+from lightning_reg.tensors import local, shard_like, whole
 
 __all__ = ["Units", "local_unit_means", "local_unit_norms", "unit_norms", "unit_size", "unit_view", "units_of"]
 
@@ -39,7 +39,7 @@ def units_of(module: nn.Module) -> Units:
 
 def unit_view(tensor: Tensor, units: Units) -> Tensor:
     """Return a view of this rank's part whose dimensions :func:`local_unit_norms` of the same tensor broadcasts over."""
-    return _grouped(local(tensor), units)
+    return local(tensor) if _is_scattered(tensor, units) else _grouped(local(tensor), units)
 
 
 def unit_norms(tensor: Tensor, units: Units) -> Tensor:
@@ -51,6 +51,7 @@ def unit_norms(tensor: Tensor, units: Units) -> Tensor:
                 [0.]])
     """
     dtype = torch.promote_types(tensor.dtype, torch.float32)
+    tensor = whole(tensor) if _is_scattered(tensor, units) else tensor
     view = _grouped(tensor, units)
     kept = _unit_dims(tensor, units)
     reduced = [dim for dim in range(view.ndim) if dim not in kept]
@@ -62,16 +63,16 @@ def unit_norms(tensor: Tensor, units: Units) -> Tensor:
 
 def local_unit_norms(tensor: Tensor, units: Units) -> Tensor:
     """Return the norms, over all shards, of the units that :func:`unit_view` of the same tensor holds a part of."""
-    return _aligned(unit_norms(tensor, units), tensor)
+    return _aligned(unit_norms(tensor, units), tensor, units)
 
 
 def local_unit_means(tensor: Tensor, units: Units) -> Tensor:
     """Return the means, over all shards, of the units that :func:`unit_view` of the same tensor holds a part of."""
-    view = _grouped(tensor, units)
+    view = _grouped(whole(tensor) if _is_scattered(tensor, units) else tensor, units)
     kept = _unit_dims(tensor, units)
     reduced = [dim for dim in range(view.ndim) if dim not in kept]
     sums = view.sum(reduced, keepdim=True, dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return _aligned(sums, tensor) / unit_size(tensor, units)
+    return _aligned(sums, tensor, units) / unit_size(tensor, units)
 
 
 def unit_size(tensor: Tensor, units: Units) -> int:
@@ -81,8 +82,16 @@ def unit_size(tensor: Tensor, units: Units) -> int:
     return tensor.numel() // max(count * tensor.shape[units.dim], 1) if tensor.ndim else 1
 
 
-def _aligned(figures: Tensor, tensor: Tensor) -> Tensor:
+def _is_scattered(tensor: Tensor, units: Units) -> bool:
+    """Return whether shards cut across the groups of channels, so that a part cannot be divided into groups."""
+    return isinstance(tensor, DTensor) and units.groups > 1
+
+
+def _aligned(figures: Tensor, tensor: Tensor, units: Units) -> Tensor:
     """Return the figures of those units of a tensor of which this rank holds a part, reduced over the others."""
+    if _is_scattered(tensor, units):
+        shape = (units.groups, tensor.shape[0] // units.groups, *tensor.shape[1:])
+        return local(shard_like(figures.expand(shape).reshape(tensor.shape), tensor))
     if not isinstance(figures, DTensor) or not isinstance(tensor, DTensor):
         return figures
     pairs = zip(figures.placements, tensor.placements, strict=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from digits import DigitsClassifier
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_reg import (
     ActivityPenalty,
     AdaptiveGradientClipping,
+    Cubic,
     DropoutInjection,
     DropoutScheduler,
     ElasticNetPenalty,
@@ -48,6 +49,7 @@ from lightning_reg import (
     UnitNorm,
     WeightClipping,
     WeightDecay,
+    WeightPruning,
     ZScoreGradientClipping,
 )
 
@@ -86,8 +88,8 @@ def gradient_processing() -> list[Callback]:
     """Return what changes gradients on shards as it does on whole tensors, on parts where one would hide another."""
     return [
         AdaptiveGradientClipping(0.05, params="net.4.*"),
-        QuantileGradientClipping(0.1, window=3, params="net.6.weight"),
-        ZScoreGradientClipping(0.2, decay=0.3, warmup=2, params="net.6.bias"),
+        QuantileGradientClipping(0.1, window=4, params="net.6.bias"),
+        ZScoreGradientClipping(0.2, decay=0.3, warmup=2, params="net.1.bias"),
         GradientCentralization(),
         GradientNoise(0.01),
     ]
@@ -96,9 +98,10 @@ def gradient_processing() -> list[Callback]:
 class Digits(DigitsClassifier):
     """The digits model with SGD, whose dropout depends on the samples alone and not on who computes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight_decay: float = 0.0) -> None:
         torch.manual_seed(0)
-        super().__init__(hidden=32)
+        super().__init__(hidden=32, lr=0.1)
+        self.weight_decay = weight_decay
         self.net.insert(3, nn.Dropout(0.1))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
@@ -107,7 +110,7 @@ class Digits(DigitsClassifier):
         return nn.functional.cross_entropy(self(images.view(-1, 8, 8)), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)
 
 
 def batches(ranks: list[int]) -> DataLoader[tuple[Tensor, ...]]:
@@ -185,14 +188,18 @@ class Unused(Digits):
 class Sharded(Digits):
     """The digits model with parameters divided among the ranks; what is outside of ``net`` stays whole."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, weight_decay: float = 0.0) -> None:
+        super().__init__(weight_decay)
         self.plain = nn.Parameter(torch.full((1, 1), 0.09))  # beside DTensors, one tensor that is none
         self.single = nn.Linear(4, 1, bias=False)  # one of its shards is empty
+        self.up = nn.ConvTranspose1d(6, 6, 3, groups=3)  # shards cut across its groups
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.up(torch.ones(1, 6, 2)).square().mean()
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            for layer in (self.net[1], self.net[6], self.single):
+            for layer in (self.net[1], self.net[6], self.single, self.up):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
             columns = lambda p: Shard(p.ndim - 1)  # noqa: E731
             fully_shard(self.net[4], mesh=self.device_mesh["data_parallel"], shard_placement_fn=columns)  # units cross shards
@@ -263,6 +270,8 @@ def sharded_techniques() -> list[Callback]:
         MaxNorm(0.3, params="net.1.weight"),
         MinMaxNorm(0.2, 0.4, rate=0.5, params="net.4.weight"),
         UnitNorm(params="single.weight"),
+        AdaptiveGradientClipping(0.01, params="up.weight"),
+        UnitNorm(params="up.weight"),
     ]
 
 
@@ -271,6 +280,56 @@ class LogPenalty(Penalty):
 
     def value(self, params: list[Tensor]) -> Tensor:
         return sum(p.square().log1p().sum() for p in params)
+
+
+def all_alike(name: str, p: Tensor) -> Tensor:
+    """Score all weights alike: what is pruned depends on the order of ties alone."""
+    return torch.zeros_like(p)
+
+
+def descending(name: str, p: Tensor) -> Tensor:
+    """Give whole scores, from the last weight to the first, however the parameter is sharded."""
+    return -torch.arange(p.numel(), dtype=torch.float32).view(p.shape)
+
+
+def drawn_by_each_rank(name: str, p: Tensor) -> Tensor:
+    """The naive version of random pruning."""
+    return torch.rand(p.shape, generator=torch.Generator().manual_seed(int(os.environ["RANK"])))
+
+
+# where everything is selected, a tensor that is not sharded and one of whose shards is empty are among the weights
+WAYS: dict[str, dict[str, Any]] = {
+    "magnitude": {},
+    "per layer": {"scope": "layer", "params": "net.*.weight"},
+    "random": {"criterion": "random", "params": "net.*.weight"},
+    "units": {"structure": "unit"},
+    "units per layer": {"structure": "unit", "scope": "layer", "params": "net.*.weight"},
+    "random units": {"structure": "unit", "criterion": "random", "params": "net.*.weight"},
+    "2:4": {"sparsity": 0.5, "structure": "2:4", "params": "net.*.weight"},
+    "ties": {"criterion": all_alike, "params": "net.*.weight", "sparsity": 0.37},
+    "whole scores": {"criterion": descending, "scope": "layer", "params": "net.*.weight"},
+}
+
+
+def masks_of(model: LightningModule, way: dict[str, Any], ranks: list[int], **trainer: object) -> dict[str, Tensor]:
+    """Prune weights that are bit for bit those of every other run, since they are not trained; return the masks."""
+    model.lr = 0.0
+    after = train([WeightPruning(**{"sparsity": 0.6, **way})], model, ranks, max_epochs=1, **trainer)
+    return {name: p == 0 for name, p in after.items() if p.ndim > 1}
+
+
+def gradual() -> WeightPruning:
+    """Return pruning that does not depend on how sums are rounded."""
+    return WeightPruning(Cubic(0.0, 0.7), criterion="random", params="net.*.weight")
+
+
+def kept(ranks: list[int], state: dict[str, Any] | None = None, **trainer: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Prune while training, from the state of another run if one is given; return the state and the weights."""
+    callback = gradual()
+    if state is not None:
+        callback.load_state_dict(state)
+    weights = train([callback], Sharded(), ranks, **trainer)
+    return callback.state_dict(), weights
 
 
 def main(folder: Path) -> None:
@@ -292,6 +351,12 @@ def main(folder: Path) -> None:
         "guarded, sharded": train([NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **sharded()),
         "sharded": train(sharded_techniques(), Sharded(), [rank], **sharded()),
     }
+    for name, way in WAYS.items():
+        results[f"masks, DDP, {name}"] = masks_of(Digits(), way, [rank], **ddp())
+        results[f"masks, sharded, {name}"] = masks_of(Sharded(), way, [rank], **sharded())
+    results["masks, unseeded"] = masks_of(Digits(), {"criterion": drawn_by_each_rank}, [rank], **ddp())
+    results["pruned, sharded"] = kept([rank], **sharded())
+    results["pruned again, sharded"] = kept([rank], results["pruned, sharded"][0], **sharded())
     results["naive, DDP"] = failure([Naive()], Unused(), [rank], **ddp(find_unused_parameters=True))  # breaks the group
     torch.save(results, folder / f"{rank}.pt")
 

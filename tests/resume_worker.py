@@ -14,24 +14,33 @@ import torch
 from helpers import QUIET, Classifier, digits
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from table import ROWS, everything
-from torch.utils.data import DataLoader, TensorDataset
+from table import ROWS, Row, everything
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_reg import Linear, WeightPruning
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
+    from lightning_reg.base import Regularizer
+
 EPOCHS = 3
 STEPS = (4, 6)  # of 4 in an epoch: at the end of one, and in the middle of one
-NAMES = [*ROWS, "everything"]
+VARIANTS: dict[str, Callable[[], Regularizer]] = {
+    "lottery ticket": lambda: WeightPruning(Linear(0.0, 0.6), rewind_to_step=3),
+    "random units": lambda: WeightPruning(Linear(0.0, 0.6), criterion="random", structure="unit"),
+    "every second epoch": lambda: WeightPruning(0.5, every_n_epochs=2, rewind_to_step=5),
+}
+NAMES = [*ROWS, "everything", *VARIANTS]
 
 
 class Resumable(DataLoader[Any]):
     """A loader that knows where it was: what a checkpoint in mid-epoch needs."""
 
-    def __init__(self) -> None:
-        super().__init__(TensorDataset(*digits(64)), batch_size=16)
+    def __init__(self, dataset: Dataset[Any] | None = None, **options: Any) -> None:
+        super().__init__(dataset or TensorDataset(*digits(64)), **(options or {"batch_size": 16}))
         self.given = self.skipped = 0
 
     def __iter__(self) -> Iterator[Any]:
@@ -49,13 +58,17 @@ class Resumable(DataLoader[Any]):
 
 def train(name: str, folder: Path, resume: Path | None = None) -> dict[str, Tensor]:
     """Train to the end, leaving checkpoints in a folder; resume from one if asked."""
-    made = everything() if name == "everything" else [(ROWS[name].scheduled or ROWS[name].active)()]
-    options = {} if name == "everything" else ROWS[name].options
+    made = everything() if name == "everything" else [VARIANTS[name]() if name in VARIANTS else _changing(ROWS[name])]
+    options = ROWS[name].options if name in ROWS else {}
     checkpoints = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     model = Classifier(**options)
     trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=EPOCHS, callbacks=[*made, checkpoints])
     trainer.fit(model, Resumable(), ckpt_path=resume)
     return dict(model.state_dict())
+
+
+def _changing(row: Row) -> Regularizer:
+    return (row.scheduled or row.active)()
 
 
 def main(folder: Path) -> None:

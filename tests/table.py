@@ -5,12 +5,16 @@ A new technique adds its row here and gets the whole battery.
 
 from __future__ import annotations
 
+import itertools
+import os
+import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning_reg import (
     ActivityPenalty,
     AdaptiveGradientClipping,
+    Cubic,
     DropoutInjection,
     DropoutScheduler,
     ElasticNetPenalty,
@@ -38,6 +42,7 @@ from lightning_reg import (
     WeightClipping,
     WeightDecay,
     WeightDecayScheduler,
+    WeightPruning,
     ZScoreGradientClipping,
 )
 
@@ -211,10 +216,10 @@ ROWS = {
         inactive=lambda: PeakGradientDropping(0),
         scheduled=None,
         parts=lambda: [PeakGradientDropping(1, params="net.0.*"), PeakGradientDropping(2, params="net.4.*")],
-        exempt=DENSE,
+        exempt={**DENSE, "sharded": "the largest entries are those of whole tensors; it refuses shards"},
     ),
     "QuantileGradientClipping": Row(
-        active=lambda: QuantileGradientClipping(0.1),
+        active=lambda: QuantileGradientClipping(0.01),
         inactive=lambda: QuantileGradientClipping(0.5, window=1),  # a norm is its own median
         scheduled=lambda: QuantileGradientClipping(Linear(0.9, 0.01)),
         parts=lambda: [QuantileGradientClipping(0.1, params="net.0.*"), QuantileGradientClipping(0.2, params="net.4.*")],
@@ -225,6 +230,7 @@ ROWS = {
         inactive=lambda: RandomShrinkage(0.0),
         scheduled=lambda: RandomShrinkage(Linear(0.0, 0.2)),
         parts=lambda: [RandomShrinkage(0.1, params="net.0.*"), RandomShrinkage(0.2, params="net.4.*")],
+        exempt={"sharded": "its numbers are drawn for whole tensors; it refuses shards"},
     ),
     "SoftThresholding": Row(
         active=lambda: SoftThresholding(0.05),
@@ -279,9 +285,26 @@ ROWS = {
         ],
         exempt=DENSE,
     ),
+    "WeightPruning": Row(
+        active=lambda: WeightPruning(0.5),
+        inactive=lambda: WeightPruning(0.0),
+        scheduled=lambda: WeightPruning(Cubic(0.0, 0.9)),
+        parts=lambda: [WeightPruning(0.5, params="net.0.weight"), WeightPruning(0.3, params="net.4.*")],
+        exempt={"second_fit": "its masks go on in the second fit of the same model"},
+    ),
 }
 
 
 def everything() -> list[Regularizer]:
     """Return one of each callback, active, for a model whose optimizer does not decay."""
     return [row.active() for name, row in ROWS.items() if name != "WeightDecayScheduler"]
+
+
+SEED = int(os.environ.get("LIGHTNING_REG_SEED", "0"))
+"""Where the random sets below come from; the tests show it."""
+
+PAIRS = list(itertools.combinations(ROWS, 2))
+SETS = [
+    random.Random(f"{SEED}/{size}").sample([name for name in ROWS if name != "WeightDecayScheduler"], size)
+    for size in (4, 6, 8, 12)
+]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import Classifier, Memory, fit, same
 from lightning.pytorch.plugins.precision import MixedPrecision
+from test_laws import Gan
 from torch import nn
 from torch.testing import assert_close
 
@@ -138,13 +139,28 @@ def test_projecting_twice_is_projecting_once_to_the_last_bit(low, high, dtype):
         assert norms.max() <= high * (1 + rounding)
 
 
+@pytest.mark.parametrize("ratio", [1e-8, 1e-4, 1e4, 1e8])
+def test_units_far_away_land_where_they_belong(ratio):
+    torch.manual_seed(0)
+    w = torch.randn(64, 16)
+    w /= w.norm(dim=1, keepdim=True) * ratio
+    project_unit_norms_([w], 1.0, 1.0)
+    assert_close(w.norm(dim=1), torch.ones(64), rtol=1e-6, atol=0.0)
+    again = w.clone()
+    project_unit_norms_([again], 1.0, 1.0)
+    assert torch.equal(w, again)
+
+
 def test_units_of_zeros_stay_and_other_units_do_not_care():
     w = torch.tensor([[0.0, 0.0], [math.nan, 1.0], [3.0, 4.0]])
     project_unit_norms_([w], 1.0, 1.0)
     assert w[0].tolist() == [0, 0]
-    assert w[1].isnan().tolist() == [True, False]
+    assert w[1].isnan().all()
     assert_close(w[2], torch.tensor([0.6, 0.8]))
     project_unit_norms_([torch.zeros(0, 4), torch.zeros(4, 0)], 1.0, 1.0)
+    zeros = torch.zeros(1, 2)
+    project_unit_norms_([zeros], 1e10, 1e10)
+    assert zeros.tolist() == [[0, 0]]
 
 
 def test_nothing_is_below_zero_after_a_step():
@@ -191,6 +207,16 @@ def test_the_constrained_fraction_is_logged():
         "NonNegative-net_4_weight": pytest.approx(negative),
         "UnitNorm-net_0_weight": 1.0,
     }
+
+
+def test_each_optimizer_has_its_own_fraction():
+    memory, model = Memory(), Gan()
+    model.net[0].weight.data.mul_(100)
+    fit([MaxNorm(2.0), WeightClipping(1e9)], model, logger=memory, log_every_n_steps=1, max_epochs=1)
+    told = memory.steps[0]
+    assert told["reg/MaxNorm/constrained_0"] == 1
+    assert told["reg/MaxNorm/constrained_1"] == 0
+    assert told["reg/WeightClipping/constrained_0"] == told["reg/WeightClipping/constrained_1"] == 0
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_worker import Digits, Poisoned, Sharded, Unused, sharded_techniques, techniques, train
+from distributed_worker import WAYS, Digits, Poisoned, Sharded, Unused, kept, masks_of, sharded_techniques, techniques, train
 from processes import HERE, run_script
 from torch.testing import assert_close
 
 from lightning_reg import L1Penalty, L2Penalty, NonFiniteGradientGuard, WeightDecay
+from lightning_reg.functional import smallest_entries
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
@@ -101,3 +102,42 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(ranks, run):
     assert_close(ranks[0][run], one_process, **TOLERANCE)
     with pytest.raises(AssertionError):
         assert_close(ranks[0][run], train([WeightDecay(0.1)], Sharded(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_and_shards_prune_what_one_process_prunes(ranks, way):
+    """From weights that are the same to the last bit; torch.equal, no tolerance."""
+    for kind, model in (("DDP", Digits), ("sharded", Sharded)):
+        one_process = masks_of(model(), WAYS[way], [0, 1], accumulate_grad_batches=2)
+        pruned = sum(int(mask.sum()) for mask in one_process.values())
+        assert 0 < pruned < sum(mask.numel() for mask in one_process.values())
+        for rank in (0, 1):
+            assert identical(ranks[rank][f"masks, {kind}, {way}"], one_process)
+
+
+def test_a_threshold_for_each_rank_or_draws_of_its_own_would_show(ranks):
+    assert not identical(ranks[0]["masks, unseeded"], ranks[1]["masks, unseeded"])
+    scores = {name: p.detach().abs() for name, p in Sharded().named_parameters() if p.ndim > 1}
+    halves = [{name: score.chunk(2)[rank] for name, score in scores.items() if len(score) > 1} for rank in (0, 1)]
+    found = [
+        smallest_entries(list(half.values()), round(0.6 * sum(score.numel() for score in half.values()))) for half in halves
+    ]
+    naive = {name: torch.cat(parts) for name, *parts in zip(halves[0], *found, strict=True)}
+    assert not identical(naive, ranks[0]["masks, sharded, magnitude"])
+
+
+def test_sharded_pruning_trains_like_one_process_and_its_checkpoint_is_the_same(ranks):
+    one_state, one_weights = kept([0, 1], accumulate_grad_batches=2)
+    again_state, again_weights = kept([0, 1], one_state, accumulate_grad_batches=2)
+    assert not identical(again_weights, one_weights)
+    for run, state, weights in (
+        ("pruned, sharded", one_state, one_weights),
+        ("pruned again, sharded", again_state, again_weights),
+    ):
+        for rank in (0, 1):
+            found_state, found = ranks[rank][run]
+            assert_close(found, weights, **TOLERANCE)
+            assert identical({n: p == 0 for n, p in found.items()}, {n: p == 0 for n, p in weights.items()})
+            for name, (bits, shape) in state["masks"].items():
+                assert torch.equal(found_state["masks"][name][0], bits)
+                assert found_state["masks"][name][1] == shape

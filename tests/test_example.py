@@ -56,3 +56,20 @@ def test_schedules_of_dropout_are_compared(tmp_path):
     assert len(set(losses.values())) == 4  # no two schedules came to the same
     assert "Curves: runs/dropout_schedules/curves.png" in printed
     assert matplotlib.image.imread(tmp_path / "runs/dropout_schedules/curves.png")[..., :3].std() > 0.05
+
+
+def test_the_pruning_curve_is_drawn(tmp_path):
+    """In short form; that magnitude beats chance at 80 % is seen after few epochs already."""
+    flags = ["--epochs=6", "--seeds=2", f"--output={tmp_path}"]
+    printed = run_script(str(HERE.parent / "examples" / "pruning_curve.py"), *flags, folder=tmp_path, columns=200)
+    accuracies = {
+        int(line.split("│")[1].strip().rstrip("%")): [float(number) for number in re.findall(r"([\d.]+)% ±", line)]
+        for line in printed.splitlines()
+        if "% ±" in line
+    }
+    assert list(accuracies) == [0, 50, 80, 90, 95, 98]
+    magnitude, at_random = accuracies[80]
+    assert magnitude > at_random + 5
+    assert accuracies[0][0] == accuracies[0][1] > accuracies[98][0]
+    assert "curve.png" in printed
+    assert matplotlib.image.imread(tmp_path / "curve.png")[..., :3].std() > 0.05

@@ -166,10 +166,10 @@ def test_bad_steps_are_counted_for_the_logger_and_in_the_checkpoint():
     assert dict(later.figures.take())["nonfinite_steps"] == 2
 
 
-def scaled(callbacks, factors, scale, growth=2000):
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth)
-    model = Poisoned()
-    fit(callbacks, model, batches(*factors), max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+def scaled(callbacks, factors, scale, enabled=True):
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=enabled)
+    model, plugins = Poisoned(), [MixedPrecision("16-mixed", "cpu", scaler)]
+    fit(callbacks, model, batches(*factors), max_epochs=1, plugins=plugins, logger=Memory(), log_every_n_steps=1)
     return model, scaler.get_scale()
 
 
@@ -188,14 +188,29 @@ def test_a_loss_scaler_searches_as_it_would_without_a_guard(policy):
 
 def test_nothing_acts_on_a_step_that_the_scaler_skips():
     bad = [1.0, math.nan, 1.0]
-    callbacks = lambda: [NonFiniteGradientGuard(), *others()]  # noqa: E731
-    (guarded, _), (without, _) = scaled(callbacks(), bad, 1024.0), scaled(others(), [1.0, None, 1.0], 1024.0)
-    assert_close(weights(guarded), weights(without), rtol=1e-5, atol=1e-6)
+    guarded, unguarded = others(), others()
+    (one, _), (other, _) = scaled([NonFiniteGradientGuard(), *guarded], bad, 1024.0), scaled(others(), [1.0, None, 1.0], 1024.0)
+    assert_close(weights(one), weights(other), rtol=1e-5, atol=1e-6)
+    scaled(unguarded, bad, 1024.0)
+    counts = [dict(callbacks[2].figures.take())["nonfinite_steps"] for callbacks in (guarded, unguarded)]
+    assert counts == [0, 1]  # what the statistics were shown
 
 
 def test_a_scale_that_has_fallen_below_one_is_no_search():
     with pytest.raises(RuntimeError, match="not finite at step 3, 3 times in a row"):
         scaled([NonFiniteGradientGuard(patience=3)], [math.nan] * 6, scale=1.0)
+
+
+def test_a_scaler_that_is_switched_off_searches_nothing():
+    with pytest.raises(RuntimeError, match="not finite at step 1"):
+        scaled([NonFiniteGradientGuard("raise")], [1.0, math.nan], scale=1024.0, enabled=False)
+
+
+def test_value_clipping_by_the_trainer_is_refused_since_it_needs_gradients():
+    options = {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value", "max_epochs": 1}
+    with pytest.raises(ValueError, match=r"gradient_clip_algorithm='value'\) fails without: use GradientValueClipping"):
+        fit([NonFiniteGradientGuard()], Poisoned(), batches(1.0), **options)
+    fit([NonFiniteGradientGuard("zero")], Poisoned(), batches(1.0, math.nan), **options)
 
 
 def test_lbfgs_cannot_be_skipped():

@@ -19,6 +19,7 @@ from table import ROWS, everything
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 import lightning_reg
 from lightning_reg import L1Penalty, L2Penalty
@@ -346,6 +347,19 @@ def test_half_precision_parameters_are_trained_alike(row):
         return
     full, plain = (fit(callbacks, model(row), max_epochs=1) for callbacks in ([row.active()], []))
     assert distance(half, full) < 0.5 * distance(plain, full)
+
+
+@every_callback
+def test_double_precision_is_kept(row):
+    """As near to the run in float32 as rounding is, and no less exact than float64: an inactive callback changes no bit."""
+    data = DataLoader([(images.double(), labels) for images, labels in loader().dataset], batch_size=16)
+    double = fit([row.active()], model(row), data, precision="64-true", max_epochs=1)
+    assert {p.dtype for p in double.parameters()} == {torch.float64}
+    single = fit([row.active()], model(row), max_epochs=1)
+    assert distance(double, single) < 1e-3
+    if row.inactive:
+        inactive, plain = (fit(cbs, model(row), data, precision="64-true", max_epochs=1) for cbs in ([row.inactive()], []))
+        assert same(inactive, plain)
 
 
 def distance(one, other):

@@ -34,7 +34,7 @@ def test_commands_run(words, tmp_path):
 
 
 def test_there_are_blocks_to_run():
-    assert len(PYTHON) == 3
+    assert len(PYTHON) == 4
     assert len(SCRIPT_CALLS) == 3
 
 

@@ -64,7 +64,7 @@ def clip_negative_weights_(params: Sequence[Tensor]) -> None:
 class WeightClipping(Constraint):
     r"""Keep every weight within bounds: :math:`\theta_i \leftarrow \max(-c, \min(c, \theta_i))`.
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler skips.
+    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler or a guard skips.
 
     Not to be mixed up with :class:`~lightning_reg.RandomShrinkage`, which an article of this project's origin calls weight
     clipping.
@@ -95,7 +95,7 @@ class WeightClipping(Constraint):
         """Clamp the weights, and keep the fraction that this changes."""
         clip_value = self.current["clip_value"]
         if self.logging:
-            self.observe(constrained=fraction_beyond(params, clip_value))
+            self.observe(**{self.label("constrained", optimizer): fraction_beyond(params, clip_value)})
         clip_weights_(params, clip_value)
 
 
@@ -128,7 +128,7 @@ class NonNegative(Constraint):
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip the weights, and keep the fraction that this changes."""
         if self.logging:
-            self.observe(constrained=_negative_fraction(params))
+            self.observe(**{self.label("constrained", optimizer): _negative_fraction(params)})
         clip_negative_weights_(params)
 
 

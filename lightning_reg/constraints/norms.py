@@ -52,8 +52,10 @@ def project_unit_norms_(
     """
     for p, of in zip(params, units or [Units()] * len(params), strict=True):
         norms = local_unit_norms(p, of)
-        excess = norms.clamp(low, high) / norms.clamp(min=_TINY) - 1
-        unit_view(p, of).mul_(torch.where(excess.abs() > _slack(p, of, norms), 1 + rate * excess, 1.0))
+        ratio = norms.clamp(low, high) / norms
+        moved = ratio if rate == 1 else (1 - rate) + rate * ratio
+        stays = ((ratio - 1).abs() <= _slack(p, of, norms)) | (norms == 0)
+        unit_view(p, of).mul_(torch.where(stays, 1.0, moved))
 
 
 class _NormConstraint(Constraint):
@@ -73,7 +75,7 @@ class _NormConstraint(Constraint):
         """Project the units, and keep the fraction that this changes."""
         low, high = self.interval()
         if self.logging:
-            self.observe(constrained=_infeasible_fraction(params, low, high, self.units(params)))
+            self.observe(**{self.label("constrained", optimizer): _infeasible_fraction(params, low, high, self.units(params))})
         project_unit_norms_(params, low, high, self._rate, self.units(params))
 
 
@@ -198,17 +200,13 @@ class MinMaxNorm(_NormConstraint):
         return self.current["rate"]
 
 
-_TINY = 1e-30
-"""A norm that counts as 0: a unit of zeros has no direction to be scaled in."""
-
-
 def _slack(p: Tensor, of: Units, norms: Tensor) -> float:
     """Return by what share of itself a norm may be off because weights, and the sum of their squares, were rounded."""
     return torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, of))) * torch.finfo(norms.dtype).eps
 
 
 def _is_infeasible(norms: Tensor, low: float, high: float, slack: float) -> Tensor:
-    return (norms > _TINY) & ((norms < low * (1 - slack)) | (norms > high * (1 + slack)))
+    return (norms != 0) & ((norms < low * (1 - slack)) | (norms > high * (1 + slack)))
 
 
 def _infeasible_fraction(params: Sequence[Tensor], low: float, high: float, units: Sequence[Units]) -> Tensor:

@@ -86,7 +86,8 @@ class AdaptiveGradientClipping(GradientClipping):
     is not finite becomes NaN; the others are clipped as always.
 
     Args:
-        clip_factor: λ > 0, or a schedule; infinity only watches. The source takes 0.01 for batches of 4096, more for smaller.
+        clip_factor: λ > 0, or a schedule; infinity only watches finite
+            gradients. The source takes 0.01 for batches of 4096, more for smaller.
         eps: The norm ε > 0 that a unit is at least taken to have: without it, weights that start at zero never learn.
         params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
         name: What metrics and the checkpoint call it.
@@ -117,7 +118,7 @@ class AdaptiveGradientClipping(GradientClipping):
         """Clip, and keep how often there was something to clip."""
         with self.watched(params, optimizer):
             smallest = clip_unit_gradients_(params, self.current["clip_factor"], self.eps, self.units(params))
-        if self.listening:
+        if self.listening and any(p.grad is not None for p in params):
             flags = anywhere(torch.stack([~(smallest >= 1), ~(smallest > 0)]), params)
             self.note(optimizer, clipped=flags[0], finite=~flags[1])
 

@@ -38,7 +38,6 @@ class GradientProcessing(ParameterRegularizer):
         """Look the parameters up, and check that their gradients can be processed."""
         super().attach(trainer, pl_module)
         self.require_unscaled_gradients(trainer)
-        self._optimizers = list(trainer.optimizers)
         if not self.takes_sparse:
             self._refuse_sparse(pl_module)
 
@@ -53,21 +52,14 @@ class GradientProcessing(ParameterRegularizer):
     def forget(self) -> None:
         """Drop what was learnt in another fit; what a checkpoint holds comes after this."""
 
-    def place(self, optimizer: Optimizer) -> int:
-        """Return which of the trainer's optimizers it is: each has statistics of its own."""
-        return self._optimizers.index(optimizer)
-
-    def label(self, key: str, optimizer: Optimizer) -> str:
-        """Return the name of a figure, told apart where there are several optimizers."""
-        return f"{key}_{self.place(optimizer)}" if len(self._optimizers) > 1 else key
-
     @contextmanager
     def watched(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[None]:
         """Log the norm of the gradients before and after what happens within."""
-        if self.logging:
+        shown = self.logging and bool(present_gradients(params))
+        if shown:
             self.observe(**{self.label("norm_before", optimizer): joint_norm(present_gradients(params))})
         yield
-        if self.logging:
+        if shown:
             self.observe(**{self.label("norm_after", optimizer): joint_norm(present_gradients(params))})
 
     def state_dict(self) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class GradientNormClipping(GradientClipping):
     parameters and one norm for them, the root module's own ``clip_grad_norm_`` does it; that needs CUDA and has not been run.
 
     Args:
-        max_norm: The largest norm c > 0, or a schedule; infinity only watches.
+        max_norm: The largest norm c > 0, or a schedule; infinity only watches finite gradients.
         norm_type: The order of the norm, > 0; ``.inf`` for the largest magnitude.
         scope: ``"model"`` for one norm over all selected parameters, ``"tensor"`` for each tensor by itself.
         params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
@@ -180,7 +180,9 @@ class GradientNormClipping(GradientClipping):
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip, and keep the fraction of steps in which there was something to clip."""
         norms = self._clip(params)
-        if norms.numel() and self.listening:
+        if not norms.numel():
+            return
+        if self.listening:
             self.note(optimizer, clipped=(norms > self.current["max_norm"]).any(), finite=norms.isfinite().all())
         if self.logging:
             after = norms.clamp(max=self.current["max_norm"])
@@ -195,7 +197,8 @@ class GradientNormClipping(GradientClipping):
             return norm.view(1)
         if self.scope == "tensor":
             return clip_gradient_norms_(params, max_norm, self.norm_type)
-        return clip_gradient_norm_(params, max_norm, self.norm_type).view(1)
+        norm = clip_gradient_norm_(params, max_norm, self.norm_type)
+        return norm.view(1) if any(p.grad is not None for p in params) else norm.new_zeros(0)
 
 
 class GradientValueClipping(GradientClipping):
@@ -233,7 +236,9 @@ class GradientValueClipping(GradientClipping):
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clamp the gradients, and keep how often and how many entries this changes."""
         clip_value, gradients = self.current["clip_value"], present_gradients(params)
-        if gradients and self.listening:
+        if not gradients:
+            return
+        if self.listening:
             largest = joint_norm(gradients, math.inf)
             self.note(optimizer, clipped=largest > clip_value, finite=largest.isfinite())
         if self.logging:

@@ -71,7 +71,8 @@ class NonFiniteGradientGuard(GradientProcessing):
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before everything else.
 
     A skipped step is no step: parameters, momentum and step counters of the optimizer stay as they are, and no other callback
-    of the suite acts on it, neither before nor after. The decision is the same on every rank, and it is the one thing in this
+    of the suite acts on it, neither before nor after. Its gradients are taken away: ``.grad`` is ``None`` in hooks that come
+    later. The decision is the same on every rank, and it is the one thing in this
     package that waits for the device at each step. Where a float16 loss scaler is still looking for its scale, the guard leaves
     the step to it: the scaler skips it, nothing acts on it, and it counts as bad only once the scale has fallen below 1.
 
@@ -83,7 +84,8 @@ class NonFiniteGradientGuard(GradientProcessing):
 
     Raises:
         ValueError: For another policy, a patience below 1, a selection of nothing, ``"skip"`` with LBFGS, which evaluates
-            several times within a step, or a fused optimizer under float16 loss scaling.
+            several times within a step, or with
+            ``Trainer(gradient_clip_algorithm="value")``, or a fused optimizer under float16 loss scaling.
         RuntimeError: During training, after ``patience`` bad steps in a row, or at the first one with ``"raise"``.
 
     Example:
@@ -108,6 +110,15 @@ class NonFiniteGradientGuard(GradientProcessing):
         self.patience = check_whole("NonFiniteGradientGuard: patience", patience, 1)
         super().__init__(params, name)
         self._in_a_row: dict[int, int] = {}
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what cannot clip the gradients of a skipped step, of which there are none."""
+        super().prepare(trainer, pl_module)
+        if self.policy == "skip" and trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
+            raise ValueError(
+                f"{self.name} takes the gradients of a bad step away, and Trainer(gradient_clip_algorithm='value') fails "
+                "without: use GradientValueClipping in its place"
+            )
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up, and refuse to skip what is no single step."""

@@ -50,9 +50,7 @@ def add_gradient_noise_(params: Sequence[Tensor], std: float, generator: torch.G
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("gradient noise needs a dense gradient, got a sparse one: make the embedding with sparse=False")
         if p.grad is not None:
-            noise = torch.randn(
-                p.shape, generator=generator, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device
-            )
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32, device=p.device)
             local(p.grad).add_(local(shard_like(noise, p.grad)), alpha=std)
 
 
@@ -63,7 +61,8 @@ class GradientNoise(GradientProcessing):
 
     Here t counts the optimizer steps done, or the batches in manual optimization. The random numbers depend on ``seed``,
     ``name`` and the step alone: they are the same on every replica, with sharded parameters and after a resume, and training
-    draws what it would draw without them.
+    draws what it would draw without them. Every entry gets noise, the row of an embedding's ``padding_idx`` too: leave such a
+    parameter out.
 
     Args:
         std: σ ≥ 0, or a schedule; the source tries σ² of 0.01, 0.3 and 1.

@@ -11,7 +11,7 @@ import torch
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE, Interval, check_whole
 from lightning_reg.gradients.base import GradientClipping
-from lightning_reg.tensors import joint_norm, locals_of, present_gradients
+from lightning_reg.tensors import locals_of, precise_norm, present_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +103,7 @@ def update_norm_statistics(statistics: Tensor, norm: Tensor, decay: float, warmu
         >>> update_norm_statistics(torch.tensor([1.0, 2.0, 0.0]), torch.tensor(4.0), decay=0.97, warmup=25)
         tensor([2., 3., 1.])
     """
+    norm = norm.to(statistics)
     count, mean, variance = statistics.unbind()
     warm = count >= warmup
     keep = torch.where(warm, decay, count / (count + 1))
@@ -138,8 +139,8 @@ class _StatisticalClipping(GradientClipping):
         gradients = present_gradients(params)
         if not gradients:
             return
-        norm, place = joint_norm(gradients), self.place(optimizer)
-        memory = self._memory.get(place, self.begin()).to(norm.device)
+        norm, place = precise_norm(gradients), self.place(optimizer)
+        memory = self._memory[place].to(norm.device) if place in self._memory else self.begin().to(norm)
         self._memory[place], bound = self.bound(memory, norm)
         factor = torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))
         torch._foreach_mul_(locals_of(gradients), factor)
@@ -166,7 +167,7 @@ class QuantileGradientClipping(_StatisticalClipping):
 
     The norms before clipping of the last ``window`` steps, this one included, are kept for each optimizer and in the
     checkpoint. A norm that is not finite does not enter; the gradients of its step become NaN or 0, as in torch. Works for
-    sharded parameters (FSDP2).
+    sharded parameters (FSDP2). LBFGS counts each evaluation as a step.
 
     Args:
         quantile: q in (0, 1), or a schedule; the source's 10th percentile is 0.1.
@@ -221,7 +222,8 @@ class ZScoreGradientClipping(_StatisticalClipping):
 
     Mean μ and variance σ² of the norms after clipping are those of the first ``warmup`` steps, in which nothing is clipped, and
     exponential averages from then on. They are kept for each optimizer and in the checkpoint. A norm that is not finite does
-    not enter; the gradients of its step become NaN or 0, as in torch. Works for sharded parameters (FSDP2).
+    not enter; after the warm-up the gradients of its step become NaN or 0, as in torch. LBFGS counts each evaluation as a step.
+    Works for sharded parameters (FSDP2).
 
     Args:
         z: The largest z-score that is let through, > 0, or a schedule; infinity only watches.

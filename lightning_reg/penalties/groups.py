@@ -57,8 +57,10 @@ def add_group_lasso_gradient_(params: Sequence[Tensor], strength: float, units: 
                 [0.0000, 0.0000]])
     """
     layout = units or [Units()] * len(params)
-    for p, gradient, u in zip(params, dense_gradients(params), layout, strict=True):
-        unit_view(gradient, u).addcmul_(unit_view(p, u), _group_lasso_factors(p, u), value=strength)
+    dense_gradients(params)
+    for p, u in zip(params, layout, strict=True):
+        assert p.grad is not None, "made dense"
+        unit_view(p.grad, u).addcmul_(unit_view(p, u), _group_lasso_factors(p, u), value=strength)
 
 
 class GroupLassoPenalty(Penalty):

@@ -43,8 +43,7 @@ def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.
         (True, True, 0.9)
     """
     for p in params:
-        dtype = torch.promote_types(p.dtype, torch.float32)
-        p.mul_(1 - epsilon * torch.rand(p.shape, generator=generator, dtype=dtype, device=p.device))
+        p.mul_(1 - epsilon * torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device))
 
 
 class RandomShrinkage(ParameterRegularizer):

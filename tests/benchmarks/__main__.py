@@ -12,8 +12,8 @@ import rich
 import torch
 from rich.table import Table
 
-from tests.benchmarks import dropout, gradients, penalties
-from tests.benchmarks.measuring import Claim, measure, parameters, peak_growth, shapes_of_124m
+from tests.benchmarks import dropout, gradients, penalties, pruning
+from tests.benchmarks.measuring import Claim, both, parameters, shapes_of_124m
 
 
 def table_of(claims: list[Claim], seconds: float) -> Table:
@@ -22,8 +22,8 @@ def table_of(claims: list[Claim], seconds: float) -> Table:
     for column in ("Work", "ms", "peer ms", "faster", "at least", "MB", "peer MB"):
         table.add_column(column, justify="left" if column == "Work" else "right")
     for claim in claims:
-        ours, theirs = measure([claim.ours, claim.theirs], seconds)
-        memory = [f"{peak_growth(work):.0f}" for work in (claim.ours, claim.theirs)]
+        (ours, theirs), grown = both(claim, seconds)
+        memory = [f"{megabytes:.0f}" for megabytes in grown]
         faster = f"{theirs / ours:.1f} ×"
         table.add_row(claim.work, f"{ours * 1e3:.2f}", f"{theirs * 1e3:.2f}", faster, f"{claim.at_least} ×", *memory)
     return table
@@ -40,6 +40,7 @@ def main() -> None:
         *penalties.claims("124M in 148 tensors", large, {"L1": 5, "L2": 12}, 1),
         *gradients.claims("124M in 148 tensors", large),
         *dropout.claims(),
+        pruning.claim("124M in 148 tensors", large, 0.8, 35),
     ]
     rich.print(table_of(claims, seconds))
     if gradients.adaptive_clipping_of_timm() is None:
@@ -48,6 +49,7 @@ def main() -> None:
         )
     for label, params in (("600 tensors of 32 × 32", small), ("124M in 148 tensors", large)):
         rich.print(penalties.told_of_floor(label, params, seconds))
+    rich.print(pruning.told_of_masks("124M in 148 tensors", large, 0.8))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,14 @@ class Claim(NamedTuple):
         ours: Does it our way.
         theirs: Does it the other way.
         at_least: How many times faster ours has to be.
+        once: Whether the other way is so slow that it is run a single time.
     """
 
     work: str
     ours: Callable[[], object]
     theirs: Callable[[], object]
     at_least: float
+    once: bool = False
 
 
 def shapes_of_124m() -> list[tuple[int, ...]]:
@@ -60,14 +62,26 @@ def measure(contenders: list[Callable[[], object]], seconds: float) -> list[floa
     return [median(kept) for kept in times]
 
 
-def peak_growth(work: Callable[[], object]) -> float:
+def both(claim: Claim, seconds: float) -> tuple[list[float], list[float]]:
+    """Return the times of both ways, in seconds, and by how many MB each grows at its peak."""
+    if not claim.once:
+        return measure([claim.ours, claim.theirs], seconds), [peak_growth(claim.ours), peak_growth(claim.theirs)]
+    times = measure([claim.ours], seconds)
+    memory = peak_growth(claim.ours)
+    start = time.perf_counter()
+    peer_memory = peak_growth(claim.theirs, warm=False)
+    return [*times, time.perf_counter() - start], [memory, peer_memory]
+
+
+def peak_growth(work: Callable[[], object], *, warm: bool = True) -> float:
     """Return by how many MB the resident size grows at its peak, or NaN where the system does not tell."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")
     except OSError:
         return float("nan")
-    work()  # a first call fills caches
+    if warm:
+        work()  # a first call fills caches
     before = resident(status, "VmRSS")
     reset.write_text("5")
     work()

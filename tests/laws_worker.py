@@ -1,0 +1,106 @@
+"""One rank of a distributed run over the table: every callback by itself, all pairs, larger sets, and checkpoints.
+
+Started by ``test_distributed_laws.py`` through ``torch.distributed.run``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from distributed_worker import Digits, Sharded, batches, ddp, failure, sharded, train, whole
+from helpers import QUIET
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from resume_worker import Resumable
+from table import PAIRS, ROWS, SETS
+from torch import Tensor, nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import Callback
+    from torch.utils.data import DataLoader
+
+
+class Parallel(Digits):
+    """The digits model with layers divided among the ranks by columns and by rows; every rank sees every sample."""
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            plan = {"net.1": ColwiseParallel(), "net.4": RowwiseParallel()}
+            parallelize_module(self, self.device_mesh["tensor_parallel"], plan)
+
+
+def options(names: Sequence[str]) -> dict[str, float]:
+    """Return what a model needs for some rows."""
+    return {key: value for name in names for key, value in ROWS[name].options.items()}
+
+
+def made(names: Sequence[str]) -> list[Callback]:
+    """Return the active callbacks of some rows."""
+    return [ROWS[name].active() for name in names]
+
+
+def three_steps(callbacks: list[Callback], names: Sequence[str], ranks: list[int], **trainer: object) -> Tensor:
+    """Train three steps and return all weights in one vector."""
+    steps = {"max_epochs": 1, "logger": False, "limit_train_batches": 3 * int(trainer.get("accumulate_grad_batches", 1))}
+    weights = train(callbacks, Digits(**options(names)), ranks, **{**steps, **trainer})
+    return nn.utils.parameters_to_vector(weights.values())
+
+
+def resumed(folder: Path, rank: int, whole_files: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train sharded parameters, and again from a checkpoint in mid-epoch; return the weights of both runs."""
+    found = []
+    for resume in (None, folder / "step=4.ckpt"):
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=not whole_files)
+        saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        names = [name for name in SETS[0] if "sharded" not in ROWS[name].exempt]
+        callbacks = [*made([*names, "WeightPruning", "ZScoreGradientClipping", "StartingPointPenalty"]), saves]
+        model, options = (
+            Sharded(),
+            {**QUIET, "enable_checkpointing": True, "devices": 2, "max_epochs": 3, "use_distributed_sampler": False},
+        )
+        Trainer(**options, strategy=strategy, callbacks=callbacks).fit(model, loader_of(rank), ckpt_path=resume)
+        found.append({name: whole(p) for name, p in model.named_parameters()})
+    return found[0], found[1]
+
+
+def loader_of(rank: int) -> DataLoader[tuple[Tensor, ...]]:
+    """Return a loader of one rank's batches that knows where it was."""
+    return Resumable(batches([rank]).dataset, batch_sampler=batches([rank]).batch_sampler)
+
+
+def main(folder: Path) -> None:
+    """Train in every way and save the weights of this rank."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rank = int(os.environ["RANK"])
+    results: dict[str, object] = {}
+    for name, row in ROWS.items():
+        results[f"DDP, {name}"] = train([row.active()], Digits(**row.options), [rank], max_epochs=1, **ddp())
+        way = failure if "sharded" in row.exempt else train
+        results[f"sharded, {name}"] = way([row.active()], Sharded(**row.options), [rank], max_epochs=1, **sharded())
+    for names in [*PAIRS, *SETS]:
+        order = 1 if rank else -1  # the ranks list the callbacks in opposite orders
+        results[" + ".join(names)] = three_steps(made(names)[::order], names, [rank], **ddp())
+    everything = [name for name in ROWS if name != "WeightDecayScheduler"]
+    results["accumulated"] = train(made(everything), Digits(), [rank], accumulate_grad_batches=2, **ddp())
+    for kind, whole_files in (("sharded files", False), ("whole files", True)):
+        results[kind] = resumed(folder / kind, rank, whole_files)
+    tensor_parallel = {"strategy": ModelParallelStrategy(1, 2), "devices": 2}
+    results["tensor parallel"] = train(made(TENSOR_PARALLEL), Parallel(), [0], max_epochs=1, **tensor_parallel)
+    torch.save(results, folder / f"{rank}.pt")
+
+
+TENSOR_PARALLEL = [name for name, row in ROWS.items() if "sharded" not in row.exempt and not row.options]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

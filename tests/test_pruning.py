@@ -1,0 +1,284 @@
+"""The functions behind pruning, against sorting, loops and torch's own pruning."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from helpers import parameter
+from torch import nn
+from torch.nn.utils import prune
+from torch.testing import assert_close
+
+import lightning_reg
+from lightning_reg.functional import (
+    Units,
+    clear_state_,
+    mask_,
+    mask_gradients_,
+    pruning_masks,
+    smallest_entries,
+    units_of,
+)
+from lightning_reg.pruning import pack_bits, select, unpack_bits
+
+
+def by_sorting(scores, count):
+    """The reference: a stable sort of a copy of everything."""
+    flat = torch.cat([s.flatten().float() for s in scores])
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[flat.argsort(stable=True)[:count]] = True
+    return [part.view(s.shape) for part, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
+
+
+KINDS = {
+    "normal": lambda shape: torch.randn(shape),
+    "ties": lambda shape: torch.randint(-2, 3, shape).float() * torch.tensor([1.0, -0.0])[torch.randint(0, 2, shape)],
+    "all equal": lambda shape: torch.full(shape, -0.25),
+    "extreme": lambda shape: torch.randn(shape) * 10.0 ** torch.randint(-44, 39, shape),
+    "bfloat16": lambda shape: torch.randn(shape).bfloat16(),
+    "columns": lambda shape: torch.randn(shape[::-1]).permute(tuple(reversed(range(len(shape))))),
+}
+
+
+@pytest.mark.parametrize(("chunk", "width"), [(1 << 19, 16), (7, 5), (64, 11)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_radix_select_is_a_stable_sort(kind, chunk, width, monkeypatch):
+    monkeypatch.setattr(select, "_CHUNK", chunk)
+    monkeypatch.setattr(select, "_WIDTH", width)
+    torch.manual_seed(0)
+    scores = [KINDS[kind](shape) for shape in [(5, 9), (0, 3), (), (30,), (2, 3, 4)]]
+    for count in (0, 1, 2, 31, 50, 75, 99, 100):
+        found = smallest_entries(scores, count)
+        assert sum(int(mask.sum()) for mask in found) == count
+        assert_close(found, by_sorting(scores, count), rtol=0.0, atol=0.0)
+
+
+def test_an_unstable_choice_among_ties_would_show():
+    scores = [torch.zeros(4), torch.zeros(4)]
+    reverse = [mask.flip(0) for mask in by_sorting(scores, 3)[::-1]]
+    assert not all(torch.equal(*pair) for pair in zip(smallest_entries(scores, 3), reverse, strict=True))
+
+
+def test_magnitude_is_what_torch_prunes_up_to_ties():
+    torch.manual_seed(0)
+    modules = [nn.Linear(64, 64), nn.Conv2d(8, 16, 3), nn.Embedding(50, 12)]
+    params = [module.weight.detach().clone() for module in modules]
+    prune.global_unstructured([(module, "weight") for module in modules], prune.L1Unstructured, amount=0.8)
+    masks = pruning_masks(params, 0.8)
+    total = sum(p.numel() for p in params)
+    assert sum(int(mask.sum()) for mask in masks) == round(0.8 * total)
+    for module, p, mask in zip(modules, params, masks, strict=True):
+        apart = mask != (module.weight_mask == 0)
+        largest = max(float(q[m].abs().max()) for q, m in zip(params, masks, strict=True))
+        assert (p[apart].abs() == largest).all()  # only what is tied at the threshold
+    assert not torch.equal(pruning_masks(params, 0.7)[0], masks[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_magnitudes_of_any_precision_are_compared_in_float32(dtype):
+    torch.manual_seed(0)
+    params = [torch.randn(50, 7).to(dtype), torch.randn(20).to(dtype)]
+    assert_close(pruning_masks(params, 0.3), by_sorting([p.abs() for p in params], 111), rtol=0.0, atol=0.0)
+
+
+def test_per_layer_each_tensor_has_its_share():
+    torch.manual_seed(0)
+    params = [torch.randn(7, 3), 10 * torch.randn(5, 5), torch.zeros(0, 4)]
+    masks = pruning_masks(params, 0.3, scope="layer")
+    assert [int(mask.sum()) for mask in masks] == [round(0.3 * p.numel()) for p in params]
+    assert_close(masks[:2], [by_sorting([p.abs()], round(0.3 * p.numel()))[0] for p in params[:2]])
+    assert [int(mask.sum()) for mask in pruning_masks(params, 0.3)] != [int(mask.sum()) for mask in masks]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "given"])
+@pytest.mark.parametrize("structure", ["element", "unit"])
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_what_is_pruned_stays_so_and_the_share_does_not_compound(criterion, structure, scope):
+    torch.manual_seed(0)
+    params = [torch.randn(20, 10) + 1, torch.randn(30, 10)]
+    given = [torch.randn(p.shape) for p in params] if criterion == "given" else criterion
+    options = {"scope": scope, "structure": structure, "criterion": given}
+    pruned = pruning_masks(params, 0.2, **options, seed=1)
+    more = pruning_masks(params, 0.5, **options, pruned=pruned, seed=2)
+    assert all((~mask & before).sum() == 0 for mask, before in zip(more, pruned, strict=True))
+    assert sum(int(mask.sum()) for mask in more) == 250
+    less = pruning_masks(params, 0.1, **options, pruned=pruned, seed=3)
+    assert_close(less, pruned)
+
+
+LAYERS = [
+    nn.Linear(6, 5),
+    nn.Conv2d(4, 6, 3, groups=2),
+    nn.ConvTranspose2d(6, 4, 3),
+    nn.ConvTranspose1d(6, 4, 3, groups=2),
+    nn.Embedding(7, 3),
+]
+
+
+def units_by_hand(layer):
+    """Return index tuples of the output units, written out from torch's documentation of each weight."""
+    shape = layer.weight.shape
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return [(slice(i, i + 1),) for i in range(shape[0])]
+    per = shape[0] // layer.groups
+    return [(slice(g * per, (g + 1) * per), slice(o, o + 1)) for g in range(layer.groups) for o in range(shape[1])]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_units_are_whole_and_those_of_smallest_norm(layer):
+    torch.manual_seed(0)
+    weight = torch.randn(layer.weight.shape)
+    units = units_by_hand(layer)
+    norms = torch.stack([weight[unit].norm() for unit in units])
+    expected = torch.zeros_like(weight, dtype=torch.bool)
+    for index in norms.argsort()[: round(0.5 * len(units))]:
+        expected[units[index]] = True
+    (mask,) = pruning_masks([weight], 0.5, structure="unit", scope="layer", units=[units_of(layer)])
+    assert torch.equal(mask, expected)
+    (scored,) = pruning_masks(
+        [weight], 0.5, criterion=[-weight.abs()], structure="unit", scope="layer", units=[units_of(layer)]
+    )
+    assert not torch.equal(scored, expected)
+
+
+def test_units_of_all_tensors_are_ranked_by_their_root_mean_square():
+    wide, narrow = torch.full((3, 100), 1.0), torch.full((3, 4), 1.5)
+    wide[0] = 0.5
+    masks = pruning_masks([wide, narrow], 0.34, structure="unit")  # room for 106 entries: one wide unit, not two
+    assert masks[0].all(1).tolist() == [True, False, False]
+    assert not masks[1].any()  # whose norms of 3 are smaller than those of the wide units
+
+
+def test_two_of_each_four_keep_the_largest_sum():
+    torch.manual_seed(0)
+    weight = torch.randn(3, 5, 8)
+    (mask,) = pruning_masks([weight], 0.5, structure="2:4")
+    assert (mask.view(-1, 4).sum(1) == 2).all()
+    kept = (weight.abs() * ~mask).view(-1, 4).sum(1)
+    pairs = torch.stack([weight.abs().view(-1, 4)[:, list(pair)].sum(1) for pair in itertools.combinations(range(4), 2)])
+    assert_close(kept, pairs.max(0).values)
+    (none,) = pruning_masks([weight], 0.0, structure="2:4")
+    assert not none.any()
+
+
+def test_two_of_four_refuses_other_shares_and_shapes():
+    with pytest.raises(ValueError, match=r"sparsity must be 0\.5, or 0 before, got 0\.6"):
+        pruning_masks([torch.zeros(4, 4)], 0.6, structure="2:4")
+    with pytest.raises(ValueError, match=r"multiple of 4, got shape \(4, 3\)"):
+        pruning_masks([torch.zeros(4, 3)], 0.5, structure="2:4")
+
+
+def test_random_masks_are_uniform_and_depend_on_the_seed():
+    """The mean place, and the overlap of two masks, within four standard errors."""
+    p = torch.ones(400, 250)
+    one, other, again = (pruning_masks([p], 0.3, criterion="random", seed=seed)[0] for seed in (0, 1, 0))
+    assert torch.equal(one, again)
+    places = one.flatten().nonzero().float() / p.numel()
+    assert abs(places.mean() - 0.5) < 4 * (1 / 12 / 30_000) ** 0.5
+    assert abs((one & other).float().mean() - 0.09) < 4 * (0.09 * 0.91 / p.numel()) ** 0.5
+    assert abs(one[:, ::2].float().mean() - 0.3) < 4 * (0.3 * 0.7 / p.numel() * 2) ** 0.5
+
+
+def test_scores_of_the_wrong_shape_or_not_finite_are_refused():
+    with pytest.raises(ValueError, match=r"scores of shape \(3,\), expected \(4,\)"):
+        pruning_masks([torch.zeros(4)], 0.5, criterion=[torch.zeros(3)])
+    with pytest.raises(ValueError, match="1 scores that are not finite"):
+        pruning_masks([torch.zeros(2)], 0.5, criterion=[torch.tensor([0.0, torch.nan])])
+
+
+def test_a_weight_that_is_nan_counts_as_the_largest():
+    (mask,) = pruning_masks([torch.tensor([torch.nan, -torch.inf, 2.0, -1.0])], 0.5)
+    assert mask.tolist() == [False, False, True, True]
+
+
+def test_masks_hold_against_nan_and_leave_the_rest_alone():
+    p = torch.tensor([torch.nan, torch.inf, -2.0, -0.0])
+    mask_([p], [torch.tensor([True, True, False, False])])
+    assert p.tolist() == [0.0, 0.0, -2.0, 0.0]
+    assert p.signbit().tolist() == [False, False, True, True]
+
+
+def test_gradients_are_masked_dense_or_sparse():
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    dense, none = parameter([[1.0, 1.0]] * 3, grad=[[1.0, 2.0], [3.0, 4.0], [torch.nan, 6.0]]), parameter([1.0])
+    mask_gradients_([dense, none], [mask, torch.tensor([True])])
+    assert_close(dense.grad, torch.tensor([[0.0, 2.0], [3.0, 4.0], [0.0, 0.0]]))
+    assert none.grad is None
+    table = nn.Embedding(3, 2, sparse=True)
+    table(torch.tensor([0, 2, 0])).sum().backward()
+    mask_gradients_([table.weight], [mask])
+    assert_close(table.weight.grad.to_dense(), torch.tensor([[0.0, 2.0], [0.0, 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        lambda params: torch.optim.AdamW(params, lr=0.1, amsgrad=True),
+        lambda params: torch.optim.RMSprop(params, lr=0.1, momentum=0.9, centered=True),
+    ],
+)
+def test_an_optimizer_forgets_what_is_masked_and_nothing_else(make):
+    torch.manual_seed(0)
+    p, other = parameter([1.0, 2.0, 3.0]), parameter([1.0, 2.0, 3.0])
+    optimizer = make([p, other])
+    for _ in range(2):
+        p.grad, other.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+    mask = torch.tensor([True, False, True])
+    clear_state_(optimizer, [p], [mask])
+    seen = 0
+    for key, value in optimizer.state[p].items():
+        if value.shape == p.shape:
+            seen += 1
+            assert_close(value, optimizer.state[other][key].masked_fill(mask, 0.0))
+            assert not torch.equal(value, optimizer.state[other][key])
+    assert seen
+
+
+def test_lbfgs_forgets_everything():
+    p = parameter([1.0, 2.0])
+    optimizer = torch.optim.LBFGS([p])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.state
+    clear_state_(optimizer, [p], [torch.tensor([True, False])])
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (8,), (3, 5), (1001,)])
+def test_bits_are_an_eighth_of_a_byte_and_come_back(shape):
+    torch.manual_seed(0)
+    mask = torch.rand(shape) > 0.5
+    packed = pack_bits(mask)
+    assert packed.numel() == -(-mask.numel() // 8)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack_bits(packed, shape), mask)
+
+
+def test_sparsity_counts_the_zeros_of_each_parameter_and_of_all():
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.view(-1)[:6] = torch.tensor([0.0, -0.0] * 3)
+        model[0].bias.zero_()
+    found = lightning_reg.sparsity(model)
+    assert found.parameters == {"0.weight": (6, 12), "2.weight": (0, 6)}
+    assert (found.total, found.share) == ((6, 18), 6 / 18)
+    assert str(found).splitlines() == ["0.weight   50.00%  6 of 12", "2.weight    0.00%  0 of 6", "total      33.33%  6 of 18"]
+    assert lightning_reg.sparsity(model, "all").parameters["0.bias"].share == 1.0
+    with pytest.raises(ValueError, match="selects no parameter"):
+        lightning_reg.sparsity(nn.ReLU())
+
+
+def test_units_have_a_default():
+    (mask,) = pruning_masks([torch.tensor([[3.0, 4.0], [1.0, 1.0]])], 0.5, structure="unit")
+    (same,) = pruning_masks([torch.tensor([[3.0, 4.0], [1.0, 1.0]])], 0.5, structure="unit", units=[Units()])
+    assert mask.tolist() == same.tolist() == [[False, False], [True, True]]

@@ -1,0 +1,507 @@
+"""Pruning while training: what Lightning's own ``ModelPruning`` fails, with it as the negative control, and the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import QUIET, Classifier, Memory, fit, loader, same, weights
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
+
+from lightning_reg import Cubic, Linear, Steps, WeightPruning, host, sparsity
+from lightning_reg.functional import pruning_masks
+from lightning_reg.pruning import unpack_bits
+
+TOTAL = 64 * 16 + 16 * 10  # weights of the model
+
+
+class Watch(Classifier):
+    """Validates, and keeps how sparse it is after each step and in each validation; trained by one of several optimizers."""
+
+    def __init__(self, optimizer="sgd", **options):
+        super().__init__(**options)
+        self.kind = optimizer
+        self.after_step, self.validated, self.norms = [], [], []
+
+    def configure_optimizers(self):
+        if self.kind == "adamw":
+            return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+        return super().configure_optimizers()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.after_step.append(sparsity(self).total.zeros)
+
+    def validation_step(self, batch, batch_idx):
+        self.validated.append(sparsity(self).total.zeros)
+        self.log("val_loss", cross_entropy(self.net(batch[0]), batch[1]))
+
+
+def train(callbacks, model=None, max_epochs=3, **trainer):
+    """Train with validation and return the model and its trainer."""
+    model = model or Watch()
+    made = Trainer(**{**QUIET, "num_sanity_val_steps": 0, **trainer}, max_epochs=max_epochs, callbacks=callbacks)
+    made.fit(model, loader(), loader())
+    return model, made
+
+
+def model_pruning(amount=0.5):
+    return ModelPruning("l1_unstructured", amount=amount, use_lottery_ticket_hypothesis=False)
+
+
+# What today's ModelPruning fails ------------------------------------------------------------------------------------
+
+
+def revalidated(callback, folder):
+    """Return the metric that the best checkpoint was saved with, and what it validates to."""
+    best = ModelCheckpoint(folder, monitor="val_loss", save_top_k=1)
+    train([callback, best], enable_checkpointing=True)
+    plain = Watch.load_from_checkpoint(best.best_model_path)
+    (found,) = Trainer(**QUIET).validate(plain, loader(), verbose=False)
+    return best.best_model_score.item(), found["val_loss"]
+
+
+def test_the_best_checkpoint_revalidates_to_its_own_metric(tmp_path):
+    saved, found = revalidated(WeightPruning(0.9), tmp_path / "ours")
+    assert found == pytest.approx(saved, rel=1e-6)
+
+
+def test_the_best_checkpoint_of_model_pruning_does_not(tmp_path):
+    """It prunes after the validation, and its checkpoints do not load into the plain model unless made permanent."""
+    callback = ModelPruning(
+        "l1_unstructured",
+        amount=0.9,
+        use_lottery_ticket_hypothesis=False,
+        make_pruning_permanent=True,
+        parameter_names=["weight"],
+    )
+    saved, found = revalidated(callback, tmp_path / "theirs")
+    assert found != pytest.approx(saved, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Checkpoint directory .* exists")
+def test_the_masks_survive_a_resume(tmp_path):
+    """The whole comparison, in new processes and in mid-epoch, is in ``test_resume.py``."""
+
+    def resumed(make, folder):
+        def save():
+            return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+
+        train([make(), save()], enable_checkpointing=True, max_epochs=1)
+        model = Watch()
+        trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=2, callbacks=[make(), save()])
+        trainer.fit(model, loader(), ckpt_path=folder / "step=4.ckpt")
+        return model.after_step[:3]
+
+    def theirs():
+        return ModelPruning("l1_unstructured", amount=0.75, use_lottery_ticket_hypothesis=False, make_pruning_permanent=True)
+
+    assert resumed(lambda: WeightPruning(0.75), tmp_path / "ours") == [round(0.75 * TOTAL)] * 3
+    assert max(resumed(theirs, tmp_path / "theirs")) < 0.2 * TOTAL
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_zeros_stay_zero_under_momentum(optimizer):
+    model, _ = train([WeightPruning(Steps([0.6, 0.8], at=["2ep"]))], Watch(optimizer), max_epochs=4)
+    at_epoch = [0, round(0.6 * TOTAL), round(0.8 * TOTAL), round(0.8 * TOTAL)]
+    during = [zeros for epoch in range(4) for zeros in model.after_step[4 * epoch : 4 * epoch + 3]]
+    assert during == [zeros for zeros in at_epoch for _ in range(3)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_pruning_once_by_hand_does_not_keep_them(optimizer):
+    """The negative control: gradients masked, weights and optimizer state not."""
+
+    class ByHand(Watch):
+        def on_validation_start(self):
+            self.masks = pruning_masks([self.net[0].weight, self.net[4].weight], 0.6)
+            for p, mask in zip((self.net[0].weight, self.net[4].weight), self.masks, strict=True):
+                p.data.masked_fill_(mask, 0.0)
+
+        def on_before_optimizer_step(self, optimizer):
+            for p, mask in zip((self.net[0].weight, self.net[4].weight), getattr(self, "masks", ()), strict=False):
+                p.grad.masked_fill_(mask, 0.0)
+
+    model, _ = train([], ByHand(optimizer), max_epochs=2)
+    assert model.after_step[4] < 0.2 * TOTAL  # pixels that are always 0 move no weight
+
+
+AVERAGES = {
+    "EMA": lambda: EMAWeightAveraging(decay=0.9),
+    "EMA on epochs": lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=1000, update_starting_at_epoch=1),
+    "SWA": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("average", AVERAGES)
+def test_averages_of_the_weights_are_as_sparse(average, first):
+    callbacks = [WeightPruning(Linear(0.0, 0.8)), AVERAGES[average]()]
+    model, _ = train(callbacks if first else callbacks[::-1], max_epochs=4)
+    assert sparsity(model).total.zeros == round(0.8 * TOTAL)
+    assert model.validated[3::4] == [round(share * TOTAL) for share in (0.2, 0.4, 0.6, 0.8)]
+    reference, _ = train([WeightPruning(Linear(0.0, 0.8))], max_epochs=4)
+    assert not same(model, reference)
+
+
+def test_averages_that_are_not_masked_would_show(monkeypatch):
+    monkeypatch.setattr(host, "averages", lambda trainer: [])
+    model, _ = train([WeightPruning(Linear(0.0, 0.8)), AVERAGES["EMA"]()], max_epochs=4)
+    assert sparsity(model).total.zeros < round(0.8 * TOTAL)
+
+
+@pytest.mark.parametrize("average", ["EMA", "SWA"])
+def test_model_pruning_loses_its_zeros_beside_averages(average):
+    """Or fails: its parameters have other names and another order than those of the average."""
+    alone = sparsity(train([model_pruning()], max_epochs=4)[0]).total.zeros
+    try:
+        together = sparsity(train([model_pruning(), AVERAGES[average]()], max_epochs=4)[0]).total.zeros
+    except RuntimeError:
+        together = 0
+    assert together < alone / 2
+
+
+def test_a_second_fit_goes_on_with_the_masks_and_another_model_begins_anew():
+    callback = WeightPruning(0.5)
+    model, _ = train([callback])
+    model.after_step.clear()
+    train([callback], model)
+    assert set(model.after_step) == {TOTAL // 2}
+    assert same(train([callback])[0], train([WeightPruning(0.5)])[0])
+
+
+def test_the_share_does_not_compound():
+    model, _ = train([WeightPruning(0.5)], max_epochs=4)
+    assert model.validated[::4] == [TOTAL // 2] * 4
+    theirs, _ = train([model_pruning()], max_epochs=4)
+    assert (theirs.net[0].weight == 0).float().mean() > 0.9
+
+
+# What it prunes -----------------------------------------------------------------------------------------------------
+
+
+def test_the_share_follows_the_schedule_exactly_before_each_validation():
+    model, _ = train([WeightPruning(Cubic(0.0, 0.83, until=0.75))], max_epochs=4)
+    expected = [round(Cubic(0.0, 0.83, until=0.75).resolve(PLAN)(epoch / 4) * TOTAL) for epoch in (1, 2, 3, 4)]
+    assert model.validated[::4] == expected
+    assert expected[2] == expected[3] == round(0.83 * TOTAL)
+
+
+class PlanOfFour:
+    horizon = 1.0
+
+    @staticmethod
+    def batches(marker):
+        return marker
+
+
+PLAN = PlanOfFour()
+
+
+def test_the_smallest_weights_at_the_end_of_the_epoch_are_pruned():
+    class Keeps(Watch):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+            self.last = weights(self)
+
+    model, _ = train([WeightPruning(0.4)], Keeps(), max_epochs=1)
+    names = ["net.0.weight", "net.4.weight"]
+    masks = pruning_masks([model.last[name] for name in names], 0.4)
+    now = weights(model)
+    for name, mask in zip(names, masks, strict=True):
+        assert_close(now[name], model.last[name].masked_fill(mask, 0.0), rtol=0.0, atol=0.0)
+    assert torch.equal(now["net.0.bias"], model.last["net.0.bias"])
+
+
+def test_it_prunes_every_n_epochs():
+    model, _ = train([WeightPruning(Linear(0.0, 0.8), every_n_epochs=2)], max_epochs=4)
+    assert model.validated[::4] == [0, round(0.4 * TOTAL), round(0.4 * TOTAL), round(0.8 * TOTAL)]
+
+
+def test_layers_units_and_two_of_four():
+    (layer, _), (unit, _), (pairs, _) = (
+        train([WeightPruning(0.5, **options)], max_epochs=2)
+        for options in ({"scope": "layer"}, {"structure": "unit", "scope": "layer"}, {"structure": "2:4"})
+    )
+    assert [zeros for zeros, _ in sparsity(layer).parameters.values()] == [512, 80]
+    assert [int((p == 0).all(1).sum()) for p in (unit.net[0].weight, unit.net[4].weight)] == [8, 5]
+    assert [zeros for zeros, _ in sparsity(unit).parameters.values()] == [512, 80]
+    for p in (pairs.net[0].weight, pairs.net[4].weight):
+        assert ((p.view(-1, 4) == 0).sum(1) == 2).all()
+
+
+def test_two_of_four_may_begin_later():
+    model, _ = train([WeightPruning(Steps([0.0, 0.5], at=["2ep"]), structure="2:4")])
+    assert model.validated[::4] == [0, TOTAL // 2, TOTAL // 2]
+
+
+def test_a_criterion_of_ones_own_and_random_ones():
+    def last_columns_first(name, parameter):
+        return -torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape)
+
+    model, _ = train([WeightPruning(0.5, criterion=last_columns_first, params="net.0.weight")], max_epochs=1)
+    assert (model.net[0].weight.view(-1) == 0).tolist() == [False] * 512 + [True] * 512
+    one, other, again = (
+        sparsity(train([WeightPruning(0.5, criterion="random", name=name)], max_epochs=1)[0]) for name in ("a", "b", "a")
+    )
+    assert one == again
+    assert one.total == other.total == (TOTAL // 2, TOTAL)
+    assert one != other
+
+
+def test_frozen_weights_are_neither_pruned_nor_counted():
+    model = Watch()
+    model.net[0].weight.requires_grad_(False)
+    trained, _ = train([WeightPruning(0.5)], model, max_epochs=1)
+    assert [zeros for zeros, _ in sparsity(trained).parameters.values()] == [0, 80]
+
+
+# Rewinding ----------------------------------------------------------------------------------------------------------
+
+
+class Normed(Watch):
+    """The model with batch normalisation; keeps what it was after each step and the optimizer's state after each epoch."""
+
+    def __init__(self, optimizer="sgd", **options):
+        super().__init__(optimizer, **options)
+        self.net.insert(1, nn.BatchNorm1d(16))
+        self.history, self.states = [], []
+
+    def on_train_start(self):
+        self.history.append({key: value.clone() for key, value in self.state_dict().items()})
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.history.append({key: value.clone() for key, value in self.state_dict().items()})
+
+    def on_validation_epoch_start(self):
+        self.states.append(len(self.optimizers().state))
+        self.at_validation = {key: value.clone() for key, value in self.state_dict().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_a_lottery_ticket_is_the_mask_on_the_weights_of_the_step(optimizer, step):
+    model, _ = train([WeightPruning(0.5, rewind_to_step=step)], Normed(optimizer), max_epochs=1)
+    early, late = model.history[step], model.history[4]
+    names = ["net.0.weight", "net.5.weight"]
+    masks = dict(zip(names, pruning_masks([late[name] for name in names], 0.5), strict=True))
+    for name, found in model.at_validation.items():
+        expected = early[name].masked_fill(masks[name], 0.0) if name in masks else early[name]
+        assert torch.equal(found, expected), name
+    assert model.states == [0]
+    assert not torch.equal(early["net.1.running_mean"], late["net.1.running_mean"])
+
+
+def test_it_rewinds_only_when_more_is_pruned():
+    model, _ = train([WeightPruning(Steps([0.3, 0.6], at=["3ep"]), rewind_to_step=0)], Normed("adamw"), max_epochs=4)
+    assert [state > 0 for state in model.states] == [False, True, False, True]
+
+
+def test_an_optimizer_with_state_from_the_start_is_reset_to_it():
+    class Adagrad(Normed):
+        def configure_optimizers(self):
+            return torch.optim.Adagrad(self.parameters(), lr=0.05, initial_accumulator_value=0.5)
+
+        def on_validation_epoch_start(self):
+            self.sums = [state["sum"].clone() for state in self.optimizers().state.values()]
+
+    model, _ = train([WeightPruning(0.5, rewind_to_step=1)], Adagrad(), max_epochs=1)
+    assert len(model.sums) == 8
+    for found, p in zip(model.sums, model.parameters(), strict=True):
+        assert_close(found, torch.full_like(p, 0.5).masked_fill(p == 0, 0.0) if p.ndim > 1 else torch.full_like(p, 0.5))
+
+
+@pytest.mark.parametrize("step", [5, 7])
+def test_a_step_after_the_first_pruning_cannot_be_rewound_to(step):
+    with pytest.raises(ValueError, match=rf"rewind_to_step={step} lies after the first pruning, which comes after 4 batches"):
+        train([WeightPruning(0.5, rewind_to_step=step)])
+    train([WeightPruning(Steps([0.0, 0.5], at=["2ep"]), rewind_to_step=step)])
+
+
+# What is shown and kept ---------------------------------------------------------------------------------------------
+
+
+def test_metrics_and_the_line_at_the_end(capsys):
+    logger = Memory()
+    train([WeightPruning(Linear(0.0, 0.8))], logger=logger, log_every_n_steps=1, max_epochs=2, enable_model_summary=True)
+    reached = [
+        metrics["reg/WeightPruning/pruned"] for metrics in logger.steps.values() if "reg/WeightPruning/pruned" in metrics
+    ]
+    asked = [
+        metrics["reg/WeightPruning/sparsity"] for metrics in logger.steps.values() if "reg/WeightPruning/pruned" in metrics
+    ]
+    assert reached == pytest.approx([0, 0, 0, 0.4, 0.4, 0.4, 0.4, 0.8], abs=1 / TOTAL)
+    assert asked == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.4, 0.5, 0.6, 0.8])
+    assert "WeightPruning: 79.98% of 1,184 weights are pruned, 80.00% asked for" in capsys.readouterr().out
+    train([WeightPruning(0.8)], max_epochs=1)
+    assert "are pruned" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_holds_one_bit_for_each_weight_and_no_new_name(tmp_path):
+    model, trainer = train([WeightPruning(0.5)], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    saved = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    (state,) = saved["callbacks"].values()
+    assert sum(bits.numel() for bits, _ in state["masks"].values()) == TOTAL // 8
+    for name, (bits, shape) in state["masks"].items():
+        assert torch.equal(unpack_bits(bits, shape), model.state_dict()[name] == 0)
+    assert saved["state_dict"].keys() == Watch().state_dict().keys()
+
+
+# Bad input ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [1.0, -0.1, float("nan"), Linear(0.0, 1.0), Steps([0.1, 1.5], at=[0.5])])
+def test_shares_out_of_range_are_refused(share):
+    with pytest.raises(ValueError, match=r"WeightPruning: sparsity.* must be a number in \[0, 1\), got"):
+        WeightPruning(share)
+
+
+@pytest.mark.parametrize("schedule", [Linear(0.5, 0.4), Cubic(0.5, 0.4), Steps([0.1, 0.5, 0.3], at=[0.2, 0.4])])
+def test_schedules_that_fall_are_refused(schedule):
+    with pytest.raises(ValueError, match=r"falls from 0\.5 to 0\.[34], but pruned weights do not come back"):
+        WeightPruning(schedule)
+
+
+def falls(progress):
+    return 0.5 if progress < 0.6 else 0.4
+
+
+def test_functions_that_fall_are_refused_before_the_first_batch():
+    model = Watch()
+    with pytest.raises(ValueError, match=r"sparsity=<function falls.*> falls from 0\.5 to 0\.4"):
+        train([WeightPruning(falls)], model)
+    assert not model.after_step
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_functions_that_fall_are_refused_when_it_comes_where_the_length_is_unknown():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(loader().dataset)
+
+    data = torch.utils.data.DataLoader(Stream(), batch_size=16)
+    model = Watch()
+    with pytest.raises(ValueError, match=r"falls from 0\.5 to 0\.4"):
+        fit([WeightPruning(falls)], model, data, max_epochs=-1, max_steps=12)
+    assert len(model.after_step) == 7
+
+
+def test_a_layer_is_never_emptied():
+    message = (
+        r"sparsity=0\.97 would leave no unit of net\.0\.weight, net\.4\.weight: ask for less, or leave such layers out, as in"
+    )
+    with pytest.raises(ValueError, match=message):
+        train([WeightPruning(Linear(0.0, 0.97), structure="unit", scope="layer")])
+    model = Watch()
+    nn.init.constant_(model.net[0].weight, 1e-6)
+    before = weights(model)
+    model.lr = 0.0
+    with pytest.raises(ValueError, match=r"sparsity=0\.9 would leave no weight of net\.0\.weight"):
+        train([WeightPruning(0.9)], model)
+    assert_close(weights(model), before, rtol=0.0, atol=0.0)  # refused before anything is changed
+
+
+def test_two_of_four_is_refused_where_it_cannot_be():
+    class Narrow(Watch):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Conv2d(4, 4, 3)
+
+    with pytest.raises(ValueError, match=r"multiple of 4, got extra\.weight of shape \(4, 4, 3, 3\): leave it out"):
+        train([WeightPruning(0.5, structure="2:4")], Narrow())
+    for share in (0.6, Linear(0.0, 0.5), Steps([0.25, 0.5], at=[0.5])):
+        with pytest.raises(ValueError, match=r"sparsity must be 0\.5, or 0 before as in Steps"):
+            WeightPruning(share, structure="2:4")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (
+            lambda name, p: p.sum(1),
+            r"for 'net\.0\.weight' .* got scores of shape \(16,\), expected \(16, 64\)",
+        ),
+        (lambda name, p: p * torch.nan, r"for 'net\.0\.weight' .* got 1024 scores that are not finite"),
+        (lambda name, p: 3.0, r"for 'net\.0\.weight' .* got 3\.0 of type float"),
+    ],
+)
+def test_scores_that_are_none_are_refused(scores, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        train([WeightPruning(0.5, criterion=scores)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "l1"}, "criterion must be 'magnitude' or 'random' or a callable .*, got 'l1'"),
+        ({"scope": "model"}, "scope must be 'global' or 'layer', got 'model'"),
+        ({"structure": "1:2"}, "structure must be 'element' or 'unit' or '2:4', got '1:2'"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be a whole number ≥ 1, got 0"),
+        ({"rewind_to_step": -1}, "rewind_to_step must be a whole number ≥ 0, got -1"),
+        ({"rewind_to_step": True}, "rewind_to_step must be a whole number ≥ 0, got True"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=f"WeightPruning: {message}"):
+        WeightPruning(0.5, **options)
+
+
+class Wider(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net[4] = nn.Linear(16, 12)
+
+
+class Renamed(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.head, self.net[4] = self.net[4], nn.Identity()
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self.head(self.net(batch[0])), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Wider, r"a mask of shape \(10, 16\) for 'net\.4\.weight', which has shape \(12, 16\) here"),
+        (Renamed, r"a mask of shape \(10, 16\) for 'net\.4\.weight', which is not selected here"),
+    ],
+)
+def test_masks_of_another_model_are_refused(model, message):
+    first = WeightPruning(0.5)
+    train([first], max_epochs=1)
+    resumed = WeightPruning(0.5)
+    resumed.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match=message):
+        fit([resumed], model())
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    """By Lightning, which loads the weights first."""
+    _, trainer = train([WeightPruning(0.5)], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    with pytest.raises(RuntimeError, match=r"size mismatch for net\.4\.weight"):
+        Trainer(**QUIET, max_epochs=2, callbacks=[WeightPruning(0.5)]).fit(Wider(), loader(), ckpt_path=tmp_path / "model.ckpt")
+
+
+def test_flat_parameters_are_refused(monkeypatch):
+    monkeypatch.setattr(host, "flattens", lambda trainer: True)
+    with pytest.raises(ValueError, match=r"WeightPruning cannot act on the flat parameters of FSDPStrategy: use Model"):
+        fit([WeightPruning(0.5)])
+    monkeypatch.undo()
+
+    class Trained:
+        strategy = FSDPStrategy.__new__(FSDPStrategy)
+
+    assert host.flattens(Trained())
+
+
+def test_pruning_that_never_comes_is_said():
+    with pytest.warns(UserWarning, match="WeightPruning never prunes: every_n_epochs=5, but the fit ends before"):
+        fit([WeightPruning(0.5, every_n_epochs=5)])
