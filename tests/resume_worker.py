@@ -14,7 +14,7 @@ import torch
 from helpers import QUIET, Classifier, digits
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from table import ROWS, Row, everything
+from table import ROWS, SETS, everything
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_reg import Linear, WeightPruning
@@ -33,7 +33,8 @@ VARIANTS: dict[str, Callable[[], Regularizer]] = {
     "random units": lambda: WeightPruning(Linear(0.0, 0.6), criterion="random", structure="unit"),
     "every second epoch": lambda: WeightPruning(0.5, every_n_epochs=2, rewind_to_step=5),
 }
-NAMES = [*ROWS, "everything", *VARIANTS]
+MIXED = {" + ".join(names): names for names in SETS}
+NAMES = [*ROWS, "everything", *VARIANTS, *MIXED]
 
 
 class Resumable(DataLoader[Any]):
@@ -58,7 +59,7 @@ class Resumable(DataLoader[Any]):
 
 def train(name: str, folder: Path, resume: Path | None = None) -> dict[str, Tensor]:
     """Train to the end, leaving checkpoints in a folder; resume from one if asked."""
-    made = everything() if name == "everything" else [VARIANTS[name]() if name in VARIANTS else _changing(ROWS[name])]
+    made = _made(name)
     options = ROWS[name].options if name in ROWS else {}
     checkpoints = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     model = Classifier(**options)
@@ -67,8 +68,14 @@ def train(name: str, folder: Path, resume: Path | None = None) -> dict[str, Tens
     return dict(model.state_dict())
 
 
-def _changing(row: Row) -> Regularizer:
-    return (row.scheduled or row.active)()
+def _made(name: str) -> list[Regularizer]:
+    if name == "everything":
+        return everything()
+    if name in VARIANTS:
+        return [VARIANTS[name]()]
+    if name in MIXED:
+        return [ROWS[row].active() for row in MIXED[name]]
+    return [(ROWS[name].scheduled or ROWS[name].active)()]
 
 
 def main(folder: Path) -> None:

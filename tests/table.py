@@ -104,12 +104,14 @@ ROWS = {
         inactive=lambda: DropoutInjection(0.0, after="ReLU"),
         scheduled=lambda: DropoutInjection(Linear(0.0, 0.5), after="ReLU"),
         parts=lambda: [DropoutInjection(0.3, after="ReLU"), DropoutInjection(0.2, after="net.0")],
+        exempt={"tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does"},
     ),
     "DropoutScheduler": Row(
         active=lambda: DropoutScheduler(0.4),
         inactive=lambda: DropoutScheduler(0.1),  # the rate that the model has
         scheduled=lambda: DropoutScheduler(Linear(0.0, 0.5)),
         parts=lambda: [DropoutScheduler(0.4, modules="net.3"), DropoutScheduler(0.2, modules="extra")],
+        exempt={"tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does"},
     ),
     "GradientCentralization": Row(
         active=lambda: GradientCentralization(),

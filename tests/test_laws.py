@@ -15,7 +15,7 @@ from helpers import Classifier, Memory, fit, loader, same, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
-from table import ROWS, everything
+from table import ROWS, SEED, SETS, everything
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,6 +97,28 @@ def test_accumulation_does_not_matter(row):
     once = fit([row.active()], without_dropout(), loader(64, batch_size=32))
     in_parts = fit([row.active()], without_dropout(), loader(64, batch_size=8), accumulate_grad_batches=4)
     assert_close(weights(in_parts), weights(once))
+
+
+random_sets = pytest.mark.parametrize("names", [pytest.param(names, id=f"seed {SEED}, {' '.join(names)}") for names in SETS])
+
+
+@random_sets
+def test_accumulation_does_not_matter_to_sets(names):
+    def trained(**options):
+        bare = Classifier()
+        bare.net[3].p = 0.0
+        chosen = [ROWS[name].active() for name in names if "Dropout" not in name]
+        return weights(fit(chosen, bare, **options))
+
+    once = trained(data=loader(64, batch_size=32))
+    assert_close(trained(data=loader(64, batch_size=8), accumulate_grad_batches=4), once)
+
+
+@random_sets
+def test_the_order_of_sets_does_not_change_a_bit(names):
+    made = [ROWS[name].active() for name in names]
+    again = [ROWS[name].active() for name in reversed(names)]
+    assert same(fit(made), fit(again))
 
 
 def scaled(callback, row, scale):
