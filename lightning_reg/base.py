@@ -84,7 +84,7 @@ class Regularizer(Configured, Callback, ABC):
         self._applied: dict[str, float] | None = None
         self._values: dict[str, Callable[[float], float]] = {}
         self._observed: dict[str, float | Tensor] = {}
-        self.figures = Figures()
+        self.figures = Figures()  # running ones, for the logger: add to them only while it is listening
         self._driver: Driver | None = None
 
     # What a technique overrides -------------------------------------------------------------------------------------
@@ -151,16 +151,6 @@ class Regularizer(Configured, Callback, ABC):
     def observe(self, **metrics: float | Tensor) -> None:
         """Keep figures of this step for the logger; call it only when ``self.logging``."""
         self._observed.update(metrics)
-
-    def average(self, **metrics: Tensor) -> None:
-        """Add figures to averages over the steps since they were logged last; call it only when ``self.listening``."""
-        for key, value in metrics.items():
-            self.figures.average(key, value)
-
-    def count(self, **metrics: Tensor) -> None:
-        """Add figures, the same on every rank, to sums over the fit; call it only when ``self.listening``."""
-        for key, value in metrics.items():
-            self.figures.count(key, value)
 
     def take_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
         """Yield the names and values to log, and begin anew."""

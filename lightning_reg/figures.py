@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from torch import Tensor
     from torchmetrics import Metric
 
 __all__ = ["Figures"]
 
+Then: TypeAlias = Callable[[Tensor], Tensor]
+"""From the values of many steps to their figures."""
+
 _PENDING = 256
 """How many numbers wait before they enter a metric, which costs more than to keep them."""
+
+
+def _itself(values: Tensor) -> Tensor:
+    return values
 
 
 class Figures:
@@ -33,18 +41,26 @@ class Figures:
     def __init__(self) -> None:
         self._pending: dict[str, list[Tensor]] = {}
         self._metrics: dict[str, Metric] = {}
+        self._then: dict[str, Then] = {}
 
-    def average(self, key: str, value: Tensor) -> None:
-        """Add a step's figure to an average, which begins anew once it is taken."""
-        self._add("MeanMetric", key, value)
+    def average(self, key: str, value: Tensor, then: Then = _itself) -> None:
+        """Add a step's figure to an average, which begins anew once it is taken.
 
-    def count(self, key: str, value: Tensor) -> None:
+        Args:
+            key: The name of the figure.
+            value: What is known of this step.
+            then: What makes the figures of the values of many steps: done when they are read, which saves work in each step.
+        """
+        self._add("MeanMetric", key, value, then)
+
+    def count(self, key: str, value: Tensor, then: Then = _itself) -> None:
         """Add a step's figure, the same on every rank, to a sum over the fit."""
-        self._add("SumMetric", key, value)
+        self._add("SumMetric", key, value, then)
 
-    def _add(self, kind: str, key: str, value: Tensor) -> None:
+    def _add(self, kind: str, key: str, value: Tensor, then: Then) -> None:
         if key not in self._metrics:
             self._metrics[key] = _KINDS[kind]()
+        self._then[key] = then
         pending = self._pending.setdefault(key, [])
         pending.append(value)
         if len(pending) >= _PENDING:
@@ -58,7 +74,8 @@ class Figures:
     def _flush(self) -> None:
         for key, pending in self._pending.items():
             device = pending[0].device
-            self._metrics[key].to(device).update(torch.stack([value.to(device) for value in pending]).float())
+            values = torch.stack([value.to(device) for value in pending])
+            self._metrics[key].to(device).update(self._then[key](values).float())
         self._pending.clear()
 
     def take(self) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "accumulated_norms",
-    "anywhere",
     "dense_gradients",
     "fraction_beyond",
     "joint_norm",
@@ -28,6 +27,7 @@ __all__ = [
     "precise_norm",
     "present_gradients",
     "shard_like",
+    "smallest_anywhere",
     "sum_over_shards",
     "whole",
 ]
@@ -138,8 +138,9 @@ def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
 def precise_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     """Return the norm of all tensors as one vector, over all shards, in float32 or better whatever their dtype."""
     norms = accumulated_norms(tensors, order)
-    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]), order)
+    if len({(norm.dtype, norm.device) for norm in norms}) > 1:
+        norms = [norm.to(norms[0].device, torch.float64) for norm in norms]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
     return norm
 
 
@@ -149,9 +150,8 @@ def fraction_beyond(tensors: Sequence[Tensor], bound: float) -> Tensor:
     return torch.stack(counts).sum() / sum(tensor.numel() for tensor in tensors) if tensors else torch.zeros(())
 
 
-def anywhere(flags: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return, for each of some flags, whether it is set on any of the ranks among which tensors are divided."""
+def smallest_anywhere(number: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the smallest of a number, not NaN, over the ranks among which tensors are divided."""
     for mesh in dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)):  # in one order on all
-        everywhere = DTensor.from_local(flags.float(), mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
-        flags = everywhere > 0
-    return flags
+        number = DTensor.from_local(number, mesh, [Partial("min")] * mesh.ndim, run_check=False).full_tensor()
+    return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -210,3 +211,11 @@ def test_a_checkpoint_with_another_window_is_refused(tmp_path):
 def test_arguments_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_figures_are_worked_out_when_they_are_read_and_survive_a_copy():
+    callback = GradientNormClipping(0.5)
+    fit([callback], max_epochs=1, logger=Memory(), log_every_n_steps=4)
+    callback.figures.average("clipped_steps", torch.tensor(0.25), then=torch.ceil)
+    again = pickle.loads(pickle.dumps(callback))
+    assert dict(again.figures.take()) == dict(callback.figures.take()) == {"clipped_steps": 1.0, "nonfinite_steps": 0.0}

@@ -9,7 +9,7 @@ import torch
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE
 from lightning_reg.gradients.base import GradientClipping
-from lightning_reg.tensors import accumulated_norms, anywhere, local
+from lightning_reg.tensors import accumulated_norms, local, smallest_anywhere
 from lightning_reg.units import Units, local_unit_norms, unit_view
 
 if TYPE_CHECKING:
@@ -119,8 +119,17 @@ class AdaptiveGradientClipping(GradientClipping):
         with self.watched(params, optimizer):
             smallest = clip_unit_gradients_(params, self.current["clip_factor"], self.eps, self.units(params))
         if self.listening and any(p.grad is not None for p in params):
-            flags = anywhere(torch.stack([~(smallest >= 1), ~(smallest > 0)]), params)
-            self.note(optimizer, clipped=flags[0], finite=~flags[1])
+            smallest = smallest_anywhere(smallest.nan_to_num(0.0), params)
+            self.figures.average(self.label("clipped_steps", optimizer), smallest, then=_is_below_one)
+            self.figures.count(self.label("nonfinite_steps", optimizer), smallest, then=_is_zero)
+
+
+def _is_below_one(factors: Tensor) -> Tensor:
+    return factors < 1
+
+
+def _is_zero(factors: Tensor) -> Tensor:
+    return factors == 0
 
 
 def _norms(tensor: Tensor, of: Units) -> Tensor:

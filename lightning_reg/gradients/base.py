@@ -87,7 +87,15 @@ class GradientClipping(GradientProcessing):
                 "first: remove one of them"
             )
 
-    def note(self, optimizer: Optimizer, clipped: Tensor, finite: Tensor) -> None:
-        """Keep whether this step was clipped and whether its gradients were finite; call it only when ``self.listening``."""
-        self.average(**{self.label("clipped_steps", optimizer): clipped})
-        self.count(**{self.label("nonfinite_steps", optimizer): ~finite})
+    def note(self, optimizer: Optimizer, norm: Tensor, bound: float | Tensor) -> None:
+        """Keep by how much this step's largest norm exceeded its bound; call it only when ``self.listening``."""
+        self.figures.average(self.label("clipped_steps", optimizer), norm - bound, then=_is_positive)
+        self.figures.count(self.label("nonfinite_steps", optimizer), norm, then=_is_not_finite)
+
+
+def _is_positive(excess: Tensor) -> Tensor:
+    return excess > 0
+
+
+def _is_not_finite(norms: Tensor) -> Tensor:
+    return ~norms.isfinite()

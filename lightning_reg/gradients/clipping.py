@@ -183,7 +183,7 @@ class GradientNormClipping(GradientClipping):
         if not norms.numel():
             return
         if self.listening:
-            self.note(optimizer, clipped=(norms > self.current["max_norm"]).any(), finite=norms.isfinite().all())
+            self.note(optimizer, norms.amax() if self.scope == "tensor" else norms[0], self.current["max_norm"])
         if self.logging:
             after = norms.clamp(max=self.current["max_norm"])
             for key, value in (("norm_before", norms), ("norm_after", after)):
@@ -240,7 +240,7 @@ class GradientValueClipping(GradientClipping):
             return
         if self.listening:
             largest = joint_norm(gradients, math.inf)
-            self.note(optimizer, clipped=largest > clip_value, finite=largest.isfinite())
+            self.note(optimizer, largest, clip_value)
         if self.logging:
             self.observe(**{self.label("clipped_entries", optimizer): fraction_beyond(gradients, clip_value)})
         with self.watched(params, optimizer):

@@ -141,7 +141,7 @@ class NonFiniteGradientGuard(GradientProcessing):
             return False
         self._in_a_row[place] = self._in_a_row.get(place, 0) + 1 if is_bad else 0
         if self.listening:
-            self.count(**{self.label("nonfinite_steps", optimizer): bad.any()})
+            self.figures.count(self.label("nonfinite_steps", optimizer), bad.any())
         if not is_bad:
             return True
         if self.policy == "raise" or self._in_a_row[place] >= self.patience:

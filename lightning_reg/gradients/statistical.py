@@ -145,7 +145,7 @@ class _StatisticalClipping(GradientClipping):
         factor = torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))
         torch._foreach_mul_(locals_of(gradients), factor)
         if self.listening:
-            self.note(optimizer, clipped=norm > bound, finite=norm.isfinite())
+            self.note(optimizer, norm, bound)
         if self.logging:
             found = {"norm_before": norm, "norm_after": norm * factor, "threshold": bound}
             self.observe(**{self.label(key, optimizer): value for key, value in found.items()})
