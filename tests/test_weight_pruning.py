@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import QUIET, Classifier, Memory, fit, loader, same, weights
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -130,10 +131,13 @@ def test_pruning_once_by_hand_does_not_keep_them(optimizer):
 
 
 AVERAGES = {
-    "EMA": lambda: EMAWeightAveraging(decay=0.9),
-    "EMA on epochs": lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=1000, update_starting_at_epoch=1),
     "SWA": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
 }
+if EMA := getattr(lightning_callbacks, "EMAWeightAveraging", None):  # from Lightning 2.6 on
+    AVERAGES |= {
+        "EMA": lambda: EMA(decay=0.9),
+        "EMA on epochs": lambda: EMA(decay=0.9, update_every_n_steps=1000, update_starting_at_epoch=1),
+    }
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -147,13 +151,14 @@ def test_averages_of_the_weights_are_as_sparse(average, first):
     assert not same(model, reference)
 
 
-def test_averages_that_are_not_masked_would_show(monkeypatch):
+@pytest.mark.parametrize("average", [name for name in ("EMA", "SWA") if name in AVERAGES])
+def test_averages_that_are_not_masked_would_show(monkeypatch, average):
     monkeypatch.setattr(host, "averages", lambda trainer: [])
-    model, _ = train([WeightPruning(Linear(0.0, 0.8)), AVERAGES["EMA"]()], max_epochs=4)
+    model, _ = train([WeightPruning(Linear(0.0, 0.8)), AVERAGES[average]()], max_epochs=4)
     assert sparsity(model).total.zeros < round(0.8 * TOTAL)
 
 
-@pytest.mark.parametrize("average", ["EMA", "SWA"])
+@pytest.mark.parametrize("average", [name for name in ("EMA", "SWA") if name in AVERAGES])
 def test_model_pruning_loses_its_zeros_beside_averages(average):
     """Or fails: its parameters have other names and another order than those of the average."""
     alone = sparsity(train([model_pruning()], max_epochs=4)[0]).total.zeros

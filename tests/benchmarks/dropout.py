@@ -31,6 +31,18 @@ def claims() -> list[Claim]:
     ]
 
 
+def told_of_graphs() -> str:
+    """Say how many graphs the twelve rates need in both ways."""
+    graphs = {}
+    for drive in (True, False):
+        torch._dynamo.utils.counters.clear()
+        compiled(drive)()
+        graphs[drive] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return (
+        f"12 rates under torch.compile: {graphs[True]} graph where they are driven, {graphs[False]} where p is set (then eager)"
+    )
+
+
 def compiled(drive: bool) -> Callable[[], object]:
     """Return a function that compiles a model and runs it with twelve rates."""
 
