@@ -83,6 +83,10 @@ class Row:
 
 
 DENSE = {"sparse_gradients": "what it does to a gradient needs all of its entries"}
+MASKS = {
+    "accumulation": "its masks are drawn anew for each micro-batch; test_dropout.py tests that the rate is that of the step",
+    "tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does",
+}
 
 ROWS = {
     "ActivityPenalty": Row(
@@ -104,14 +108,14 @@ ROWS = {
         inactive=lambda: DropoutInjection(0.0, after="ReLU"),
         scheduled=lambda: DropoutInjection(Linear(0.0, 0.5), after="ReLU"),
         parts=lambda: [DropoutInjection(0.3, after="ReLU"), DropoutInjection(0.2, after="net.0")],
-        exempt={"tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does"},
+        exempt=MASKS,
     ),
     "DropoutScheduler": Row(
         active=lambda: DropoutScheduler(0.4),
         inactive=lambda: DropoutScheduler(0.1),  # the rate that the model has
         scheduled=lambda: DropoutScheduler(Linear(0.0, 0.5)),
         parts=lambda: [DropoutScheduler(0.4, modules="net.3"), DropoutScheduler(0.2, modules="extra")],
-        exempt={"tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does"},
+        exempt=MASKS,
     ),
     "GradientCentralization": Row(
         active=lambda: GradientCentralization(),
