@@ -130,6 +130,9 @@ class Regularizer(Configured, Callback, ABC):
     def epoch_end(self, params: list[Parameter], step: Step) -> None:
         """Act on all optimizers' selected parameters: after the last batch of an epoch, before its validation."""
 
+    def uphold(self, params: list[Parameter]) -> None:
+        """Make parameters again what :meth:`weights` has made them: after others have acted at the end of an epoch."""
+
     def members(self, optimizer: Optimizer) -> list[Parameter]:
         """Return the selected parameters that an optimizer holds, in its order."""
         return []

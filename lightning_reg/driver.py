@@ -46,12 +46,14 @@ class Driver:
         self.regularizers = sorted(regularizers, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
         self._acting = {
             hook: [cb for cb in self.regularizers if cb.overrides(hook)]
-            for hook in ("permits", "gradients", "before_update", "weights", "epoch_end")
+            for hook in ("permits", "gradients", "before_update", "weights", "epoch_end", "uphold")
         }
         self._plan: Plan | None = None
         self._handles: list[RemovableHandle] = []
         self._logging = False
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
+        self._trained = False  # whether the epoch has had a step
+        self._stepped: set[Optimizer] = set()
         self._about_to_step: set[Optimizer] = set()
         self._skipped: set[Optimizer] = set()
         self._steps_in_batch = 0
@@ -147,6 +149,7 @@ class Driver:
             self._about_to_step.discard(optimizer)
             return
         step = self._step()
+        self._stepped.add(optimizer)
         with torch.no_grad():
             for regularizer in self._acting["weights"]:
                 if params := regularizer.members(optimizer):
@@ -195,16 +198,26 @@ class Driver:
 
     def after_batch(self) -> None:
         """End the epoch after its last batch, and log."""
-        if self._has_gradients and host.ends_epoch(self.trainer):
-            assert self._plan is not None, "a batch has been trained"
-            progress = self._plan.progress(host.batches_done(self.trainer))
-            with torch.no_grad():
-                for regularizer in self._acting["epoch_end"]:
-                    regularizer.update(progress)
-                    regularizer.epoch_end(self._all_members(regularizer), self._step())
+        self._trained |= self._has_gradients
+        if self._trained and host.ends_epoch(self.trainer):
+            self._trained = False
+            self._end_epoch()
         if self._logging and not host.accumulates(self.trainer):
             metrics = {f"reg/{cb.name}/{key}": value for cb in self.regularizers for key, value in cb.take_metrics()}
             host.log_metrics(self.trainer, dict(zip(metrics, _to_host(list(metrics.values())), strict=True)))
+
+    def _end_epoch(self) -> None:
+        """Let those act whose time is the epoch's end, and then those whose constraint they may have broken."""
+        assert self._plan is not None, "a batch has been trained"
+        progress = self._plan.progress(host.batches_done(self.trainer))
+        with torch.no_grad():
+            for regularizer in self._acting["epoch_end"]:
+                regularizer.update(progress)
+                regularizer.epoch_end(self._all_members(regularizer), self._step())
+            for regularizer in self._acting["uphold"] if self._acting["epoch_end"] else ():
+                for optimizer in self.trainer.optimizers:
+                    if optimizer in self._stepped and (params := regularizer.members(optimizer)):
+                        regularizer.uphold(params)
 
     def _all_members(self, regularizer: Regularizer) -> list[Parameter]:
         return list(dict.fromkeys(p for optimizer in self.trainer.optimizers for p in regularizer.members(optimizer)))

@@ -38,6 +38,7 @@ __all__ = [
     "flattens",
     "grad_scaler",
     "log_metrics",
+    "mean_over_ranks",
     "logs_this_step",
     "plan",
     "refuses_unscaled_gradients",
@@ -139,6 +140,13 @@ def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
     """Return the scaler of the loss, which only float16 mixed precision has."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def mean_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """Return the mean of what the ranks have, the same on all; every rank must ask."""
+    mean = trainer.strategy.reduce(tensor.detach(), reduce_op="mean") if trainer.world_size > 1 else tensor
+    assert isinstance(mean, torch.Tensor)
+    return mean
 
 
 def searches_scale(trainer: Trainer) -> bool:

@@ -293,8 +293,18 @@ def descending(name: str, p: Tensor) -> Tensor:
 
 
 def drawn_by_each_rank(name: str, p: Tensor) -> Tensor:
-    """The naive version of random pruning."""
-    return torch.rand(p.shape, generator=torch.Generator().manual_seed(int(os.environ["RANK"])))
+    """Give scores of the rank's own, as statistics of its samples would be."""
+    return drawn(p, int(os.environ["RANK"]))
+
+
+def mean_of_draws(name: str, p: Tensor) -> Tensor:
+    """Give the mean of what the ranks draw."""
+    return (drawn(p, 0) + drawn(p, 1)) / 2
+
+
+def drawn(p: Tensor, rank: int) -> Tensor:
+    """Return random scores of a rank."""
+    return torch.rand(p.shape, generator=torch.Generator().manual_seed(rank))
 
 
 # where everything is selected, a tensor that is not sharded and one of whose shards is empty are among the weights
@@ -354,7 +364,7 @@ def main(folder: Path) -> None:
     for name, way in WAYS.items():
         results[f"masks, DDP, {name}"] = masks_of(Digits(), way, [rank], **ddp())
         results[f"masks, sharded, {name}"] = masks_of(Sharded(), way, [rank], **sharded())
-    results["masks, unseeded"] = masks_of(Digits(), {"criterion": drawn_by_each_rank}, [rank], **ddp())
+    results["masks, scores of each rank"] = masks_of(Digits(), {"criterion": drawn_by_each_rank}, [rank], **ddp())
     results["pruned, sharded"] = kept([rank], **sharded())
     results["pruned again, sharded"] = kept([rank], results["pruned, sharded"][0], **sharded())
     results["naive, DDP"] = failure([Naive()], Unused(), [rank], **ddp(find_unused_parameters=True))  # breaks the group

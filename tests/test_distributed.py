@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distributed_worker import WAYS, Digits, Poisoned, Sharded, Unused, kept, masks_of, sharded_techniques, techniques, train
+from distributed_worker import (
+    WAYS,
+    Digits,
+    Poisoned,
+    Sharded,
+    Unused,
+    drawn,
+    kept,
+    masks_of,
+    mean_of_draws,
+    sharded_techniques,
+    techniques,
+    train,
+)
 from processes import HERE, run_script
 from torch.testing import assert_close
 
@@ -115,8 +128,15 @@ def test_ranks_and_shards_prune_what_one_process_prunes(ranks, way):
             assert identical(ranks[rank][f"masks, {kind}, {way}"], one_process)
 
 
-def test_a_threshold_for_each_rank_or_draws_of_its_own_would_show(ranks):
-    assert not identical(ranks[0]["masks, unseeded"], ranks[1]["masks, unseeded"])
+def test_of_scores_that_differ_between_ranks_the_mean_counts(ranks):
+    alone = masks_of(Digits(), {"criterion": mean_of_draws}, [0, 1], accumulate_grad_batches=2)
+    own = masks_of(Digits(), {"criterion": lambda name, p: drawn(p, 0)}, [0, 1], accumulate_grad_batches=2)
+    for rank in ranks:
+        assert identical(rank["masks, scores of each rank"], alone)
+    assert not identical(own, alone)
+
+
+def test_a_threshold_for_each_rank_would_show(ranks):
     scores = {name: p.detach().abs() for name, p in Sharded().named_parameters() if p.ndim > 1}
     halves = [{name: score.chunk(2)[rank] for name, score in scores.items() if len(score) > 1} for rank in (0, 1)]
     found = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -299,3 +300,37 @@ def test_modules_that_are_built_when_the_fit_starts_are_found():
     model.net[3] = nn.Identity()
     Trainer(**QUIET, max_epochs=1, callbacks=[DropoutScheduler(0.5)]).fit(model, loader())
     assert model.net[3].p == 0.2
+
+
+def test_a_class_that_registers_its_subclasses_does_not_hear_of_ours():
+    class Registered(nn.Dropout):
+        register = {}
+
+        def __init_subclass__(cls):
+            assert cls.__name__ not in Registered.register, "already registered"
+            Registered.register[cls.__name__] = cls
+
+    class Act(Registered):
+        pass
+
+    model = Classifier()
+    model.net[3] = Act(0.1)
+    fit([DropoutScheduler(Linear(0.0, 0.5))], model, max_epochs=1)
+    assert Registered.register == {"Act": Act}
+    assert type(model.net[3]) is Act
+
+
+def test_a_class_that_says_how_it_is_copied_is_copied_so_in_the_fit():
+    class Own(nn.Dropout):
+        def __reduce__(self):
+            return Own, (0.25,)
+
+    class Copies(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            self.copied = copy.deepcopy(self.net[3])
+
+    model = Copies()
+    model.net[3] = Own(0.1)
+    fit([DropoutScheduler(Linear(0.0, 0.5))], model, max_epochs=1)
+    assert model.copied.p == 0.25

@@ -211,3 +211,21 @@ def test_what_cannot_work_is_refused(make, message):
 def test_the_function_alone():
     numbers = iter(range(6))
     assert sample_predictions(lambda: (torch.tensor(next(numbers)), "x"), 3)[0].tolist() == [0, 1, 2]
+
+
+def test_a_transformer_does_not_pass_its_dropout_by():
+    """In eval mode torch takes a path on which the children of an encoder layer are not called at all."""
+
+    class Encodes(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True), 2)
+
+        def predict_step(self, batch, batch_idx):
+            return self.encoder(batch[0].view(-1, 8, 8))
+
+    before = torch.backends.mha.get_fastpath_enabled()
+    trainer = Trainer(**QUIET, callbacks=[MonteCarloDropout(samples=2)])
+    first, second = trainer.predict(Encodes(), loader(16))[0]
+    assert not torch.equal(first, second)
+    assert torch.backends.mha.get_fastpath_enabled() == before

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import QUIET, Classifier, Memory, fit, loader, same, weights
@@ -13,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from lightning_reg import Cubic, Linear, Steps, WeightPruning, host, sparsity
+from lightning_reg import Cubic, Linear, MaxNorm, NonNegative, Steps, UnitNorm, WeightPruning, host, sparsity
 from lightning_reg.functional import pruning_masks
 from lightning_reg.pruning import unpack_bits
 
@@ -510,3 +513,113 @@ def test_flat_parameters_are_refused(monkeypatch):
 def test_pruning_that_never_comes_is_said():
     with pytest.warns(UserWarning, match="WeightPruning never prunes: every_n_epochs=5, but the fit ends before"):
         fit([WeightPruning(0.5, every_n_epochs=5)])
+
+
+def norms_of(model):
+    return torch.cat([model.net[i].weight.norm(dim=1) for i in (0, 4)])
+
+
+class Validated(Classifier):
+    """Keeps its weights as they are validated."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def validation_step(self, batch, batch_idx):
+        if not batch_idx:
+            self.seen.append(copy.deepcopy(self.net))
+
+
+def validated(callbacks, **options):
+    model = Validated()
+    Trainer(**{**QUIET, "max_epochs": 3, **options}, callbacks=callbacks).fit(model, loader(), loader())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "holds"),
+    [
+        ([UnitNorm(), WeightPruning(Linear(0.0, 0.8))], lambda net: norms_of(net).sub(1).abs().max() < 1e-5),
+        ([MaxNorm(0.3), WeightPruning(Linear(0.0, 0.2), rewind_to_step=0)], lambda net: norms_of(net).max() < 0.3001),
+        ([NonNegative(), WeightPruning(0.2, rewind_to_step=0)], lambda net: min(net.net[i].weight.min() for i in (0, 4)) >= 0),
+    ],
+)
+def test_constraints_hold_in_what_is_validated_after_a_pruning(callbacks, holds):
+    model = validated(callbacks)
+    for net in model.seen[1:]:  # the first is Lightning's check before training
+        assert holds(SimpleNamespace(net=net))
+    assert sparsity(model).total.zeros >= round(callbacks[1].current["sparsity"] * TOTAL)
+
+
+@pytest.mark.parametrize("name", ["a", "z"])
+def test_going_back_leaves_what_another_one_pruned(name):
+    callbacks = [
+        WeightPruning(0.5, params="net.0.weight", name=name),
+        WeightPruning(0.25, params="net.4.weight", name="b", rewind_to_step=0),
+    ]
+    shares = sparsity(validated(callbacks, max_epochs=1)).parameters
+    assert (shares["net.0.weight"].zeros, shares["net.4.weight"].zeros) == (512, 40)
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_an_epoch_whose_last_batch_has_no_loss_ends_with_a_pruning():
+    class NoLoss(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 3 else super().training_step(batch, batch_idx)
+
+    assert sparsity(fit([WeightPruning(0.5)], NoLoss(), max_epochs=1)).total.zeros == TOTAL // 2
+
+
+def test_a_share_that_is_not_reached_is_said():
+    with pytest.warns(UserWarning, match=r"reaches 53.33% only, not the 80.00% .*: it prunes last after 4 of 6"):
+        fit([WeightPruning(Linear(0.0, 0.8))], max_epochs=-1, max_steps=6)
+
+
+def test_masks_of_another_structure_are_refused(tmp_path):
+    trainer = Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[WeightPruning(0.5)])
+    trainer.fit(Classifier(), loader())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = Trainer(**{**QUIET, "max_epochs": 2}, callbacks=[WeightPruning(0.5, structure="unit")])
+    with pytest.raises(ValueError, match="masks are of structure='element', got structure='unit': resume with the same"):
+        again.fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_the_optimizer_remembers_nothing_of_what_is_pruned():
+    class Keeps(Classifier):
+        def configure_optimizers(self):
+            self.optimizer = super().configure_optimizers()
+            return self.optimizer
+
+    model = fit([WeightPruning(0.5)], Keeps(), max_epochs=2)
+    for i in (0, 4):
+        weight = model.net[i].weight
+        assert not model.optimizer.state[weight]["momentum_buffer"][weight == 0].any()
+        assert model.optimizer.state[weight]["momentum_buffer"].any()
+
+
+def test_masks_are_laid_before_the_first_batch_of_a_run_that_goes_on():
+    callback = WeightPruning(0.5)
+    fit([callback], max_epochs=1)
+
+    class Sees(Classifier):
+        def on_train_batch_start(self, batch, batch_idx):
+            super().on_train_batch_start(batch, batch_idx)
+            self.first = getattr(self, "first", sparsity(self).total.zeros)
+
+    resumed = WeightPruning(0.5)
+    resumed.load_state_dict(callback.state_dict())
+    model = Sees()
+    fit([resumed], model, max_epochs=1)
+    assert model.first == TOTAL // 2
+
+
+def test_a_model_of_zeros_does_not_take_over_masks():
+    class Zeros(Classifier):
+        def __init__(self):
+            super().__init__()
+            nn.init.zeros_(self.net[4].weight)
+
+    callback = WeightPruning(0.5, params="net.4.weight")
+    fit([callback], Zeros())
+    assert same(fit([callback], Zeros()), fit([WeightPruning(0.5, params="net.4.weight")], Zeros()))

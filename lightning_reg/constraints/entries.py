@@ -96,7 +96,11 @@ class WeightClipping(Constraint):
         clip_value = self.current["clip_value"]
         if self.logging:
             self.observe(**{self.label("constrained", optimizer): fraction_beyond(params, clip_value)})
-        clip_weights_(params, clip_value)
+        self.uphold(params)
+
+    def uphold(self, params: list[Parameter]) -> None:
+        """Clamp the weights."""
+        clip_weights_(params, self.current["clip_value"])
 
 
 class NonNegative(Constraint):
@@ -129,6 +133,10 @@ class NonNegative(Constraint):
         """Clip the weights, and keep the fraction that this changes."""
         if self.logging:
             self.observe(**{self.label("constrained", optimizer): _negative_fraction(params)})
+        self.uphold(params)
+
+    def uphold(self, params: list[Parameter]) -> None:
+        """Clip the weights."""
         clip_negative_weights_(params)
 
 

@@ -78,6 +78,11 @@ class _NormConstraint(Constraint):
             self.observe(**{self.label("constrained", optimizer): _infeasible_fraction(params, low, high, self.units(params))})
         project_unit_norms_(params, low, high, self._rate, self.units(params))
 
+    def uphold(self, params: list[Parameter]) -> None:
+        """Project the units, unless they are on their way by a rate."""
+        if self._rate == 1:
+            project_unit_norms_(params, *self.interval(), units=self.units(params))
+
 
 class MaxNorm(_NormConstraint):
     r"""Keep the norm of every output unit at or below a bound: :math:`\|w_u\|_2 \le c`.

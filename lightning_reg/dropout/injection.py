@@ -161,7 +161,8 @@ class DropoutInjection(ModuleRegularizer):
 
     Args:
         p: The probability of a zero, in [0, 1], or a schedule.
-        after: Name globs (``"encoder.layers.*"``) or class names (``"ReLU"``) of modules that return one float tensor.
+        after: Name globs (``"encoder.layers.?"``; ``*`` matches dots too) or class names (``"ReLU"``) of modules that return
+            one float tensor.
         channelwise: Whether whole channels (dimension 1) are dropped.
         samplewise: Whether whole samples (dimension 0) are dropped.
         name: What metrics and the checkpoint call it.

@@ -90,6 +90,7 @@ class MonteCarloDropout(Regularizer):
         self._modes: list[tuple[nn.Module, bool]] = []
         self._injections: list[DropoutInjection] = []
         self._wrapped: tuple[LightningModule, dict[str, Any]] | None = None
+        self._fast: bool | None = None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to drop."""
@@ -127,6 +128,8 @@ class MonteCarloDropout(Regularizer):
         for place in find_dropout(pl_module, self.attributes):
             self._modes.append((place.module, place.module.training))
             place.module.training = True  # not train(), which would reach its children
+        self._fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # on which a transformer in eval mode passes its dropout by
         if self.samples:
             self._wrap_predict_step(pl_module, self.samples)
 
@@ -174,13 +177,15 @@ class MonteCarloDropout(Regularizer):
     def _restore(self) -> None:
         for module, training in self._modes:
             module.training = training
+        if self._fast is not None:
+            torch.backends.mha.set_fastpath_enabled(self._fast)
         for callback in self._injections:
             callback.detach()
         if self._wrapped:
             module, before = self._wrapped
             del module.predict_step
             vars(module).update(before)
-        self._modes, self._injections, self._wrapped = [], [], None
+        self._modes, self._injections, self._wrapped, self._fast = [], [], None, None
 
 
 def _injections(trainer: Trainer) -> list[DropoutInjection]:

@@ -117,7 +117,9 @@ def _class_of_its_own(plain: Any) -> Any:
     body["__reduce_ex__"] = _reduce_to_plain
     if plain.forward in _COMPILED:
         body["forward"] = _forward_of(plain)
-    return type(plain)(plain.__name__, (plain,), body)
+    made = type(plain)(plain.__name__, (nn.Module,), body)
+    made.__bases__ = (plain,)  # only now: a base that keeps a register of its subclasses need not hear of this one
+    return made
 
 
 def _forward_of(plain: Any) -> Callable[[Any, Tensor], Tensor]:
@@ -140,7 +142,7 @@ def _reduce_to_plain(self: Any, protocol: Any) -> Any:
     """Copy and pickle as the plain module with its own rate."""
     reduced: Any = super(type(self), self).__reduce_ex__(protocol)
     state: _Driven | None = vars(self).get(_STATE)
-    if state is None:
+    if state is None or len(reduced) < 3 or not isinstance(reduced[2], dict):  # a class that says itself how it is copied
         return reduced
     kept = {**{key: value for key, value in reduced[2].items() if key != _STATE}, **state.own}
     return copyreg._reconstructor, (state.plain, object, None), kept  # type: ignore[attr-defined]

@@ -50,7 +50,8 @@ class ActivityPenalty(ModuleRegularizer):
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        modules: Name globs (``"encoder.layers.*"``) or class names (``"ReLU"``) of modules that return one float tensor.
+        modules: Name globs (``"encoder.layers.?"``; ``*`` matches dots too) or class names (``"ReLU"``) of modules that return
+            one float tensor.
         p: 1 or 2.
         name: What metrics and the checkpoint call it.
 

@@ -63,7 +63,7 @@ class WeightPruning(ParameterRegularizer):
         sparsity: The share of all selected weights that is 0, in [0, 1), or a schedule that does not fall, such as
             ``Cubic(0.0, 0.9, until=0.7)``; what is pruned already counts. For ``"2:4"`` 0.5, or 0 before.
         criterion: ``"magnitude"`` (the smallest go first), ``"random"``, or a callable ``(name, parameter) -> scores`` of the
-            parameter's shape, of which the lowest go first.
+            parameter's shape, of which the lowest go first; of several ranks' scores the mean counts.
         scope: ``"global"`` for the share of all selected weights together, ``"layer"`` for the same share of each tensor.
         structure: ``"element"`` for single weights; ``"unit"`` for whole output units by their L2 norm (globally by the root
             mean square of their weights, as many as fit into the share); ``"2:4"`` for two of each four along the last
@@ -71,8 +71,9 @@ class WeightPruning(ParameterRegularizer):
         params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
         every_n_epochs: Prune at the end of each n-th epoch, ≥ 1.
         rewind_to_step: Whenever more is pruned, give all trained parameters and the statistics of batch normalisation the
-            values that they had after so many optimizer steps (0: when the fit started) and reset the optimizers, to find a
-            winning lottery ticket; the learning rate goes on. A copy of the model is kept for it, also in the checkpoint.
+            values that they had after so many optimizer steps (0: when the fit started; in manual optimization those of all
+            optimizers count) and reset the optimizers, to find a winning lottery ticket; the learning rate goes on. A copy of
+            the model is kept for it, also in the checkpoint.
         name: What metrics and the checkpoint call it.
 
     Raises:
@@ -126,7 +127,8 @@ class WeightPruning(ParameterRegularizer):
         self._bound: dict[int, Tensor] = {}  # this rank's parts of the masks, by the parameter's id
         self._names: dict[int, str] = {}
         self._states: dict[int, dict[Any, Any]] = {}
-        self._highest = 0.0
+        self._highest = self._final = 0.0
+        self._automatic = True
         self._trainer: Trainer | None = None
 
     # Where it acts --------------------------------------------------------------------------------------------------
@@ -143,6 +145,10 @@ class WeightPruning(ParameterRegularizer):
         if self._state.steps == self.rewind_to_step:
             self._keep_start()
         self._observe_reached()
+
+    def uphold(self, params: list[Parameter]) -> None:
+        """Mask the weights."""
+        mask_(*self._masked(params))
 
     def epoch_end(self, params: list[Parameter], step: Step) -> None:
         """Prune at the end of each n-th epoch."""
@@ -172,7 +178,7 @@ class WeightPruning(ParameterRegularizer):
         counts = {name: (count_true(mask, p), p.numel()) for (name, p), mask in zip(live.items(), found, strict=True)}
         check_kept(self.name, target, counts, self.structure)
         before = sum(count_true(mask, p) for mask, p in zip(known, live.values(), strict=True))
-        self._state.target, self._state.total = target, total
+        self._state.target, self._state.total, self._state.structure = target, total, self.structure
         self._state.reached = sum(count for count, _ in counts.values())
         if self._state.reached > before:
             self._take(dict(zip(live, found, strict=True)))
@@ -186,10 +192,13 @@ class WeightPruning(ParameterRegularizer):
 
     def _scored(self, name: str, p: Parameter) -> Given:
         assert callable(self.criterion), "checked when made"
+        assert self._trainer is not None, "attached"
         scores = self.criterion(name, p)
         what = f"{self.name}: the criterion must give scores for {name!r} as a tensor of its shape, got"
         if not isinstance(scores, Tensor):
             raise TypeError(f"{what} {scores!r:.80} of type {type(scores).__name__}")
+        if not isinstance(scores, DTensor):
+            scores = host.mean_over_ranks(self._trainer, scores)
         try:
             return Given(p, scores)
         except ValueError as error:
@@ -211,7 +220,6 @@ class WeightPruning(ParameterRegularizer):
             rewinding.reset_(optimizers, self._states)
         params, bound = self._masked(list(self.tensors.values()))
         mask_(params, bound)
-        mask_gradients_(params, bound)
         for optimizer in optimizers:
             clear_state_(optimizer, params, bound)
         for average in host.averages(self._trainer):
@@ -245,14 +253,14 @@ class WeightPruning(ParameterRegularizer):
         """Say how much was pruned."""
         total = self._state.total
         share = f"{self._state.reached / total:.2%} of {total:,} weights are pruned" if total else "nothing is pruned"
-        print_line(trainer, f"{self.name}: {share}, {self.current['sparsity']:.2%} asked for")
+        print_line(trainer, f"{self.name}: {share}, {self._final:.2%} asked for")
 
     # The fit and the checkpoint -------------------------------------------------------------------------------------
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up, check what can be asked for of them, and lay restored masks beside them."""
         super().attach(trainer, pl_module)
-        self._trainer = trainer
+        self._trainer, self._automatic = trainer, pl_module.automatic_optimization
         self._names = {id(p): name for name, p in self.tensors.items()}
         self._states = rewinding.started(trainer.optimizers) if self.rewind_to_step is not None else {}
         self._check_layers(known_targets(self.sparsity))
@@ -277,6 +285,7 @@ class WeightPruning(ParameterRegularizer):
         super().detach()
         self._bound.clear()
         self._names.clear()
+        self._states.clear()
         self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,6 +300,11 @@ class WeightPruning(ParameterRegularizer):
     def _take_restored(self) -> None:
         if self._restored and self.tensors:
             self._state = PruningState.unpacked(self._restored, self.tensors, self.name)
+            if self._state.masks and self._state.structure != self.structure:
+                raise ValueError(
+                    f"{self.name}: the checkpoint's masks are of structure={self._state.structure!r}, got "
+                    f"structure={self.structure!r}: resume with the same, or give the callback another name to begin anew"
+                )
 
     def _check_layers(self, targets: Sequence[float]) -> None:
         live = {name: p for name, p in self.tensors.items() if p.requires_grad and not is_lazy(p) and p.numel()}
@@ -299,13 +313,21 @@ class WeightPruning(ParameterRegularizer):
 
     def _check_plan(self, plan: Plan) -> None:
         """Look ahead: at the share that each pruning of the fit is to reach."""
-        planned = planned_targets(self._values.get("sparsity", lambda _: self.current["sparsity"]), plan, self.every_n_epochs)
+        schedule: Callable[[float], float] = self._values.get("sparsity", lambda _: self.current["sparsity"])
+        planned = planned_targets(schedule, plan, self.every_n_epochs)
+        self._final = schedule(1.0)
         what = f"{self.name}: sparsity={self.sparsity!r}"
         targets = [self.limits["sparsity"].check(what, target) for target in planned.values()]
         check_rising(what, targets)
         self._check_layers(targets)
         first = next((batches for batches, target in planned.items() if target), None)
-        if first is not None and self.rewind_to_step and plan.steps(self.rewind_to_step) > first:
+        if targets and targets[-1] < self._final:
+            rank_zero_warn(
+                f"{self.name} reaches {targets[-1]:.2%} only, not the {self._final:.2%} with which its schedule ends: it "
+                f"prunes last after {max(planned):g} of {plan.total:g} batches; let the schedule end earlier (until=…), or the "
+                "fit with an epoch in which it prunes"
+            )
+        if first is not None and self.rewind_to_step and self._automatic and plan.steps(self.rewind_to_step) > first:
             raise ValueError(
                 f"{self.name}: rewind_to_step={self.rewind_to_step} lies after the first pruning, which comes after "
                 f"{first:g} batches: prune later, or rewind to an earlier step"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_reg.pruning.structures import Structure
+
 __all__ = ["PruningState"]
 
 
@@ -31,6 +33,7 @@ class PruningState:
         target: The share that was asked for last.
         total: Of how many weights it was.
         reached: How many of them are pruned.
+        structure: What was pruned: single weights, units or two of each four.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -40,6 +43,7 @@ class PruningState:
     target: float = 0.0
     total: int = 0
     reached: int = 0
+    structure: Structure = "element"
 
     def packed(self) -> dict[str, Any]:
         """Return it for a checkpoint, masks in bits and everything whole: every rank must call it."""
@@ -71,14 +75,17 @@ class PruningState:
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether parameters are those that the masks are of: they have their zeros."""
+        alive = 0
         for name, mask in self.masks.items():
             p = tensors.get(name)
             if p is None or is_lazy(p) or p.shape != mask.shape or isinstance(p, DTensor) != isinstance(mask, DTensor):
                 return False
             part = local(p.detach())
-            if int(sum_over_shards(part[local(mask).to(part.device)].count_nonzero(), p)):
+            dead = local(mask).to(part.device)
+            if int(sum_over_shards(part[dead].count_nonzero(), p)):
                 return False
-        return bool(self.masks)
+            alive += int(sum_over_shards(part[~dead].count_nonzero(), p))
+        return alive > 0  # a model of zeros has anybody's
 
     def bound(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return this rank's parts of the masks, by the parameter's ``id``."""

@@ -166,8 +166,14 @@ def _two_of_four(score: Score, sparsity: float, pruned: Tensor | None) -> Tensor
         )
     if not shape or shape[-1] % 4:
         raise ValueError(f"structure='2:4' needs a last dimension that is a multiple of 4, got shape {tuple(shape)}")
-    if not sparsity or pruned is not None:
+    if not sparsity:
         return torch.zeros_like(score.part, dtype=torch.bool) if pruned is None else pruned
-    order = score.whole().reshape(-1, 4).argsort(dim=-1, stable=True)
+    scores = score.whole()
+    if pruned is not None:
+        gone = whole(as_shard_of(pruned, score.tensor))
+        if int(gone.reshape(-1, 4).sum(dim=-1).amax()) > 2:
+            raise ValueError("structure='2:4' keeps two of each four weights, got masks that prune more of some")
+        scores = scores.masked_fill(gone, -torch.inf)
+    order = scores.reshape(-1, 4).argsort(dim=-1, stable=True)
     mask = torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, order[:, :2], True)
     return local(shard_like(mask.view(shape), score.tensor)).contiguous()
