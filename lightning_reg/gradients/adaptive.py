@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+from torch import Tensor
 
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE
@@ -13,9 +14,8 @@ from lightning_reg.tensors import accumulated_norms, local, smallest_anywhere
 from lightning_reg.units import Units, local_unit_norms, unit_view
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
@@ -64,15 +64,16 @@ def clip_unit_gradients_(
     if any(gradient.is_sparse for _, gradient, _ in held):
         raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: make the embedding with sparse=False")
     smallest = torch.ones((), device=params[0].device if params else "cpu")
-    if not held:
-        return smallest
-    factors = [_norms(p, of) for p, _, of in held]
-    torch._foreach_clamp_min_(factors, eps)
-    torch._foreach_mul_(factors, clip_factor)
-    torch._foreach_div_(factors, tuple(_norms(gradient, of) for _, gradient, of in held))
-    torch._foreach_clamp_max_(factors, 1.0)
-    torch._foreach_mul_([_view(gradient, of) for _, gradient, of in held], tuple(factors))
-    return torch.stack([smallest, *(factor.amin().to(smallest) for factor in factors if factor.numel())]).amin()
+    for some in _batches(held):
+        factors = [_norms(p, of) for p, _, of in some]
+        torch._foreach_clamp_min_(factors, eps)
+        torch._foreach_mul_(factors, clip_factor)
+        torch._foreach_div_(factors, tuple(_norms(gradient, of) for _, gradient, of in some))
+        torch._foreach_clamp_max_(factors, 1.0)
+        torch._foreach_mul_([_view(gradient, of) for _, gradient, of in some], tuple(factors))
+        lowest = [factor.amin().to(smallest) for factor in factors if factor.numel()]
+        smallest = torch.stack([smallest, *lowest]).amin()
+    return smallest
 
 
 class AdaptiveGradientClipping(GradientClipping):
@@ -122,6 +123,27 @@ class AdaptiveGradientClipping(GradientClipping):
             smallest = smallest_anywhere(smallest.nan_to_num(0.0), params)
             self.figures.average(self.label("clipped_steps", optimizer), smallest, then=_is_below_one)
             self.figures.count(self.label("nonfinite_steps", optimizer), smallest, then=_is_zero)
+
+
+_Held: TypeAlias = tuple[Tensor, Tensor, Units]
+"""A parameter, its gradient, and where both keep their units."""
+
+_ENTRIES = 1 << 20
+"""How many entries are worked on at a time: few enough that a gradient is still in a cache when it is scaled."""
+
+
+def _batches(held: Sequence[_Held]) -> Iterator[list[_Held]]:
+    """Yield many small tensors together, which saves calls, and large ones by themselves."""
+    batch: list[_Held] = []
+    entries = 0
+    for item in held:
+        if batch and entries + item[0].numel() > _ENTRIES:
+            yield batch
+            batch, entries = [], 0
+        batch.append(item)
+        entries += item[0].numel()
+    if batch:
+        yield batch
 
 
 def _is_below_one(factors: Tensor) -> Tensor:
