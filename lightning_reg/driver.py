@@ -234,8 +234,6 @@ def _add_(loss: Tensor, terms: Sequence[Tensor | None], scaler: torch.amp.GradSc
 def _to_host(values: Sequence[float | Tensor]) -> list[float]:
     """Bring numbers from the device in a single transfer."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    device = tensors[0].device if tensors else None
-    fetched = iter(
-        torch.stack([whole(tensor.detach()).to(device, torch.float32) for tensor in tensors]).tolist() if tensors else []
-    )
+    numbers = [whole(tensor.detach()).to(tensors[0].device, torch.float32) for tensor in tensors]
+    fetched = iter(torch.stack(numbers).tolist() if numbers else [])
     return [next(fetched) if isinstance(value, torch.Tensor) else value for value in values]

@@ -129,7 +129,7 @@ def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
         # what torch comes to after it has looked for several devices and dtypes, which costs more than small norms do
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors), order)), order)
     elif any(isinstance(tensor, DTensor) for tensor in tensors):
-        norm = torch.linalg.vector_norm(torch.stack(accumulated_norms(tensors, order)), order)
+        norm = precise_norm(tensors, order)
     else:
         norm = get_total_norm(tensors, order)
     return norm

@@ -51,10 +51,7 @@ def unit_norms(tensor: Tensor, units: Units) -> Tensor:
                 [0.]])
     """
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    tensor = whole(tensor) if _is_scattered(tensor, units) else tensor
-    view = _grouped(tensor, units)
-    kept = _unit_dims(tensor, units)
-    reduced = [dim for dim in range(view.ndim) if dim not in kept]
+    view, reduced = _reduction(tensor, units)
     if not reduced:
         return view.abs().to(dtype)
     norms: Tensor = torch.linalg.vector_norm(view, dim=reduced, keepdim=True, dtype=dtype)
@@ -68,9 +65,7 @@ def local_unit_norms(tensor: Tensor, units: Units) -> Tensor:
 
 def local_unit_means(tensor: Tensor, units: Units) -> Tensor:
     """Return the means, over all shards, of the units that :func:`unit_view` of the same tensor holds a part of."""
-    view = _grouped(whole(tensor) if _is_scattered(tensor, units) else tensor, units)
-    kept = _unit_dims(tensor, units)
-    reduced = [dim for dim in range(view.ndim) if dim not in kept]
+    view, reduced = _reduction(tensor, units)
     sums = view.sum(reduced, keepdim=True, dtype=torch.promote_types(tensor.dtype, torch.float32))
     return _aligned(sums, tensor, units) / unit_size(tensor, units)
 
@@ -80,6 +75,13 @@ def unit_size(tensor: Tensor, units: Units) -> int:
     kept = _unit_dims(tensor, units)
     count = units.groups if len(kept) > 1 else 1
     return tensor.numel() // max(count * tensor.shape[units.dim], 1) if tensor.ndim else 1
+
+
+def _reduction(tensor: Tensor, units: Units) -> tuple[Tensor, list[int]]:
+    """Return a view of a tensor, whole where its shards cut across groups, and the dimensions within a unit."""
+    view = _grouped(whole(tensor) if _is_scattered(tensor, units) else tensor, units)
+    kept = _unit_dims(tensor, units)
+    return view, [dim for dim in range(view.ndim) if dim not in kept]
 
 
 def _is_scattered(tensor: Tensor, units: Units) -> bool:

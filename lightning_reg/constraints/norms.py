@@ -54,8 +54,7 @@ def project_unit_norms_(
         norms = local_unit_norms(p, of)
         ratio = norms.clamp(low, high) / norms
         moved = ratio if rate == 1 else (1 - rate) + rate * ratio
-        stays = ((ratio - 1).abs() <= _slack(p, of, norms)) | (norms == 0)
-        unit_view(p, of).mul_(torch.where(stays, 1.0, moved))
+        unit_view(p, of).mul_(torch.where(_stays(norms, ratio, p, of), 1.0, moved))
 
 
 class _NormConstraint(Constraint):
@@ -205,19 +204,14 @@ class MinMaxNorm(_NormConstraint):
         return self.current["rate"]
 
 
-def _slack(p: Tensor, of: Units, norms: Tensor) -> float:
-    """Return by what share of itself a norm may be off because weights, and the sum of their squares, were rounded."""
-    return torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, of))) * torch.finfo(norms.dtype).eps
-
-
-def _is_infeasible(norms: Tensor, low: float, high: float, slack: float) -> Tensor:
-    return (norms != 0) & ((norms < low * (1 - slack)) | (norms > high * (1 + slack)))
+def _stays(norms: Tensor, ratio: Tensor, p: Tensor, of: Units) -> Tensor:
+    """Return which units are where they should be, as far as rounding can tell, or are 0, from where no way leads."""
+    slack = torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, of))) * torch.finfo(norms.dtype).eps
+    return ((ratio - 1).abs() <= slack) | (norms == 0)
 
 
 def _infeasible_fraction(params: Sequence[Tensor], low: float, high: float, units: Sequence[Units]) -> Tensor:
     """Return the share of units, over all shards, that a projection will change."""
     norms = [whole(unit_norms(p, of)) for p, of in zip(params, units, strict=True)]
-    counts = [
-        _is_infeasible(norm, low, high, _slack(p, of, norm)).sum() for norm, p, of in zip(norms, params, units, strict=True)
-    ]
-    return torch.stack(counts).sum() / max(sum(norm.numel() for norm in norms), 1)
+    stay = [_stays(norm, norm.clamp(low, high) / norm, p, of) for norm, p, of in zip(norms, params, units, strict=True)]
+    return torch.stack([(~units_stay).sum() for units_stay in stay]).sum() / max(sum(norm.numel() for norm in norms), 1)

@@ -139,7 +139,7 @@ class WeightPruning(ParameterRegularizer):
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Mask the weights; keep those to rewind to."""
-        mask_(*self._masked(params))
+        self.uphold(params)
         self._state.steps += 1
         self._state.trained.update(self._names[id(p)] for p in params)
         if self._state.steps == self.rewind_to_step:
