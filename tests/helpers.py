@@ -26,6 +26,15 @@ QUIET = {
     "enable_model_summary": False,
 }
 
+UNITS = {
+    nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
+    nn.Conv2d(4, 6, 3, groups=2): lambda w: [w[i] for i in range(6)],
+    nn.ConvTranspose2d(4, 6, 3): lambda w: [w[:, i] for i in range(6)],
+    nn.ConvTranspose1d(4, 6, 3, groups=2): lambda w: [w[2 * g : 2 * g + 2, i] for g in range(2) for i in range(3)],
+    nn.Embedding(7, 4): lambda w: [w[i] for i in range(7)],
+}
+"""Layers, and their output units written out."""
+
 
 class Memory(Logger):
     """Keeps what is logged."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import Classifier, Memory, fit, same
+from helpers import UNITS, Classifier, Memory, fit, same
 from lightning.pytorch.plugins.precision import MixedPrecision
 from test_laws import Gan
 from torch import nn
@@ -85,13 +85,6 @@ def test_bounds_out_of_range_are_refused(clip_value):
         WeightClipping(clip_value)
 
 
-UNITS = {
-    nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
-    nn.Conv2d(4, 6, 3, groups=2): lambda w: [w[i] for i in range(6)],
-    nn.ConvTranspose2d(4, 6, 3): lambda w: [w[:, i] for i in range(6)],
-    nn.ConvTranspose1d(4, 6, 3, groups=2): lambda w: [w[2 * g : 2 * g + 2, i] for g in range(2) for i in range(3)],
-    nn.Embedding(7, 4): lambda w: [w[i] for i in range(7)],
-}
 INTERVALS = [(0.0, 1.5), (1.0, 1.0), (2.0, 3.0), (0.0, math.inf)]
 
 

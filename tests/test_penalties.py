@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, Memory, fit, loader, parameter, same, weights
+from helpers import UNITS, Classifier, Memory, fit, loader, parameter, same, weights
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -384,15 +384,6 @@ def test_the_logged_loss_has_no_penalty():
         trainer.fit(copy.deepcopy(Logs()), loader())
         losses.append(trainer.callback_metrics["loss"])
     assert_close(losses[0], losses[1], rtol=0.0, atol=0.0)
-
-
-UNITS = {
-    nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
-    nn.Conv2d(4, 6, 3, groups=2): lambda w: [w[i] for i in range(6)],
-    nn.ConvTranspose2d(4, 6, 3): lambda w: [w[:, i] for i in range(6)],
-    nn.ConvTranspose1d(4, 6, 3, groups=2): lambda w: [w[2 * g : 2 * g + 2, i] for g in range(2) for i in range(3)],
-    nn.Embedding(5, 3): lambda w: [w[i] for i in range(5)],
-}
 
 
 @pytest.mark.parametrize("layer", UNITS, ids=repr)

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Classifier, fit, parameter, same
+from helpers import UNITS, Classifier, fit, parameter, same
 from torch import nn
 from torch.testing import assert_close
 
 from lightning_reg import AdaptiveGradientClipping, GradientCentralization
 from lightning_reg.functional import centralize_gradients_, clip_unit_gradients_, units_of
 
-UNITS = {
-    nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
-    nn.Conv2d(4, 6, 3, groups=2): lambda w: [w[i] for i in range(6)],
-    nn.ConvTranspose2d(4, 6, 3): lambda w: [w[:, i] for i in range(6)],
-    nn.ConvTranspose1d(4, 6, 3, groups=2): lambda w: [w[2 * g : 2 * g + 2, i] for g in range(2) for i in range(3)],
-    nn.Embedding(7, 4): lambda w: [w[i] for i in range(7)],
-}
 each_layer = pytest.mark.parametrize(
     ("layer", "units"), [pytest.param(layer, units, id=type(layer).__name__) for layer, units in UNITS.items()]
 )
