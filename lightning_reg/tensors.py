@@ -13,13 +13,13 @@ from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "accumulated_norms",
     "dense_gradients",
     "fraction_beyond",
+    "is_sharded",
     "joint_norm",
     "local",
     "locals_of",
@@ -69,19 +69,25 @@ def sum_over_shards(part: Tensor, sharded: Tensor) -> Tensor:
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the parts of tensors that this rank holds, sharing their memory."""
-    if DTensor not in set(map(type, tensors)):  # one look at all of them is cheaper than one at each
-        return list(tensors)
-    return [local(tensor) for tensor in tensors]
+    return [local(tensor) for tensor in tensors] if is_sharded(tensors) else list(tensors)
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Return whether any of some tensors is divided among ranks."""
+    return DTensor in set(map(type, tensors))  # one look at all of them is cheaper than one at each
 
 
 def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Return this rank's part of each gradient, for adding to it: missing ones become zero, sparse ones dense."""
     gradients = [p.grad for p in params]
-    if type(None) in set(map(type, gradients)) or any(map(attrgetter("is_sparse"), gradients)):
+    kinds = set(map(type, gradients))
+    if type(None) in kinds or any(map(attrgetter("is_sparse"), gradients)):
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
         gradients = [p.grad for p in params]
-    return locals_of(cast("list[Tensor]", gradients))
+        kinds = set(map(type, gradients))
+    dense = cast("list[Tensor]", gradients)
+    return [local(gradient) for gradient in dense] if DTensor in kinds else dense
 
 
 def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:

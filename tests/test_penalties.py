@@ -89,6 +89,30 @@ def test_half_precision_is_summed_in_float32(penalty):
     assert abs(NAIVE[penalty](layers) - truth) > 0.05 * truth  # what a sum in bfloat16 comes to
 
 
+@pytest.mark.parametrize("penalty", [l1_penalty, l2_penalty])
+def test_large_tensors_are_summed_exactly(penalty):
+    large = torch.full((20, 1_000_000), 0.3)
+    truth = NAIVE[penalty]([large.double()])
+    assert_close(penalty([large]).double(), truth, rtol=1e-6, atol=0.0)
+    norm = torch.linalg.vector_norm(large, 1)  # one sum from end to end
+    assert abs(norm - NAIVE[l1_penalty]([large.double()])) > 1e-3 * norm
+
+
+def test_l1_of_many_tensors_of_few_shapes_and_dtypes():
+    """More of one shape than are worked on at a time, in between others, some of another dtype or memory layout."""
+    torch.manual_seed(0)
+    shapes = [(3, 4), (4, 3), (), (0, 2), (5,)] * 150
+    start = [torch.randn(shape).to([torch.float32, torch.bfloat16][i % 7 == 0]) for i, shape in enumerate(shapes)]
+    start += [torch.randn(4, 3).t(), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.tensor(1e-45)]
+    naive, added = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    (0.5 * NAIVE[l1_penalty](naive)).backward()
+    for p in added:
+        p.grad = torch.ones_like(p)
+    add_l1_gradient_(added, 0.5)
+    assert all(torch.equal(one.grad, other.grad + 1) for one, other in zip(added, naive, strict=True))
+    assert_close(l1_penalty(start), NAIVE[l1_penalty]([p.double() for p in start]).float())
+
+
 @pytest.mark.parametrize("add", [add_l1_gradient_, add_l2_gradient_])
 def test_a_gradient_is_added_to_what_there_is(add):
     theta, missing = parameter([1.0, -2.0], grad=[10.0, 10.0]), parameter([1.0, -2.0])

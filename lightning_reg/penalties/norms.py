@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_reg.bunches import ENTRIES, bunches, pieces
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of
+from lightning_reg.tensors import accumulated_norms, dense_gradients, is_sharded, locals_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -92,13 +94,10 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         >>> theta.grad
         tensor([ 0.5000, -0.5000,  0.0000])
     """
-    gradients, tensors = dense_gradients(params), locals_of(params)
-    large = [index for index, tensor in enumerate(tensors) if tensor.numel() > _PIECE]
-    for index in reversed([index for index in large if _has_pieces(tensors[index]) and gradients[index].is_contiguous()]):
-        _add_signs_(gradients.pop(index), tensors.pop(index), strength)
-    for begin in range(0, len(tensors), _TENSORS):
-        signs = torch._foreach_sign(tensors[begin : begin + _TENSORS])
-        torch._foreach_add_(gradients[begin : begin + _TENSORS], signs, alpha=strength)
+    gradients = dense_gradients(params)
+    for source, room, signs, beside in bunches(locals_of(params), gradients):
+        torch.sign(source, out=room)
+        torch._foreach_add_(beside, signs, alpha=strength)
 
 
 @torch.no_grad()
@@ -251,53 +250,39 @@ class ElasticNetPenalty(Penalty):
             add_l2_gradient_(params, strength * self.current["l2"])
 
 
-_PIECE, _TENSORS = 1 << 20, 32
-"""How many signs, and of how many tensors, are held at once: few enough for a cache, many enough for the cost of a call."""
-
-
 def _few_nodes(value: NodeValue, gradients: NodeGradients, params: Sequence[Tensor]) -> Tensor:
     """Sum over one node for all small tensors, which saves calls, and one for each large one, whose gradient can go at once."""
-    small = [p for p in params if p.numel() <= _PIECE]
-    parts = [*([p] for p in params if p.numel() > _PIECE), *([small] if small else [])]
-    terms = [one_node(value, gradients, part) for part in parts or [small]]
-    return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+    small = [p for p in params if p.numel() <= ENTRIES]
+    parts = [*([p] for p in params if p.numel() > ENTRIES), *([small] if small else [])]
+    return _total(one_node(value, gradients, part) for part in parts or [small])
 
 
-def _has_pieces(tensor: Tensor) -> bool:
-    """Return whether a tensor is better worked on piece by piece."""
-    return tensor.numel() > _PIECE and tensor.is_contiguous()
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the same flat pieces of contiguous tensors of one shape."""
-    return zip(*(torch.split(tensor.view(-1), _PIECE) for tensor in tensors), strict=True)
-
-
-def _add_signs_(gradient: Tensor, tensor: Tensor, strength: float) -> None:
-    """Add the signs of a large tensor piece by piece, so that no temporary of its size is made."""
-    signs = torch.empty(_PIECE, dtype=tensor.dtype, device=tensor.device)
-    for some, of in _pieces(gradient, tensor):
-        some.add_(torch.sign(of, out=signs[: of.numel()]), alpha=strength)
+def _total(terms: Iterable[Tensor]) -> Tensor:
+    found = list(terms)
+    return found[0] if len(found) == 1 else torch.stack(found).sum()
 
 
 def _l1_value(params: Sequence[Tensor]) -> Tensor:
-    return torch.stack(accumulated_norms(params, 1)).sum()
+    if is_sharded(params):
+        return torch.stack(accumulated_norms(params, 1)).sum()
+    return _total(torch.abs(bunch.source, out=bunch.room).sum() for bunch in bunches(params, precise=True))
 
 
 def _l1_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    if not all(map(_has_pieces, params)):
+    if len(params) > 1:
         signs = list(torch._foreach_sign(list(params)))
         torch._foreach_mul_(signs, factor)
         return signs
     gradients = [torch.empty_like(p) for p in params]
-    for gradient, p in zip(gradients, params, strict=True):
-        for some, of in _pieces(gradient, p):
-            torch.sign(of, out=some).mul_(factor)
+    for some, of in chain.from_iterable(map(pieces, gradients, params)):
+        torch.sign(of, out=some).mul_(factor)
     return gradients
 
 
 def _l2_value(params: Sequence[Tensor]) -> Tensor:
-    return torch.stack(accumulated_norms(params, 2)).square().sum() / 2
+    if is_sharded(params):
+        return torch.stack(accumulated_norms(params, 2)).square().sum() / 2
+    return _total(torch.square(bunch.source, out=bunch.room).sum() for bunch in bunches(params, precise=True)) / 2
 
 
 def _l2_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:

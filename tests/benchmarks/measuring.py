@@ -8,6 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.utils.benchmark import Timer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,17 +50,20 @@ def parameters(shapes: list[tuple[int, ...]]) -> list[Tensor]:
 
 
 def measure(contenders: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Return the median times of functions that take turns, in seconds."""
+    """Return the median times of functions that take turns, in seconds; a turn is a block of calls by torch's Timer."""
+    threads = torch.get_num_threads()
+    timers = [Timer("run()", globals={"run": contender}, num_threads=threads) for contender in contenders]
+    calls = [max(int(_BLOCK / timer.timeit(1).mean), 1) for timer in timers]
     times: list[list[float]] = [[] for _ in contenders]
-    for contender in contenders:
-        contender()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 5:
-        for kept, contender in zip(times, contenders, strict=True):
-            start = time.perf_counter()
-            contender()
-            kept.append(time.perf_counter() - start)
+        for kept, timer, number in zip(times, timers, calls, strict=True):
+            kept.append(timer.timeit(number).mean)
     return [median(kept) for kept in times]
+
+
+_BLOCK = 0.02
+"""How many seconds a block of calls takes at least."""
 
 
 def both(claim: Claim, seconds: float) -> tuple[list[float], list[float]]:

@@ -1,0 +1,101 @@
+"""Tensors a few at a time: large ones in pieces, small ones of one shape stacked, so that a call is for what fits a cache."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import chain
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
+
+__all__ = ["ENTRIES", "Bunch", "bunches", "pieces"]
+
+ENTRIES, TENSORS = 1 << 20, 128
+"""How many entries, of how many tensors, are worked on at a time: few enough for a cache, many enough to be worth a call."""
+
+
+class Bunch(NamedTuple):
+    """Some tensors of one shape, and room for as many.
+
+    Args:
+        source: The tensors to read: one as it is, or several stacked in the room.
+        room: As large as the source, to write to.
+        parts: Views of the room, one for each tensor.
+        beside: What lies beside each tensor.
+    """
+
+    source: Tensor
+    room: Tensor
+    parts: tuple[Tensor, ...]
+    beside: list[Tensor]
+
+
+def pieces(*beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield pieces along the first dimension of tensors of one shape that lie beside each other; small ones as they are.
+
+    Example:
+        >>> [piece.shape[0] for piece, in pieces(torch.zeros(3000, 1000))]
+        [1048, 1048, 904]
+    """
+    entries = beside[0].numel()
+    if entries <= ENTRIES:
+        return iter([beside])
+    rows = max(ENTRIES * len(beside[0]) // entries, 1)
+    return zip(*(torch.split(tensor, rows) for tensor in beside), strict=True)
+
+
+def bunches(tensors: Sequence[Tensor], beside: Sequence[Tensor] | None = None, *, precise: bool = False) -> Iterator[Bunch]:
+    """Yield tensors by their shape, dtype and device, in bunches whose room is used again for the next one.
+
+    Args:
+        tensors: In any order; it is not kept.
+        beside: A tensor of the same shape for each; the tensors themselves by default.
+        precise: Whether the room is in float32 or better, whatever the dtype of the tensors.
+
+    Example:
+        >>> [bunch.source.tolist() for bunch in bunches([torch.ones(2), torch.ones(1), torch.zeros(2)])]
+        [[[1.0, 1.0], [0.0, 0.0]], [1.0]]
+    """
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for kind, one, other in zip(map(_kind_in(tensors), tensors), tensors, tensors if beside is None else beside, strict=True):
+        ones, others = alike[kind]
+        ones.append(one)
+        others.append(other)
+    for ones, others in alike.values():
+        dtype = torch.promote_types(ones[0].dtype, torch.float32) if precise else ones[0].dtype
+        yield from _in_pieces(ones, others, dtype) if ones[0].numel() > ENTRIES else _stacked(ones, others, dtype)
+
+
+def _kind_in(tensors: Sequence[Tensor]) -> Callable[[Tensor], Any]:
+    """Return what tells apart tensors that cannot be stacked: the shape alone where nothing else differs, which is quicker."""
+    uniform = len(set(map(attrgetter("dtype"), tensors))) == 1 and all(map(attrgetter("is_cpu"), tensors))
+    return attrgetter("shape") if uniform else attrgetter("shape", "dtype", "device")
+
+
+def _in_pieces(tensors: list[Tensor], beside: list[Tensor], dtype: torch.dtype) -> Iterator[Bunch]:
+    """Yield the pieces of large tensors one by one."""
+    room = torch.empty_like(next(pieces(tensors[0]))[0], dtype=dtype)
+    for source, other in chain.from_iterable(map(pieces, tensors, beside)):
+        part = room[: len(source)]
+        yield Bunch(source if source.dtype == dtype else part.copy_(source), part, (part,), [other])
+
+
+def _stacked(tensors: list[Tensor], beside: list[Tensor], dtype: torch.dtype) -> Iterator[Bunch]:
+    """Yield small tensors, many at a time."""
+    first = tensors[0]
+    most = min(max(ENTRIES // max(first.numel(), 1), 1), TENSORS, len(tensors))
+    room = torch.empty((most, *first.shape), dtype=dtype, device=first.device)
+    parts = tuple(room.unbind())
+    for begin in range(0, len(tensors), most):
+        some, others = tensors[begin : begin + most], beside[begin : begin + most]
+        if len(some) == 1 and first.dtype == dtype:
+            yield Bunch(some[0], parts[0], parts[:1], others)
+        else:
+            filled = torch.stack(some, out=room[: len(some)])
+            yield Bunch(filled, filled, parts[: len(some)], others)
