@@ -78,6 +78,7 @@ class Regularizer(Configured, Callback, ABC):
 
     def __init__(self, name: str | None) -> None:
         self.name = name or self._default_name()
+        self._state_key = self._generate_state_key(name=self.name)
         self.current = {key: self._constant(key, limit, value) for key, limit, value in self._given()}
         self.listening = False  # whether the fit has a logger
         self.logging = False  # whether this step is logged
@@ -106,8 +107,8 @@ class Regularizer(Configured, Callback, ABC):
         """Whether it adds :meth:`loss_term` to the loss in this fit."""
         return False
 
-    def loss_term(self, optimizer: Optimizer, last: bool) -> Tensor | None:
-        """Return what to add to the loss of a batch, the ``last`` of its optimizer step or not; ``None`` for nothing."""
+    def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
+        """Return what to add to a batch's loss and what to multiply it by, or ``None``; ``last`` if the step is due then."""
         return None
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
@@ -119,7 +120,10 @@ class Regularizer(Configured, Callback, ABC):
         return True
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Change the gradients of the stepping optimizer's selected parameters: after unscaling, before the update."""
+        """Change the gradients of the stepping optimizer's selected parameters: after unscaling, before the update.
+
+        Not called where the loss of this step has had its :meth:`loss_term`.
+        """
 
     def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Change the selected parameters between the backward pass and an update that will really happen."""
@@ -223,7 +227,7 @@ class Regularizer(Configured, Callback, ABC):
     @property
     def state_key(self) -> str:
         """Return the key of its state in a checkpoint, its own for each name."""
-        return self._generate_state_key(name=self.name)
+        return self._state_key  # Lightning asks for it with every hook
 
     def _as_given(self, argument: str) -> Any:
         """Return a constructor's argument for ``repr``: a name that was made up counts as none."""

@@ -48,9 +48,13 @@ class Driver:
             hook: [cb for cb in self.regularizers if cb.overrides(hook)]
             for hook in ("permits", "gradients", "before_update", "weights", "epoch_end", "uphold")
         }
+        self._adding: list[Regularizer] = []
+        self._automatic = pl_module.automatic_optimization
+        self._scaler: torch.amp.GradScaler | None = None
         self._plan: Plan | None = None
         self._handles: list[RemovableHandle] = []
         self._logging = False
+        self._penalised = False  # whether the loss of this step has had its terms
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
         self._trained = False  # whether the epoch has had a step
         self._stepped: set[Optimizer] = set()
@@ -64,9 +68,11 @@ class Driver:
             regularizer.listening = bool(self.trainer.loggers)
             regularizer.attach(self.trainer, self.pl_module)
             regularizer.figures.to(self.pl_module.device)
+        self._adding = [regularizer for regularizer in self.regularizers if regularizer.adds_to_loss]
+        self._scaler = host.grad_scaler(self.trainer)
         for optimizer in self.trainer.optimizers:
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            if host.grad_scaler(self.trainer) is not None:  # it has run the closure before it calls the optimizer
+            if self._scaler is not None:  # it has run the closure before it calls the optimizer
                 self._handles.append(optimizer.register_step_pre_hook(self._before_update))
             if isinstance(optimizer, LBFGS):
                 self._handles.append(optimizer.register_step_pre_hook(self._penalise_closure))
@@ -89,9 +95,11 @@ class Driver:
         """Move every value to the progress at which the current optimizer step began."""
         assert self._plan is not None, "Lightning calls on_train_start before the first batch"
         self._steps_in_batch = 0
-        self._check_steps_are_seen()
+        if self._about_to_step:
+            self._check_steps_are_seen()
         if host.begins_step(self.trainer, batch_idx):
-            self._has_gradients = not self.pl_module.automatic_optimization
+            self._has_gradients = not self._automatic
+            self._penalised = False
         progress = self._plan.progress(host.batches_at_step_start(self.trainer, batch_idx))
         self._logging = host.logs_this_step(self.trainer)
         for regularizer in self.regularizers:
@@ -101,10 +109,11 @@ class Driver:
     def before_backward(self, loss: Tensor) -> None:
         """Add to the loss what belongs there."""
         self._has_gradients = True
-        adding = [regularizer for regularizer in self.regularizers if regularizer.adds_to_loss]
-        if adding:
-            optimizer, last = self.trainer.optimizers[0], not host.accumulates(self.trainer)
-            _add_(loss, [regularizer.loss_term(optimizer, last) for regularizer in adding], host.grad_scaler(self.trainer))
+        if self._adding:
+            optimizer, self._penalised = self.trainer.optimizers[0], not host.accumulates(self.trainer)
+            for regularizer in self._adding:
+                if term := regularizer.loss_term(optimizer, self._penalised):
+                    _add_(loss, *term, self._scaler)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Let every regularizer change the gradients of the optimizer that is about to step."""
@@ -112,15 +121,17 @@ class Driver:
             return
         self._about_to_step.add(optimizer)
         self._skipped.discard(optimizer)
-        step = self._step()
-        with torch.no_grad():
-            if not self._permitted(optimizer, step):
-                self._skip(optimizer)
-                return
-            for regularizer in self._acting["gradients"]:
-                if params := regularizer.members(optimizer):
-                    regularizer.gradients(params, optimizer, step)
-        if host.grad_scaler(self.trainer) is None:
+        acting = [cb for cb in self._acting["gradients"] if not (self._penalised and cb.adds_to_loss)]
+        if acting or self._acting["permits"]:
+            step = self._step()
+            with torch.no_grad():
+                if not self._permitted(optimizer, step):
+                    self._skip(optimizer)
+                    return
+                for regularizer in acting:
+                    if params := regularizer.members(optimizer):
+                        regularizer.gradients(params, optimizer, step)
+        if self._scaler is None:
             self._before_update(optimizer)
 
     def _permitted(self, optimizer: Optimizer, step: Step) -> bool:
@@ -138,22 +149,24 @@ class Driver:
 
     def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
         """Let every regularizer decay the weights; a step that a loss scaler skips does not come here."""
-        with torch.no_grad():
-            for regularizer in self._acting["before_update"] if self._is_step(optimizer) else ():
-                if params := regularizer.members(optimizer):
-                    regularizer.before_update(params, optimizer)
+        if self._acting["before_update"] and self._is_step(optimizer):
+            with torch.no_grad():
+                for regularizer in self._acting["before_update"]:
+                    if params := regularizer.members(optimizer):
+                        regularizer.before_update(params, optimizer)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Let every regularizer change the weights that an optimizer has just updated."""
         if not self._is_step(optimizer):
             self._about_to_step.discard(optimizer)
             return
-        step = self._step()
         self._stepped.add(optimizer)
-        with torch.no_grad():
-            for regularizer in self._acting["weights"]:
-                if params := regularizer.members(optimizer):
-                    regularizer.weights(params, optimizer, step)
+        if self._acting["weights"]:
+            step = self._step()
+            with torch.no_grad():
+                for regularizer in self._acting["weights"]:
+                    if params := regularizer.members(optimizer):
+                        regularizer.weights(params, optimizer, step)
         self._steps_in_batch += 1
         if optimizer not in self._about_to_step:
             rank_zero_warn(
@@ -168,13 +181,13 @@ class Driver:
 
     def _step(self) -> Step:
         """Return which optimizer step is being taken."""
-        if self.pl_module.automatic_optimization:
+        if self._automatic:
             return Step(self.trainer.global_step)
         return Step(self.trainer.fit_loop.total_batch_idx, self._steps_in_batch)
 
     def _check_steps_are_seen(self) -> None:
         """Refuse an optimizer whose steps cannot be followed, unless a loss scaler may have skipped the step."""
-        if self._about_to_step and host.grad_scaler(self.trainer) is None:
+        if self._scaler is None:
             names = ", ".join(type(optimizer).__name__ for optimizer in self._about_to_step)
             raise RuntimeError(
                 f"{names} does not run the hooks of its steps, so nothing could act on the updated weights: let it subclass "
@@ -223,12 +236,16 @@ class Driver:
         return list(dict.fromkeys(p for optimizer in self.trainer.optimizers for p in regularizer.members(optimizer)))
 
 
-def _add_(loss: Tensor, terms: Sequence[Tensor | None], scaler: torch.amp.GradScaler | None) -> None:
-    """Add terms to a loss in place, multiplied by the loss scale where there is one."""
-    present = [term.to(loss.device) for term in terms if term is not None]
-    if present:
-        total = torch.stack(present).sum()
-        loss.add_((scaler.scale(total) if scaler else total).to(loss.dtype))
+def _add_(loss: Tensor, value: Tensor, factor: float, scaler: torch.amp.GradScaler | None) -> None:
+    """Add a value times a factor to a loss in place, multiplied by the loss scale where there is one."""
+    if value.device != loss.device:
+        value = value.to(loss.device)
+    if scaler:
+        value = scaler.scale(value)
+    if value.dtype == loss.dtype:
+        loss.add_(value, alpha=factor)
+    else:  # the factor must not be rounded to the loss' precision
+        loss.add_((factor * value).to(loss.dtype))
 
 
 def _to_host(values: Sequence[float | Tensor]) -> list[float]:

@@ -191,6 +191,8 @@ def flattening_root(trainer: Trainer) -> Any:
 
 def any_rank(trainer: Trainer, flags: Tensor) -> Tensor:
     """Return, for each of some flags, whether it is set on any rank; every rank must ask."""
+    if trainer.world_size == 1:
+        return flags
     total = trainer.strategy.reduce(flags.float(), reduce_op="sum")
     assert isinstance(total, torch.Tensor)
     return total > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def hashed(*key: object) -> int:
         >>> hashed("name", 7) == hashed("name", 7), hashed("name", 7) == hashed("name", 8)
         (True, False)
     """
-    return random.Random("/".join(map(str, key))).getrandbits(32)
+    return int.from_bytes(blake2b("/".join(map(str, key)).encode(), digest_size=4).digest(), "big")
 
 
 def check_seed(what: str, seed: Any) -> int:

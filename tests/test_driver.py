@@ -225,7 +225,7 @@ def strengths(schedule, *callbacks, model=None, data=None, **kwargs):
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Seen(schedule), *callbacks], model, data, **kwargs)
+    fit([Seen(schedule, inject="gradient"), *callbacks], model, data, **kwargs)
     return seen
 
 

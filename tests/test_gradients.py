@@ -46,6 +46,22 @@ def test_norm_clipping_is_torchs_to_the_last_bit(norm_type, max_norm, dtype):
     assert ours[-1].grad is None
 
 
+def test_the_factor_on_the_host_is_torchs_to_the_last_bit():
+    """Of random norms and bounds over the whole range of float32, and of those at its ends."""
+    random = np.random.default_rng(0)
+    norms = np.concatenate([10 ** random.uniform(-44, 38, 3000), random.uniform(0.5, 2, 3000), [0, math.inf, math.nan, 3e38]])
+    bounds = np.concatenate([10 ** random.uniform(-38, 38, 3000), random.uniform(0.5, 2, 3000), [1e-3, 1.0, 1.0, math.inf]])
+    doubles = 0
+    for norm, bound in zip(norms, bounds, strict=True):
+        ours, theirs = (parameter([1.0], grad=[norm]) for _ in range(2))
+        clip_gradient_norm_([ours], bound)
+        nn.utils.clip_grad_norm_([theirs], bound)
+        assert_close(ours.grad, theirs.grad, rtol=0.0, atol=0.0, equal_nan=True)
+        given = parameter([1.0], grad=[norm]).grad
+        doubles += torch.equal(given * min(bound / (given.item() + 1e-6), 1.0), theirs.grad)
+    assert doubles < 0.9 * len(norms)  # a factor in double precision would differ
+
+
 def test_value_clipping_is_torchs_to_the_last_bit():
     ours, theirs = with_gradients(), with_gradients()
     clip_gradient_value_(ours, 0.5)

@@ -136,6 +136,20 @@ def test_no_parameters_are_no_penalty():
     add_l2_gradient_([], 1.0)
 
 
+def test_the_strength_is_not_rounded_to_the_precision_of_the_loss():
+    """A loss in bfloat16, where 0.1 is 0.1001, of weights in float32."""
+
+    class Half(Classifier):
+        def training_step(self, batch, batch_idx):
+            return 0 * super().training_step(batch, batch_idx).bfloat16()
+
+    trained = fit([L2Penalty(0.1)], Half(lr=1.0, momentum=0.0), max_epochs=1, limit_train_batches=1).net[0].weight
+    start = Half().net[0].weight
+    assert_close(trained, start - 0.1 * start, rtol=1e-6, atol=0.0)
+    rounded = torch.tensor(0.1).bfloat16().float()
+    assert not torch.allclose(trained, start - rounded * start, rtol=1e-6, atol=0.0)
+
+
 def test_l2_on_the_gradient_route_is_weight_decay_to_the_last_bit():
     ours = fit([L2Penalty(0.01, params="all", inject="gradient")])
     assert same(ours, fit(model=Classifier(weight_decay=0.01)))

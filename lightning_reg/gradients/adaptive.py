@@ -59,21 +59,7 @@ def clip_unit_gradients_(
     Reference:
         A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
     """
-    where = units or [Units()] * len(params)
-    held = [(p, p.grad, of) for p, of in zip(params, where, strict=True) if p.grad is not None and p.numel()]
-    if any(gradient.is_sparse for _, gradient, _ in held):
-        raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: make the embedding with sparse=False")
-    smallest = torch.ones((), device=params[0].device if params else "cpu")
-    for some in _batches(held):
-        factors = [_norms(p, of) for p, _, of in some]
-        torch._foreach_clamp_min_(factors, eps)
-        torch._foreach_mul_(factors, clip_factor)
-        torch._foreach_div_(factors, tuple(_norms(gradient, of) for _, gradient, of in some))
-        torch._foreach_clamp_max_(factors, 1.0)
-        torch._foreach_mul_([_view(gradient, of) for _, gradient, of in some], tuple(factors))
-        lowest = [factor.amin().to(smallest) for factor in factors if factor.numel()]
-        smallest = torch.stack([smallest, *lowest]).amin()
-    return smallest
+    return _smallest(_clip_units_(params, clip_factor, eps, units or [Units()] * len(params)))
 
 
 class AdaptiveGradientClipping(GradientClipping):
@@ -118,9 +104,9 @@ class AdaptiveGradientClipping(GradientClipping):
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip, and keep how often there was something to clip."""
         with self.watched(params, optimizer):
-            smallest = clip_unit_gradients_(params, self.current["clip_factor"], self.eps, self.units(params))
+            factors = _clip_units_(params, self.current["clip_factor"], self.eps, self.units(params))
         if self.listening and any(p.grad is not None for p in params):
-            smallest = smallest_anywhere(smallest.nan_to_num(0.0), params)
+            smallest = smallest_anywhere(_smallest(factors).to(params[0].device).nan_to_num(0.0), params)
             self.figures.average(self.label("clipped_steps", optimizer), smallest, then=_is_below_one)
             self.figures.count(self.label("nonfinite_steps", optimizer), smallest, then=_is_zero)
 
@@ -152,6 +138,29 @@ def _is_below_one(factors: Tensor) -> Tensor:
 
 def _is_zero(factors: Tensor) -> Tensor:
     return factors == 0
+
+
+def _clip_units_(params: Sequence[Tensor], clip_factor: float, eps: float, where: Sequence[Units]) -> list[Tensor]:
+    """Scale the gradients, and return the factors of all units."""
+    found: list[Tensor] = []
+    held = [(p, p.grad, of) for p, of in zip(params, where, strict=True) if p.grad is not None and p.numel()]
+    if any(gradient.is_sparse for _, gradient, _ in held):
+        raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: make the embedding with sparse=False")
+    for some in _batches(held):
+        factors = [_norms(p, of) for p, _, of in some]
+        torch._foreach_clamp_min_(factors, eps)
+        torch._foreach_mul_(factors, clip_factor)
+        torch._foreach_div_(factors, tuple(_norms(gradient, of) for _, gradient, of in some))
+        torch._foreach_clamp_max_(factors, 1.0)
+        torch._foreach_mul_([_view(gradient, of) for _, gradient, of in some], tuple(factors))
+        found += factors
+    return found
+
+
+def _smallest(factors: Sequence[Tensor]) -> Tensor:
+    """Return the smallest of all factors, 1 where there are none."""
+    lowest = [factor.amin() for factor in factors if factor.numel()]
+    return torch.stack([low.to(lowest[0]) for low in lowest]).amin() if lowest else torch.ones(())
 
 
 def _norms(tensor: Tensor, of: Units) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from ctypes import c_float
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,7 +12,7 @@ from lightning_reg import host
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE
 from lightning_reg.gradients.base import GradientClipping
-from lightning_reg.tensors import accumulated_norms, fraction_beyond, joint_norm, locals_of, present_gradients
+from lightning_reg.tensors import accumulated_norms, fraction_beyond, joint_norm, locals_of, on_host, present_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,8 +63,8 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
     """
     gradients = present_gradients(params)
     norm = joint_norm(gradients, norm_type)
-    if gradients:
-        torch._foreach_mul_(locals_of(gradients), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if gradients and (factor := _clip_factor(norm, max_norm)) is not None:
+        torch._foreach_mul_(locals_of(gradients), factor)
     return norm
 
 
@@ -180,10 +181,10 @@ class GradientNormClipping(GradientClipping):
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip, and keep the fraction of steps in which there was something to clip."""
         norms = self._clip(params)
-        if not norms.numel():
+        if not self.listening or all(p.grad is None for p in params) or not norms.numel():
             return
-        if self.listening:
-            self.note(optimizer, norms.amax() if self.scope == "tensor" else norms[0], self.current["max_norm"])
+        norms = norms.view(-1)
+        self.note(optimizer, norms.amax() if self.scope == "tensor" else norms[0], self.current["max_norm"])
         if self.logging:
             after = norms.clamp(max=self.current["max_norm"])
             for key, value in (("norm_before", norms), ("norm_after", after)):
@@ -194,11 +195,9 @@ class GradientNormClipping(GradientClipping):
         max_norm = self.current["max_norm"]
         if self._root is not None:
             norm: Tensor = self._root.clip_grad_norm_(max_norm, self.norm_type)
-            return norm.view(1)
-        if self.scope == "tensor":
-            return clip_gradient_norms_(params, max_norm, self.norm_type)
-        norm = clip_gradient_norm_(params, max_norm, self.norm_type)
-        return norm.view(1) if any(p.grad is not None for p in params) else norm.new_zeros(0)
+            return norm
+        clip = clip_gradient_norms_ if self.scope == "tensor" else clip_gradient_norm_
+        return clip(params, max_norm, self.norm_type)
 
 
 class GradientValueClipping(GradientClipping):
@@ -245,3 +244,17 @@ class GradientValueClipping(GradientClipping):
             self.observe(**{self.label("clipped_entries", optimizer): fraction_beyond(gradients, clip_value)})
         with self.watched(params, optimizer):
             clip_gradient_value_(params, clip_value)
+
+
+def _clip_factor(norm: Tensor, max_norm: float) -> Tensor | float | None:
+    """Return what a gradient of some norm is multiplied by, or ``None`` where that is known to be 1."""
+    if not on_host(norm) or norm.dtype != torch.float32:
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # the same numbers, to the last bit, as on a device: torch divides by a tensor by multiplying with its reciprocal
+    inverse = _float32(1.0 / _float32(norm.item() + _float32(1e-6)))
+    factor = _float32(inverse * _float32(max_norm))
+    return None if factor >= 1.0 else factor
+
+
+def _float32(number: float) -> float:
+    return c_float(number).value

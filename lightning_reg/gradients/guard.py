@@ -12,7 +12,7 @@ from lightning_reg import host
 from lightning_reg.base import Phase
 from lightning_reg.configuration import check_whole
 from lightning_reg.gradients.base import GradientProcessing
-from lightning_reg.tensors import local, locals_of, present_gradients
+from lightning_reg.tensors import locals_of, present_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,10 +41,14 @@ def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
         >>> nonfinite_gradients(params)
         tensor([ True, False])
     """
-    parts = [present_gradients([p]) for p in params]
-    empty = torch.zeros(1, device=params[0].device if params else "cpu")
-    filled = [local(part[0]) if part and local(part[0]).numel() else empty for part in parts]
-    return ~torch.stack(torch._foreach_norm(filled, math.inf)).isfinite() if filled else empty[:0].bool()
+    parts = locals_of(present_gradients(params))
+    if len(parts) < len(params) or not all(part.numel() for part in parts):
+        found = [locals_of(present_gradients([p])) for p in params]
+        empty = torch.zeros(1, device=params[0].device)
+        parts = [part[0] if part and part[0].numel() else empty for part in found]
+    if not parts:
+        return torch.zeros(0, dtype=torch.bool)
+    return (torch.stack(torch._foreach_norm(parts, math.inf)) < math.inf).logical_not_()
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_reg.base import Phase
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.modules import ForwardHook, ModuleRegularizer
+from lightning_reg.tensors import total
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -84,7 +85,7 @@ class ActivityPenalty(ModuleRegularizer):
         super().__init__(name)
         self._handles: list[RemovableHandle] = []
         self._seen: list[Tensor] = []
-        self._term: Tensor | None = None
+        self._term: tuple[Tensor, float] | None = None
         self._trainer: Trainer | None = None
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
@@ -140,21 +141,20 @@ class ActivityPenalty(ModuleRegularizer):
         """Always: it has no other route."""
         return True
 
-    def loss_term(self, optimizer: Optimizer, last: bool) -> Tensor | None:
-        """Return λ mean ‖h‖ of this batch, divided by the number of batches in a step as Lightning divides the loss."""
+    def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
+        """Return mean ‖h‖ of this batch, and λ divided by the number of batches in a step as Lightning divides the loss."""
         if not self._seen or self._trainer is None:
             return None
-        total = self.current["strength"] * torch.stack(self._seen).sum()
+        value = total(self._seen)
         self._seen.clear()
         if self.logging:
-            self.observe(penalty=total.detach())
-        term = total / self._trainer.accumulate_grad_batches
-        self._term = term.detach()
-        return term
+            self.observe(penalty=self.current["strength"] * value.detach())
+        self._term = value.detach(), self.current["strength"] / self._trainer.accumulate_grad_batches
+        return value, self._term[1]
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
         """Return what the last batch added."""
-        return self._term
+        return self._term and self._term[0] * self._term[1]
 
     def route(self) -> str:
         """Say that it has the loss route only."""

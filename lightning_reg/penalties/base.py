@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Literal
 
@@ -76,7 +77,6 @@ class Penalty(ParameterRegularizer):
         self.inject = inject
         super().__init__(params, name)
         self._to_loss = False
-        self._in_loss = False
         self._terms: dict[int, Tensor] = {}
 
     @abstractmethod
@@ -108,7 +108,6 @@ class Penalty(ParameterRegularizer):
         if self.inject == "loss" and obstacle:
             raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
         self._to_loss = self.inject != "gradient" and obstacle is None
-        self._in_loss = self._to_loss
         if not self._to_loss:
             self.require_unscaled_gradients(trainer)
 
@@ -127,15 +126,14 @@ class Penalty(ParameterRegularizer):
         """Whether it takes the loss route in this fit."""
         return self._to_loss
 
-    def loss_term(self, optimizer: Optimizer, last: bool) -> Tensor | None:
-        """Return λ R(θ) with the last batch of an optimizer step."""
-        self._in_loss = last
+    def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
+        """Return R(θ) and λ with the last batch of an optimizer step."""
         params = self.members(optimizer) if last and self.scale else []
         if not params:
             return None
-        term = self.scale * self._checked(params)
-        self._log(optimizer, term)
-        return term
+        value = self._checked(params)
+        self._log(optimizer, value)
+        return value, self.scale
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
         """Return λ R(θ)."""
@@ -143,17 +141,17 @@ class Penalty(ParameterRegularizer):
         return self.scale * self.value(params) if params else None
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Add λ ∇R(θ), unless this step's loss has had its term."""
-        if self._in_loss or not self.scale:
+        """Add λ ∇R(θ), where this step's loss has not had its term."""
+        if not self.scale:
             return
         self.add_gradient_(params, self.scale)
         if self.logging:
-            self._log(optimizer, self.scale * self.value(params))
+            self._log(optimizer, self.value(params))
 
-    def _log(self, optimizer: Optimizer, term: Tensor) -> None:
+    def _log(self, optimizer: Optimizer, value: Tensor) -> None:
         """Log the penalty over all optimizers, each as of its last step."""
         if self.logging:
-            self._terms[id(optimizer)] = whole(term.detach())
+            self._terms[id(optimizer)] = self.scale * whole(value.detach())
             self.observe(penalty=torch.stack(list(self._terms.values())).sum())
 
     def _checked(self, params: Sequence[Tensor]) -> Tensor:
@@ -166,7 +164,7 @@ class Penalty(ParameterRegularizer):
             raise ValueError(f"{what} a tensor of shape {tuple(value.shape)}: sum over all entries")
         if not value.requires_grad:
             raise ValueError(f"{what} one without a graph: compute it from params, without .data, .detach() or .item()")
-        if (self.logging or on_host(value)) and value.isnan() and all(p.isfinite().all() for p in params):
+        if (self.logging or on_host(value)) and math.isnan(value.item()) and all(p.isfinite().all() for p in params):
             raise ValueError(f"{what} NaN for finite parameters")
         return value
 

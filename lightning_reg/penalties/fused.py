@@ -11,18 +11,18 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["NodeGradients", "NodeValue", "one_node"]
 
-NodeValue: TypeAlias = Callable[[Sequence[Tensor]], Tensor]
-"""From tensors to a scalar."""
-NodeGradients: TypeAlias = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
-"""From tensors and a scalar to a gradient for each of them, times the scalar."""
+NodeValue: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, Any]]
+"""From tensors to a scalar, and to whatever of its making is worth keeping for the gradients."""
+NodeGradients: TypeAlias = Callable[[Sequence[Tensor], Tensor, Any], Sequence[Tensor]]
+"""From tensors, a scalar and what was kept to a gradient for each tensor, times the scalar."""
 
 
 def one_node(value: NodeValue, gradients: NodeGradients, params: Sequence[Tensor]) -> Tensor:
-    """Return ``value(params)``, differentiated by ``gradients(params, factor)``, the gradients times a factor.
+    """Return ``value(params)``, differentiated by ``gradients(params, factor, kept)``, the gradients times a factor.
 
     Args:
-        value: From tensors to a scalar.
-        gradients: From tensors and a scalar to a gradient for each of them.
+        value: From tensors to a scalar, and to what is kept.
+        gradients: From tensors, a scalar and what was kept to a gradient for each tensor.
         params: Tensors of any shapes; without any the value is 0.
     """
     return cast("Tensor", _OneNode.apply(value, gradients, *params)) if params else torch.zeros(())  # type: ignore[no-untyped-call]
@@ -33,9 +33,10 @@ class _OneNode(torch.autograd.Function):
     def forward(ctx: Any, value: NodeValue, gradients: NodeGradients, *params: Tensor) -> Tensor:
         ctx.save_for_backward(*params)
         ctx.gradients = gradients
-        return value(params)
+        result, ctx.kept = value(params)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.gradients(ctx.saved_tensors, grad)
+        return None, None, *ctx.gradients(ctx.saved_tensors, grad, ctx.kept)

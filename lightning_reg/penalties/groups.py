@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_reg.penalties.base import Penalty
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import dense_gradients, whole
+from lightning_reg.tensors import dense_gradients, total, whole
 from lightning_reg.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_group_lasso_gradient_(params: Sequence[Tensor], strength: float, units: 
     dense_gradients(params)
     for p, u in zip(params, layout, strict=True):
         assert p.grad is not None, "made dense"
-        unit_view(p.grad, u).addcmul_(unit_view(p, u), _group_lasso_factors(p, u), value=strength)
+        unit_view(p.grad, u).addcmul_(unit_view(p, u), _group_lasso_factors(local_unit_norms(p, u), p, u), value=strength)
 
 
 class GroupLassoPenalty(Penalty):
@@ -100,17 +100,19 @@ class GroupLassoPenalty(Penalty):
         add_group_lasso_gradient_(params, strength, self.units(params))
 
 
-def _group_lasso_value(params: Sequence[Tensor], units: Sequence[Units]) -> Tensor:
-    sums = [whole(unit_norms(p, u).sum()) * unit_size(p, u) ** 0.5 for p, u in zip(params, units, strict=True)]
-    return torch.stack(sums).sum()
+def _group_lasso_value(params: Sequence[Tensor], units: Sequence[Units]) -> tuple[Tensor, list[Tensor]]:
+    norms = [unit_norms(p, u) for p, u in zip(params, units, strict=True)]
+    sums = [whole(norm.sum()) * unit_size(p, u) ** 0.5 for norm, p, u in zip(norms, params, units, strict=True)]
+    return total(sums), norms
 
 
-def _group_lasso_factors(p: Tensor, units: Units) -> Tensor:
+def _group_lasso_factors(norms: Tensor, p: Tensor, units: Units) -> Tensor:
     """Return √|g| / ‖w_g‖ for each unit, and 0 for a unit that is zero."""
-    norms = local_unit_norms(p, units)
     return torch.where(norms > 0, unit_size(p, units) ** 0.5 / norms, 0.0).to(p.dtype)
 
 
-def _group_lasso_gradients(params: Sequence[Tensor], factor: Tensor, units: Sequence[Units]) -> Sequence[Tensor]:
-    scaled = [unit_view(p, u) * (_group_lasso_factors(p, u) * factor.to(p.dtype)) for p, u in zip(params, units, strict=True)]
-    return [gradient.view_as(p) for gradient, p in zip(scaled, params, strict=True)]
+def _group_lasso_gradients(
+    params: Sequence[Tensor], factor: Tensor, norms: Sequence[Tensor], units: Sequence[Units]
+) -> Sequence[Tensor]:
+    factors = [_group_lasso_factors(norm, p, u) * factor.to(p.dtype) for norm, p, u in zip(norms, params, units, strict=True)]
+    return [(unit_view(p, u) * f).view_as(p) for p, u, f in zip(params, units, factors, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,10 @@ from lightning_reg.bunches import ENTRIES, bunches, pieces
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import accumulated_norms, dense_gradients, is_sharded, locals_of
+from lightning_reg.tensors import accumulated_norms, dense_gradients, is_sharded, locals_of, total
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -240,7 +241,8 @@ class ElasticNetPenalty(Penalty):
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return λ₁Σ|θ| + λ₂/2 Σθ²."""
-        return self.current["l1"] * l1_penalty(params) + self.current["l2"] * l2_penalty(params)
+        l1, l2 = self.current["l1"], self.current["l2"]
+        return _few_nodes(partial(_elastic_net_value, l1=l1, l2=l2), partial(_elastic_net_gradients, l1=l1, l2=l2), params)
 
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
         """Add λ₁ sign(θ) + λ₂θ."""
@@ -254,21 +256,25 @@ def _few_nodes(value: NodeValue, gradients: NodeGradients, params: Sequence[Tens
     """Sum over one node for all small tensors, which saves calls, and one for each large one, whose gradient can go at once."""
     small = [p for p in params if p.numel() <= ENTRIES]
     parts = [*([p] for p in params if p.numel() > ENTRIES), *([small] if small else [])]
-    return _total(one_node(value, gradients, part) for part in parts or [small])
+    return total([one_node(value, gradients, part) for part in parts or [small]])
 
 
-def _total(terms: Iterable[Tensor]) -> Tensor:
-    found = list(terms)
-    return found[0] if len(found) == 1 else torch.stack(found).sum()
+def _by_norms(params: Sequence[Tensor]) -> bool:
+    """Return whether to sum by torch's norms: over shards, or where tensors are few and small, so that copies do not pay."""
+    return is_sharded(params) or (len(params) <= _FEW and all(p.numel() <= _SMALL for p in params))
 
 
-def _l1_value(params: Sequence[Tensor]) -> Tensor:
-    if is_sharded(params):
-        return torch.stack(accumulated_norms(params, 1)).sum()
-    return _total(torch.abs(bunch.source, out=bunch.room).sum() for bunch in bunches(params, precise=True))
+_FEW, _SMALL = 8, 1 << 12
+"""How many tensors, of how many entries, are summed by norms: these keep one running sum, which loses digits over many."""
 
 
-def _l1_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+def _l1_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
+    if _by_norms(params):
+        return total(accumulated_norms(params, 1)), None
+    return total([torch.abs(bunch.source, out=bunch.room).sum() for bunch in bunches(params, precise=True)]), None
+
+
+def _l1_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Sequence[Tensor]:
     if len(params) > 1:
         signs = list(torch._foreach_sign(list(params)))
         torch._foreach_mul_(signs, factor)
@@ -279,11 +285,23 @@ def _l1_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
     return gradients
 
 
-def _l2_value(params: Sequence[Tensor]) -> Tensor:
-    if is_sharded(params):
-        return torch.stack(accumulated_norms(params, 2)).square().sum() / 2
-    return _total(torch.square(bunch.source, out=bunch.room).sum() for bunch in bunches(params, precise=True)) / 2
+def _l2_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
+    if _by_norms(params):
+        return total(torch._foreach_pow(accumulated_norms(params, 2), 2)) / 2, None
+    return total([torch.square(bunch.source, out=bunch.room).sum() for bunch in bunches(params, precise=True)]) / 2, None
 
 
-def _l2_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+def _l2_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Sequence[Tensor]:
     return list(torch._foreach_mul(list(params), factor))
+
+
+def _elastic_net_value(params: Sequence[Tensor], l1: float, l2: float) -> tuple[Tensor, None]:
+    return l1 * _l1_value(params)[0] + l2 * _l2_value(params)[0], None
+
+
+def _elastic_net_gradients(params: Sequence[Tensor], factor: Tensor, kept: None, l1: float, l2: float) -> Sequence[Tensor]:
+    gradients = list(torch._foreach_sign(list(params)))
+    torch._foreach_mul_(gradients, l1)
+    torch._foreach_add_(gradients, list(params), alpha=l2)
+    torch._foreach_mul_(gradients, factor)
+    return gradients

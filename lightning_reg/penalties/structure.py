@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of, shard_like, whole
+from lightning_reg.penalties.norms import l2_penalty
+from lightning_reg.tensors import dense_gradients, locals_of, shard_like, total, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -226,28 +227,30 @@ def _matrix(p: Tensor) -> Tensor:
 
 def _excess(matrix: Tensor) -> Tensor:
     """Return the Gram matrix less the identity."""
-    return matrix @ matrix.t() - torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    gram = matrix @ matrix.t()
+    gram.diagonal().sub_(1)
+    return gram
 
 
-def _orthogonality_value(params: Sequence[Tensor]) -> Tensor:
-    return torch.stack([_excess(_matrix(p)).square().sum() for p in params]).sum() / 2
+def _orthogonality_value(params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    excesses = [_excess(_matrix(p)) for p in params]
+    return total([excess.square().sum() for excess in excesses]) / 2, excesses
 
 
-def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor, excesses: Sequence[Tensor]) -> Sequence[Tensor]:
     gradients = []
-    for p in params:
-        matrix = _matrix(p)
-        gradient = (2 * factor) * _excess(matrix) @ matrix
+    for p, excess in zip(params, excesses, strict=True):
+        gradient = (2 * factor) * excess @ _matrix(p)
         gradients.append((gradient if len(gradient) == len(p) else gradient.t()).reshape(p.shape).to(p.dtype))
     return gradients
 
 
-def _distance_value(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+def _distance_value(params: Sequence[Tensor], references: Sequence[Tensor]) -> tuple[Tensor, None]:
     apart = [p - reference for p, reference in zip(params, references, strict=True)]
-    return torch.stack(accumulated_norms(apart, 2)).square().sum() / 2
+    return l2_penalty(apart), None
 
 
-def _distance_gradients(params: Sequence[Tensor], factor: Tensor, references: Sequence[Tensor]) -> Sequence[Tensor]:
+def _distance_gradients(params: Sequence[Tensor], factor: Tensor, kept: None, references: Sequence[Tensor]) -> Sequence[Tensor]:
     gradients = list(torch._foreach_sub(list(params), list(references)))
     torch._foreach_mul_(gradients, factor)
     return gradients

@@ -71,10 +71,12 @@ def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Seq
     Reference:
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
+    if not threshold:
+        return
     for p, u in zip(params, units or [Units()] * len(params), strict=True):
         norms = local_unit_norms(p, u)
-        factors = (1 - threshold * unit_size(p, u) ** 0.5 / norms).clamp(min=0)
-        unit_view(p, u).mul_(factors.where(norms > 0, 0).to(p.dtype))
+        factors = (norms - threshold * unit_size(p, u) ** 0.5).div_(norms).clamp_(min=0)  # 0 for a unit of zeros too
+        unit_view(p, u).mul_(factors.to(p.dtype))
 
 
 class SoftThresholding(ParameterRegularizer):

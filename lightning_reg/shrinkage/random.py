@@ -43,7 +43,7 @@ def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.
         (True, True, 0.9)
     """
     for p in params:
-        p.mul_(1 - epsilon * torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device))
+        p.addcmul_(p, torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device), value=-epsilon)
 
 
 class RandomShrinkage(ParameterRegularizer):

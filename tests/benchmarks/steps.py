@@ -26,6 +26,7 @@ class Tiny(LightningModule):
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
         self.weight_decay = weight_decay
         self.ends: list[float] = []
