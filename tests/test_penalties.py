@@ -451,6 +451,15 @@ def test_the_group_lasso_of_zero_vectors_and_single_numbers():
     assert Units() == (0, 1)
 
 
+def test_the_group_lasso_of_the_smallest_numbers_of_half_precision():
+    """Whose factor, 1 / ‖w‖, is beyond the range of their dtype."""
+    start = torch.tensor([[0.0, 0.0], [6e-8, 6e-8]], dtype=torch.float16)
+    fused, added = (start.clone().requires_grad_() for _ in range(2))
+    group_lasso_penalty([fused]).backward()
+    add_group_lasso_gradient_([added], 1.0)
+    assert fused.grad.tolist() == added.grad.tolist() == [[0.0, 0.0], [1.0, 1.0]]
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 2, 3, 3), (20, 2, 3, 3)])
 def test_orthogonality_is_measured_on_the_smaller_gram_matrix(shape):
     torch.manual_seed(0)

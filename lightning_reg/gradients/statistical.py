@@ -11,7 +11,7 @@ import torch
 from lightning_reg.base import Phase
 from lightning_reg.configuration import POSITIVE, Interval, check_whole
 from lightning_reg.gradients.base import GradientClipping
-from lightning_reg.tensors import locals_of, precise_norm, present_gradients
+from lightning_reg.tensors import locals_of, on_host, precise_norm, present_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def remember_norm(history: Tensor, norm: Tensor) -> Tensor:
         >>> remember_norm(torch.tensor([1.0, 2.0]), torch.tensor(float("inf")))
         tensor([1., 2.])
     """
-    return torch.where(norm.isfinite(), torch.cat([history[1:], norm.to(history).view(1)]), history)
+    return torch.where(norm < math.inf, torch.cat([history[1:], norm.to(history).view(1)]), history)
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def update_norm_statistics(statistics: Tensor, norm: Tensor, decay: float, warmu
     squared = (norm - mean).square() * keep  # times keep: the product of the distances to the old mean and to the new one
     distance = torch.where(warm, squared * keep, squared)  # after the warm-up the source's squared distance to the new mean
     updated = torch.stack([count + 1, torch.lerp(norm, mean, keep), torch.lerp(distance, variance, keep)])
-    return torch.where(norm.isfinite(), updated, statistics)
+    return torch.where(norm < math.inf, updated, statistics)
 
 
 class _StatisticalClipping(GradientClipping):
@@ -142,7 +142,7 @@ class _StatisticalClipping(GradientClipping):
         norm, place = precise_norm(gradients), self.place(optimizer)
         memory = self._memory[place].to(norm.device) if place in self._memory else self.begin().to(norm)
         self._memory[place], bound = self.bound(memory, norm)
-        factor = torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))
+        factor = _factor(norm, bound)
         torch._foreach_mul_(locals_of(gradients), factor)
         if self.listening:
             self.note(optimizer, norm, bound)
@@ -261,5 +261,13 @@ class ZScoreGradientClipping(_StatisticalClipping):
     def bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Return the statistics with this norm after clipping, and the largest norm that those so far allow."""
         allowed = torch.where(memory[0] < self.warmup, math.inf, z_score_bound(norm, memory, self.current["z"]))
-        clipped = torch.where(norm.isfinite(), torch.minimum(norm, allowed), norm)
+        clipped = torch.where(norm < math.inf, torch.minimum(norm, allowed), norm)
         return update_norm_statistics(memory, clipped, self.decay, self.warmup), allowed
+
+
+def _factor(norm: Tensor, bound: Tensor) -> Tensor | float:
+    """Return what brings a norm to its bound, 1 where it is within."""
+    if on_host(norm):
+        number, limit = norm.item(), bound.item()
+        return 1.0 if number <= limit else limit / (number + 1e-6)
+    return torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))

@@ -107,12 +107,16 @@ def _group_lasso_value(params: Sequence[Tensor], units: Sequence[Units]) -> tupl
 
 
 def _group_lasso_factors(norms: Tensor, p: Tensor, units: Units) -> Tensor:
-    """Return √|g| / ‖w_g‖ for each unit, and 0 for a unit that is zero."""
-    return torch.where(norms > 0, unit_size(p, units) ** 0.5 / norms, 0.0).to(p.dtype)
+    """Return √|g| / ‖w_g‖ for each unit, in float32 or better, and something finite for a unit of zeros."""
+    return norms.clamp(min=_TINY).reciprocal_().mul_(unit_size(p, units) ** 0.5)
 
 
 def _group_lasso_gradients(
     params: Sequence[Tensor], factor: Tensor, norms: Sequence[Tensor], units: Sequence[Units]
 ) -> Sequence[Tensor]:
-    factors = [_group_lasso_factors(norm, p, u) * factor.to(p.dtype) for norm, p, u in zip(norms, params, units, strict=True)]
-    return [(unit_view(p, u) * f).view_as(p) for p, u, f in zip(params, units, factors, strict=True)]
+    factors = [_group_lasso_factors(norm, p, u).mul_(factor) for norm, p, u in zip(norms, params, units, strict=True)]
+    return [(unit_view(p, u) * f).view_as(p).to(p.dtype) for p, u, f in zip(params, units, factors, strict=True)]
+
+
+_TINY = 1e-30
+"""Below every norm of float32 entries but 0, and large enough to be divided by."""

@@ -129,7 +129,8 @@ def _find(tensors: Sequence[Tensor], keys: Keys, bits: int, count: int, *, signe
         width = min(_WIDTH, shift)
         shift -= width
         lead = -(1 << width >> 1) if signed and shift + width == bits else prefix << width
-        histogram = _histogram(tensors, keys, shift, lead, 1 << width)
+        whose = None if shift + width == bits else prefix
+        histogram = _histogram(tensors, keys, shift, width, lead, whose)
         reached = histogram.cumsum(0)
         digit = int(torch.searchsorted(reached, count - smaller))
         prefix, equal = lead + digit, int(histogram[digit])
@@ -137,14 +138,17 @@ def _find(tensors: Sequence[Tensor], keys: Keys, bits: int, count: int, *, signe
     return _Threshold(prefix, smaller, equal)
 
 
-def _histogram(tensors: Sequence[Tensor], keys: Keys, shift: int, lead: int, bins: int) -> Tensor:
-    """Count, over all chunks and shards, the keys whose leading bits are ``lead``, ``lead + 1``, …; leave the others out."""
-    counts = {_sharding(tensor): (torch.zeros(bins + 2, dtype=torch.int64, device=tensor.device), tensor) for tensor in tensors}
+def _histogram(tensors: Sequence[Tensor], keys: Keys, shift: int, width: int, lead: int, prefix: int | None) -> Tensor:
+    """Count by their next digit, over all chunks and shards, the keys that begin with a prefix, or all of them."""
+    counts = {
+        _sharding(tensor): (torch.zeros(1 << width, dtype=torch.int64, device=tensor.device), tensor) for tensor in tensors
+    }
     for index, chunk in keys():
-        digits = chunk.bitwise_right_shift_(shift).sub_(lead - 1).clamp_(0, bins + 1)  # the ends are left out
-        counts[_sharding(tensors[index])][0].add_(torch.bincount(digits, minlength=bins + 2))
+        some = chunk if prefix is None else chunk[chunk.bitwise_right_shift(shift + width) == prefix]  # a few of them
+        digits = some.bitwise_right_shift_(shift).sub_(lead)
+        counts[_sharding(tensors[index])][0].add_(torch.bincount(digits, minlength=1 << width))
     summed = [sum_over_shards(count, tensor).cpu() for count, tensor in counts.values()]
-    return torch.stack(summed).sum(0)[1:-1]
+    return torch.stack(summed).sum(0)
 
 
 def _sharding(tensor: Tensor) -> tuple[object, ...]:
