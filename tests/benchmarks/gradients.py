@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from lightning_reg.functional import clip_unit_gradients_
 from tests.benchmarks.measuring import Claim
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -23,8 +24,11 @@ __all__ = ["claims"]
 
 def claims(label: str, params: list[Tensor]) -> list[Claim]:
     """Return the claims on both kinds of clipping for one set of parameters with gradients."""
-    torch_clips = lambda: nn.utils.clip_grad_norm_(params, 1e3).item()  # noqa: E731
-    found = [Claim(f"global norm clipping, norm logged, {label}", logged_clipping(params, 1e3), torch_clips, 1)]
+    found = []
+    for what, times, shrink in (("each step clipped", 1.0, 0.9999), ("no step clipped", 2.0, 1.0)):
+        bounds = bounds_from(times * float(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])), shrink)
+        torch_clips = lambda bounds=bounds: nn.utils.clip_grad_norm_(params, next(bounds)).item()  # noqa: E731
+        found.append(Claim(f"global norm clipping, {what}, {label}", logged_clipping(params, bounds), torch_clips, 1))
     if timm_clips := adaptive_clipping_of_timm():
         check_equal(timm_clips)
         ours, theirs = (lambda clip=clip: clip(params, 0.01) for clip in (clip_unit_gradients_, timm_clips))
@@ -32,14 +36,21 @@ def claims(label: str, params: list[Tensor]) -> list[Claim]:
     return found
 
 
-def logged_clipping(params: list[Tensor], max_norm: float) -> Callable[[], object]:
+def bounds_from(bound: float, shrink: float) -> Iterator[float]:
+    """Yield bounds each of which is a share of the one before."""
+    while True:
+        bound *= shrink
+        yield bound
+
+
+def logged_clipping(params: list[Tensor], bounds: Iterator[float]) -> Callable[[], object]:
     """Return a step of the callback in which everything is logged."""
-    callback = GradientNormClipping(max_norm)
+    callback = GradientNormClipping(math.inf)
     callback.listening = callback.logging = True
     callback._root, callback._optimizers = None, [None]  # as in a fit with one optimizer
-    callback.update(0.0)
 
     def step() -> object:
+        callback.current["max_norm"] = next(bounds)
         callback.gradients(params, None, None)  # type: ignore[arg-type]
         return {key: float(value) for key, value in callback.take_metrics()}
 
