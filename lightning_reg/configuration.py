@@ -10,9 +10,9 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-__all__ = ["NON_NEGATIVE", "POSITIVE", "PROBABILITY", "Configured", "Interval", "check_whole", "near_names"]
+__all__ = ["NON_NEGATIVE", "POSITIVE", "PROBABILITY", "Configured", "Interval", "check_choice", "check_whole", "near_names"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,29 @@ def check_whole(what: str, number: Any, low: int) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or number < low:
         raise ValueError(f"{what} must be a whole number ≥ {low}, got {number!r}")
     return number
+
+
+def check_choice(what: str, value: Any, choices: Sequence[Any], other: str | None = None) -> None:
+    """Refuse what is none of some choices, with an error that says what came and what was expected.
+
+    Args:
+        what: How the message names the argument.
+        value: The value to check.
+        choices: The values that it may have.
+        other: What else is accepted, where a callable is.
+
+    Raises:
+        ValueError: If it is none of them.
+
+    Example:
+        >>> check_choice("scope", "modle", ("model", "tensor"))
+        Traceback (most recent call last):
+        ValueError: scope must be 'model' or 'tensor', got 'modle'
+    """
+    if value in choices or (other and callable(value)):
+        return
+    *names, last = [*map(repr, choices), *([other] if other else [])]
+    raise ValueError(f"{what} must be {', '.join(names)} or {last}, got {value!r:.80}")
 
 
 NON_NEGATIVE = Interval(0.0, math.inf, open_high=True)

@@ -446,9 +446,9 @@ def test_scores_that_are_none_are_refused(scores, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"criterion": "l1"}, "criterion must be 'magnitude' or 'random' or a callable .*, got 'l1'"),
+        ({"criterion": "l1"}, "criterion must be 'magnitude', 'random' or a callable .*, got 'l1'"),
         ({"scope": "model"}, "scope must be 'global' or 'layer', got 'model'"),
-        ({"structure": "1:2"}, "structure must be 'element' or 'unit' or '2:4', got '1:2'"),
+        ({"structure": "1:2"}, "structure must be 'element', 'unit' or '2:4', got '1:2'"),
         ({"every_n_epochs": 0}, "every_n_epochs must be a whole number ≥ 1, got 0"),
         ({"rewind_to_step": -1}, "rewind_to_step must be a whole number ≥ 0, got -1"),
         ({"rewind_to_step": True}, "rewind_to_step must be a whole number ≥ 0, got True"),

@@ -10,7 +10,7 @@ import torch
 
 from lightning_reg import host
 from lightning_reg.base import Phase
-from lightning_reg.configuration import POSITIVE
+from lightning_reg.configuration import POSITIVE, check_choice
 from lightning_reg.gradients.base import GradientClipping
 from lightning_reg.tensors import accumulated_norms, fraction_beyond, joint_norm, locals_of, on_host, present_gradients
 
@@ -161,8 +161,7 @@ class GradientNormClipping(GradientClipping):
         params: Params = "all",
         name: str | None = None,
     ) -> None:
-        if scope not in ("model", "tensor"):
-            raise ValueError(f"GradientNormClipping: scope must be 'model' or 'tensor', got {scope!r}")
+        check_choice("GradientNormClipping: scope", scope, ("model", "tensor"))
         self.max_norm = max_norm
         self.norm_type = POSITIVE.check("GradientNormClipping: norm_type", norm_type)
         self.scope = scope

@@ -10,7 +10,7 @@ from torch.optim import LBFGS
 
 from lightning_reg import host
 from lightning_reg.base import Phase
-from lightning_reg.configuration import check_whole
+from lightning_reg.configuration import check_choice, check_whole
 from lightning_reg.gradients.base import GradientProcessing
 from lightning_reg.tensors import locals_of, present_gradients
 
@@ -108,8 +108,7 @@ class NonFiniteGradientGuard(GradientProcessing):
         params: Params = "all",
         name: str | None = None,
     ) -> None:
-        if policy not in ("skip", "zero", "raise"):
-            raise ValueError(f"NonFiniteGradientGuard: policy must be 'skip', 'zero' or 'raise', got {policy!r}")
+        check_choice("NonFiniteGradientGuard: policy", policy, ("skip", "zero", "raise"))
         self.policy = policy
         self.patience = check_whole("NonFiniteGradientGuard: patience", patience, 1)
         super().__init__(params, name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_reg.base import Phase
-from lightning_reg.configuration import NON_NEGATIVE
+from lightning_reg.configuration import NON_NEGATIVE, check_choice
 from lightning_reg.modules import ForwardHook, ModuleRegularizer
 from lightning_reg.tensors import total
 
@@ -75,8 +75,7 @@ class ActivityPenalty(ModuleRegularizer):
     instead_of_deepspeed = "add functional.activity_penalty to the loss in training_step, or use DDP or FSDP2"
 
     def __init__(self, strength: Value, *, modules: str | list[str], p: Literal[1, 2] = 1, name: str | None = None) -> None:
-        if p not in (1, 2):
-            raise ValueError(f"ActivityPenalty: p must be 1 or 2, got {p!r}")
+        check_choice("ActivityPenalty: p", p, (1, 2))
         if not modules:
             raise ValueError("ActivityPenalty: modules must name modules or classes, as in modules=['ReLU'], got nothing")
         self.strength = strength

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_reg import host
 from lightning_reg.base import Phase
-from lightning_reg.configuration import NON_NEGATIVE
+from lightning_reg.configuration import NON_NEGATIVE, check_choice
 from lightning_reg.parameters import ParameterRegularizer
 from lightning_reg.tensors import dense_gradients, local, on_host, shard_like, whole
 
@@ -71,8 +71,7 @@ class Penalty(ParameterRegularizer):
         inject: Route = "auto",
         name: str | None = None,
     ) -> None:
-        if inject not in ("auto", "loss", "gradient"):
-            raise ValueError(f"{type(self).__name__}: inject must be 'auto', 'loss' or 'gradient', got {inject!r}")
+        check_choice(f"{type(self).__name__}: inject", inject, ("auto", "loss", "gradient"))
         self.strength = strength
         self.inject = inject
         super().__init__(params, name)

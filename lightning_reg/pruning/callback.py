@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,14 +14,23 @@ from torch.nn.parameter import is_lazy
 
 from lightning_reg import host
 from lightning_reg.base import Phase
-from lightning_reg.configuration import Interval, check_whole
+from lightning_reg.configuration import Interval, check_choice, check_whole
 from lightning_reg.parameters import ParameterRegularizer
 from lightning_reg.pruning import rewinding
 from lightning_reg.pruning.masks import clear_state_, mask_, mask_gradients_
 from lightning_reg.pruning.scores import Given, Magnitude, Random, Score, as_shard_of
 from lightning_reg.pruning.state import PruningState
 from lightning_reg.pruning.structures import Scope, Structure, count_true, masks_of_scores
-from lightning_reg.pruning.targets import check_kept, check_layers, check_rising, check_schedule, known_targets, planned_targets
+from lightning_reg.pruning.targets import (
+    check_kept,
+    check_layers,
+    check_rewinding,
+    check_rising,
+    check_schedule,
+    doubts,
+    known_targets,
+    planned_targets,
+)
 from lightning_reg.randomness import hashed
 from lightning_reg.selection import lookup
 from lightning_reg.summary import print_line
@@ -108,9 +116,10 @@ class WeightPruning(ParameterRegularizer):
         rewind_to_step: int | None = None,
         name: str | None = None,
     ) -> None:
-        _check_choice("criterion", criterion, ("magnitude", "random"), "a callable (name, parameter) -> scores")
-        _check_choice("scope", scope, ("global", "layer"))
-        _check_choice("structure", structure, ("element", "unit", "2:4"))
+        callables = "a callable (name, parameter) -> scores"
+        check_choice("WeightPruning: criterion", criterion, ("magnitude", "random"), callables)
+        check_choice("WeightPruning: scope", scope, ("global", "layer"))
+        check_choice("WeightPruning: structure", structure, ("element", "unit", "2:4"))
         check_whole("WeightPruning: every_n_epochs", every_n_epochs, 1)
         if rewind_to_step is not None:
             check_whole("WeightPruning: rewind_to_step", rewind_to_step, 0)
@@ -320,26 +329,6 @@ class WeightPruning(ParameterRegularizer):
         targets = [self.limits["sparsity"].check(what, target) for target in planned.values()]
         check_rising(what, targets)
         self._check_layers(targets)
-        first = next((batches for batches, target in planned.items() if target), None)
-        if targets and targets[-1] < self._final:
-            rank_zero_warn(
-                f"{self.name} reaches {targets[-1]:.2%} only, not the {self._final:.2%} with which its schedule ends: it "
-                f"prunes last after {max(planned):g} of {plan.total:g} batches; let the schedule end earlier (until=…), or the "
-                "fit with an epoch in which it prunes"
-            )
-        if first is not None and self.rewind_to_step and self._automatic and plan.steps(self.rewind_to_step) > first:
-            raise ValueError(
-                f"{self.name}: rewind_to_step={self.rewind_to_step} lies after the first pruning, which comes after "
-                f"{first:g} batches: prune later, or rewind to an earlier step"
-            )
-        if plan.total < self.every_n_epochs * plan.per_epoch < math.inf:
-            rank_zero_warn(
-                f"{self.name} never prunes: every_n_epochs={self.every_n_epochs}, but the fit ends before the epoch "
-                f"{self.every_n_epochs} does: prune more often, or train longer"
-            )
-
-
-def _check_choice(argument: str, value: Any, choices: tuple[str, ...], other: str = "") -> None:
-    if value not in choices and not (other and callable(value)):
-        wanted = " or ".join([*map(repr, choices), *([other] if other else [])])
-        raise ValueError(f"WeightPruning: {argument} must be {wanted}, got {value!r:.80}")
+        check_rewinding(self.name, self.rewind_to_step if self._automatic else None, planned, plan)
+        for doubt in doubts(planned, self._final, self.every_n_epochs, plan):
+            rank_zero_warn(f"{self.name} {doubt}")

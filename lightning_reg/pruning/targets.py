@@ -10,7 +10,7 @@ from lightning_reg.pruning.structures import units_in
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Schedule, Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from lightning_reg.schedules import Value
     from lightning_reg.units import Units
 
-__all__ = ["check_kept", "check_layers", "check_rising", "check_schedule", "known_targets", "planned_targets"]
+__all__ = [
+    "check_kept",
+    "check_layers",
+    "check_rewinding",
+    "check_rising",
+    "check_schedule",
+    "doubts",
+    "known_targets",
+    "planned_targets",
+]
 
 _ROUNDING = 1e-9
 
@@ -64,6 +73,43 @@ def planned_targets(value: Callable[[float], float], plan: Plan, every_n_epochs:
         return {}
     epochs = range(every_n_epochs, int(plan.total / plan.per_epoch) + 1, every_n_epochs)
     return {epoch * plan.per_epoch: value(plan.progress(epoch * plan.per_epoch)) for epoch in epochs}
+
+
+def check_rewinding(what: str, step: int | None, planned: Mapping[float, float], plan: Plan) -> None:
+    """Refuse to rewind to a step that comes after the first pruning.
+
+    Raises:
+        ValueError: With when that is.
+    """
+    first = next((batches for batches, target in planned.items() if target), None)
+    if first is not None and step and plan.steps(step) > first:
+        raise ValueError(
+            f"{what}: rewind_to_step={step} lies after the first pruning, which comes after {first:g} batches: prune later, or "
+            "rewind to an earlier step"
+        )
+
+
+def doubts(planned: Mapping[float, float], final: float, every_n_epochs: int, plan: Plan) -> Iterator[str]:
+    """Say what of a plan cannot be meant: a share that no pruning reaches, and pruning that never comes.
+
+    Args:
+        planned: The share that each pruning is to reach, by the batches before it.
+        final: The share that the schedule ends with.
+        every_n_epochs: How often it prunes.
+        plan: How long the fit lasts.
+    """
+    reached = [*planned.values()][-1] if planned else final
+    if reached < final:
+        yield (
+            f"reaches {reached:.2%} only, not the {final:.2%} with which its schedule ends: it prunes last after "
+            f"{max(planned):g} of {plan.total:g} batches; let the schedule end earlier (until=…), or the fit with an epoch in "
+            "which it prunes"
+        )
+    if plan.total < every_n_epochs * plan.per_epoch < math.inf:
+        yield (
+            f"never prunes: every_n_epochs={every_n_epochs}, but the fit ends before the epoch {every_n_epochs} does: prune "
+            "more often, or train longer"
+        )
 
 
 def check_layers(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lightning_reg.base import Phase
-from lightning_reg.configuration import PROBABILITY
+from lightning_reg.configuration import PROBABILITY, check_choice
 from lightning_reg.parameters import ParameterRegularizer
 from lightning_reg.randomness import check_seed, generator_for
 
@@ -84,8 +84,7 @@ class RandomShrinkage(ParameterRegularizer):
         params: Params = "weights",
         name: str | None = None,
     ) -> None:
-        if every not in ("step", "epoch"):
-            raise ValueError(f"RandomShrinkage: every must be 'step' or 'epoch', got {every!r}")
+        check_choice("RandomShrinkage: every", every, ("step", "epoch"))
         self.epsilon = epsilon
         self.every = every
         self.seed = check_seed("RandomShrinkage: seed", seed)
