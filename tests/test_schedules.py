@@ -75,7 +75,7 @@ def test_a_trainer_moves_the_strength():
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Watch(Linear(0.0, 8.0))], max_epochs=2)
+    fit([Watch(Linear(0.0, 8.0), inject="gradient")], max_epochs=2)
     assert seen == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
 
@@ -88,7 +88,7 @@ def test_progress_is_the_same_under_accumulation(limit):
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Watch(Linear(0.0, 1.0))], data=loader(64, batch_size=16), accumulate_grad_batches=4, **limit)
+    fit([Watch(Linear(0.0, 1.0), inject="gradient")], data=loader(64, batch_size=16), accumulate_grad_batches=4, **limit)
     assert seen == [0.0, 0.5]
 
 
@@ -99,7 +99,7 @@ def test_steps_are_counted_in_optimizer_steps():
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Watch(Steps([1.0, 2.0], at=["1st"]))], accumulate_grad_batches=2, max_epochs=2)
+    fit([Watch(Steps([1.0, 2.0], at=["1st"]), inject="gradient")], accumulate_grad_batches=2, max_epochs=2)
     assert seen == [1.0, 2.0, 2.0, 2.0]
 
 
@@ -110,7 +110,7 @@ def test_a_plain_function_is_a_schedule():
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Watch(lambda progress: 2 * progress)], max_epochs=1)
+    fit([Watch(lambda progress: 2 * progress, inject="gradient")], max_epochs=1)
     assert seen == [0.0, 0.5, 1.0, 1.5]
 
 

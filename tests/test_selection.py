@@ -122,7 +122,7 @@ class Late(Classifier):
 
 
 def test_modules_that_are_built_late_are_found_when_the_fit_starts():
-    callback = Watch(0.1)
+    callback = Watch(0.1, inject="gradient")
     fit([callback], Late())
     assert callback.seen == ["net.0.weight", "net.4.weight"]
     with pytest.raises(ValueError, match=r"L1Penalty: params: no parameter has a name that matches 'nett.\*'"):
@@ -138,7 +138,7 @@ class Watch(L1Penalty):
 
 
 def test_frozen_parameters_are_left_alone_until_they_are_unfrozen():
-    model, callback = Classifier(), Watch(0.1)
+    model, callback = Classifier(), Watch(0.1, inject="gradient")
     model.net[0].requires_grad_(False)
     fit([callback], model)
     assert callback.seen == ["net.4.weight"]
