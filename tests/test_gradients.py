@@ -46,6 +46,13 @@ def test_norm_clipping_is_torchs_to_the_last_bit(norm_type, max_norm, dtype):
     assert ours[-1].grad is None
 
 
+def test_norm_clipping_of_several_dtypes_is_torchs_to_the_last_bit():
+    both = [[*with_gradients(torch.float32), *with_gradients(torch.bfloat16)] for _ in range(2)]
+    ours, theirs = ([p for p in params if p.grad is not None] for params in both)
+    assert torch.equal(clip_gradient_norm_(ours, 0.7), nn.utils.clip_grad_norm_(theirs, 0.7))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours, theirs, strict=True))
+
+
 def test_the_factor_on_the_host_is_torchs_to_the_last_bit():
     """Of random norms and bounds over the whole range of float32, and of those at its ends."""
     random = np.random.default_rng(0)
