@@ -37,16 +37,23 @@ class Bunch(NamedTuple):
 
 
 def pieces(*beside: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield pieces along the first dimension of tensors of one shape that lie beside each other; small ones as they are.
+    """Yield flat pieces of tensors of one shape that lie beside each other, or rows where their memory is not in order.
+
+    Small ones are yielded as they are.
 
     Example:
-        >>> [piece.shape[0] for piece, in pieces(torch.zeros(3000, 1000))]
-        [1048, 1048, 904]
+        >>> [tuple(piece.shape) for piece, in pieces(torch.zeros(2000, 1000))]
+        [(1048576,), (951424,)]
+        >>> [tuple(piece.shape) for piece, in pieces(torch.zeros(1000, 2000).t())]
+        [(1048, 1000), (952, 1000)]
     """
     entries = beside[0].numel()
     if entries <= ENTRIES:
         return iter([beside])
-    rows = max(ENTRIES * len(beside[0]) // entries, 1)
+    if all(tensor.is_contiguous() for tensor in beside):
+        beside, rows = tuple(tensor.view(-1) for tensor in beside), ENTRIES
+    else:
+        rows = max(ENTRIES * len(beside[0]) // entries, 1)
     return zip(*(torch.split(tensor, rows) for tensor in beside), strict=True)
 
 
@@ -80,9 +87,11 @@ def _kind_in(tensors: Sequence[Tensor]) -> Callable[[Tensor], Any]:
 
 def _in_pieces(tensors: list[Tensor], beside: list[Tensor], dtype: torch.dtype) -> Iterator[Bunch]:
     """Yield the pieces of large tensors one by one."""
-    room = torch.empty_like(next(pieces(tensors[0]))[0], dtype=dtype)
+    room = torch.empty(ENTRIES, dtype=dtype, device=tensors[0].device)
     for source, other in chain.from_iterable(map(pieces, tensors, beside)):
-        part = room[: len(source)]
+        if source.numel() > len(room):  # a long row
+            room = torch.empty(source.numel(), dtype=dtype, device=source.device)
+        part = room[: source.numel()].view(source.shape)
         yield Bunch(source if source.dtype == dtype else part.copy_(source), part, (part,), [other])
 
 

@@ -99,7 +99,6 @@ class Driver:
             self._check_steps_are_seen()
         if host.begins_step(self.trainer, batch_idx):
             self._has_gradients = not self._automatic
-            self._penalised = False
         progress = self._plan.progress(host.batches_at_step_start(self.trainer, batch_idx))
         self._logging = host.logs_this_step(self.trainer)
         for regularizer in self.regularizers:

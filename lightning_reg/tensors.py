@@ -82,14 +82,11 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Return this rank's part of each gradient, for adding to it: missing ones become zero, sparse ones dense."""
     gradients = [p.grad for p in params]
-    kinds = set(map(type, gradients))
-    if type(None) in kinds or any(map(attrgetter("is_sparse"), gradients)):
+    if type(None) in set(map(type, gradients)) or any(map(attrgetter("is_sparse"), gradients)):
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
         gradients = [p.grad for p in params]
-        kinds = set(map(type, gradients))
-    dense = cast("list[Tensor]", gradients)
-    return [local(gradient) for gradient in dense] if DTensor in kinds else dense
+    return locals_of(cast("list[Tensor]", gradients))
 
 
 def present_gradients(params: Sequence[Tensor]) -> list[Tensor]:
@@ -124,10 +121,10 @@ def _sharded_norm(tensor: DTensor, order: float, dtype: torch.dtype) -> Tensor:
     part = tensor.to_local()
     norm = torch.linalg.vector_norm(part, order, dtype=dtype) if part.numel() else part.new_zeros((), dtype=dtype)
     largest = math.isinf(order)
-    reduce = Partial("max" if largest else "sum")
-    placements = [reduce if placement.is_shard() else Replicate() for placement in tensor.placements]
-    total = DTensor.from_local(norm if largest else norm**order, tensor.device_mesh, placements, run_check=False).full_tensor()
-    return total if largest else total ** (1 / order)
+    reduction = Partial("max" if largest else "sum")
+    placements = [reduction if placement.is_shard() else Replicate() for placement in tensor.placements]
+    joint = DTensor.from_local(norm if largest else norm**order, tensor.device_mesh, placements, run_check=False).full_tensor()
+    return joint if largest else joint ** (1 / order)
 
 
 def joint_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:

@@ -16,8 +16,9 @@ from helpers import QUIET, Memory, digits
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_reg import (
@@ -52,6 +53,7 @@ from lightning_reg import (
     WeightPruning,
     ZScoreGradientClipping,
 )
+from lightning_reg.functional import l1_penalty, l2_penalty
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -342,6 +344,14 @@ def kept(ranks: list[int], state: dict[str, Any] | None = None, **trainer: objec
     return callback.state_dict(), weights
 
 
+def values_of_large_shards() -> dict[str, Tensor]:
+    """Return penalties of many weights, divided among the ranks in both dimensions, one of them unevenly, and not at all."""
+    mesh = init_device_mesh("cpu", (2,))
+    large = torch.full((3001, 2000), 0.3)
+    params = [distribute_tensor(large, mesh, [placement]) for placement in (Shard(0), Shard(1), Replicate())] + [large]
+    return {"L1": l1_penalty(params), "L2": l2_penalty(params), "norm": params[0].norm(1).full_tensor()}
+
+
 def main(folder: Path) -> None:
     """Train in every way and save the weights of this rank."""
     torch.set_num_threads(1)
@@ -361,6 +371,7 @@ def main(folder: Path) -> None:
         "guarded, sharded": train([NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **sharded()),
         "sharded": train(sharded_techniques(), Sharded(), [rank], **sharded()),
     }
+    results["values"] = values_of_large_shards()  # in the process group that the last run has left
     for name, way in WAYS.items():
         results[f"masks, DDP, {name}"] = masks_of(Digits(), way, [rank], **ddp())
         results[f"masks, sharded, {name}"] = masks_of(Sharded(), way, [rank], **sharded())

@@ -156,6 +156,12 @@ def test_units_of_zeros_stay_and_other_units_do_not_care():
     assert zeros.tolist() == [[0, 0]]
 
 
+def test_an_infinite_bound_leaves_units_whose_norms_overflow():
+    w = torch.tensor([[2e19, 2e19], [math.inf, 1.0]])
+    project_unit_norms_([w], 0.0, math.inf)
+    assert w.tolist() == torch.tensor([[2e19, 2e19], [math.inf, 1.0]]).tolist()
+
+
 def test_nothing_is_below_zero_after_a_step():
     theta = torch.tensor([-1.0, 0.0, 2.0, math.nan])
     clip_negative_weights_([theta])

@@ -140,6 +140,12 @@ def test_soft_thresholds_minimise_their_objective(dtype):
     assert torch.equal(unchanged, w)
 
 
+def test_group_soft_thresholds_leave_units_whose_norms_overflow():
+    w = torch.tensor([[2e19, 2e19], [0.0, 0.0]])
+    group_soft_threshold_([w], 0.1)
+    assert w.tolist() == torch.tensor([[2e19, 2e19], [0.0, 0.0]]).tolist()
+
+
 def test_group_soft_thresholds_minimise_their_objective():
     torch.manual_seed(0)
     w = torch.randn(5, 4, dtype=torch.float64)

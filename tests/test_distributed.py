@@ -47,6 +47,14 @@ def test_replicas_are_bit_identical_with_all_techniques_at_once(ranks):
     assert not identical(ranks[0]["unseeded"], ranks[1]["unseeded"])  # what drawing without a common seed comes to
 
 
+def test_penalties_of_large_shards_are_summed_exactly(ranks):
+    entries = 4 * 3001 * 2000
+    for values in (rank["values"] for rank in ranks):
+        assert_close(values["L1"].item(), 0.3 * entries, rtol=1e-6, atol=0.0)
+        assert_close(values["L2"].item(), 0.3**2 / 2 * entries, rtol=1e-6, atol=0.0)
+        assert abs(values["norm"].item() - 0.3 * entries / 4) > 1e-4 * entries  # torch's keeps one running sum
+
+
 def test_ranks_draw_different_masks_if_their_seeds_differ_and_stay_identical(ranks):
     """As with nn.Dropout: ranks that were seeded alike draw the same masks, each for its own samples."""
     for apart in (True, False):

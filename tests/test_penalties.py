@@ -70,7 +70,7 @@ def test_value_and_gradient_are_those_of_the_sum(penalty, dtype):
 def test_large_tensors_are_worked_on_in_pieces_to_the_same_end(penalty, others):
     """More entries than a piece holds, not a multiple of it, in both memory layouts."""
     torch.manual_seed(0)
-    start = [torch.randn(1100, 1000), torch.randn(1000, 1100).t()]
+    start = [torch.randn(1100, 1000), torch.randn(1000, 1100).t(), torch.randn(1, 1_100_000), torch.randn(2, 1_200_000, 1).mT]
     start[0][5, 7] = 0.0
     start += [torch.randn(3, 4)] if others else []
     fused, naive, added = ([p.clone().requires_grad_() for p in start] for _ in range(3))
@@ -449,6 +449,19 @@ def test_the_group_lasso_of_zero_vectors_and_single_numbers():
     assert vector.grad.tolist() == [1.0, -1.0]
     assert scalar.grad == -1.0
     assert Units() == (0, 1)
+
+
+def test_a_unit_of_zeros_has_no_gradient_whatever_the_loss_scale():
+    zeros = torch.zeros(4, 4608, requires_grad=True)
+    (2.0**60 * group_lasso_penalty([zeros])).backward()
+    assert not zeros.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_group_lasso_of_the_smallest_numbers(dtype):
+    single = torch.tensor([1e-35, -1e-35], dtype=dtype, requires_grad=True)
+    group_lasso_penalty([single]).backward()
+    assert_close(single.grad, torch.tensor([1.0, -1.0], dtype=dtype))
 
 
 def test_the_group_lasso_of_the_smallest_numbers_of_half_precision():

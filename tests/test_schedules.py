@@ -79,6 +79,18 @@ def test_a_trainer_moves_the_strength():
     assert seen == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
 
+def test_a_trainer_moves_the_strength_of_a_term_of_the_loss():
+    seen = []
+
+    class Watch(L1Penalty):
+        def value(self, params):
+            seen.append(self.current["strength"])
+            return super().value(params)
+
+    fit([Watch(Linear(0.0, 8.0), inject="loss")], max_epochs=2)
+    assert seen == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]  # where it is 0 no value is needed
+
+
 @pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 2}])
 def test_progress_is_the_same_under_accumulation(limit):
     """The value of a step depends on the batches before the step, not on those that it accumulates."""

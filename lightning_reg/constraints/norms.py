@@ -53,9 +53,8 @@ def project_unit_norms_(
     for p, of in zip(params, units or [Units()] * len(params), strict=True):
         norms = local_unit_norms(p, of)
         ratio = norms.clamp(low, high).div_(norms)
-        stays = _stays(norms, ratio, low, p, of)
         moved = ratio if rate == 1 else ratio.mul_(rate).add_(1 - rate)
-        unit_view(p, of).mul_(moved.masked_fill_(stays, 1.0))
+        unit_view(p, of).mul_(moved.masked_fill_(_stays(norms, low, high, p, of), 1.0))
 
 
 class _NormConstraint(Constraint):
@@ -205,15 +204,15 @@ class MinMaxNorm(_NormConstraint):
         return self.current["rate"]
 
 
-def _stays(norms: Tensor, ratio: Tensor, low: float, p: Tensor, of: Units) -> Tensor:
+def _stays(norms: Tensor, low: float, high: float, p: Tensor, of: Units) -> Tensor:
     """Return which units are where they should be, as far as rounding can tell, or are 0, from where no way leads."""
     slack = torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, of))) * torch.finfo(norms.dtype).eps
-    near = (ratio - 1).abs_() <= slack if low > 0 else ratio >= 1 - slack  # where nothing has to grow, no ratio exceeds 1
-    return near.logical_or_(norms == 0)
+    stays = norms <= high * (1 + slack)
+    return stays.logical_and_(norms >= low * (1 - slack)).logical_or_(norms == 0) if low > 0 else stays
 
 
 def _infeasible_fraction(params: Sequence[Tensor], low: float, high: float, units: Sequence[Units]) -> Tensor:
     """Return the share of units, over all shards, that a projection will change."""
     norms = [whole(unit_norms(p, of)) for p, of in zip(params, units, strict=True)]
-    stay = [_stays(norm, norm.clamp(low, high) / norm, low, p, of) for norm, p, of in zip(norms, params, units, strict=True)]
+    stay = [_stays(norm, low, high, p, of) for norm, p, of in zip(norms, params, units, strict=True)]
     return torch.stack([(~units_stay).sum() for units_stay in stay]).sum() / max(sum(norm.numel() for norm in norms), 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg.base import Phase
+from lightning_reg.bunches import ENTRIES
 from lightning_reg.configuration import POSITIVE
 from lightning_reg.gradients.base import GradientClipping
 from lightning_reg.tensors import accumulated_norms, local, smallest_anywhere
@@ -114,16 +115,13 @@ class AdaptiveGradientClipping(GradientClipping):
 _Held: TypeAlias = tuple[Tensor, Tensor, Units]
 """A parameter, its gradient, and where both keep their units."""
 
-_ENTRIES = 1 << 20
-"""How many entries are worked on at a time: few enough that a gradient is still in a cache when it is scaled."""
-
 
 def _batches(held: Sequence[_Held]) -> Iterator[list[_Held]]:
-    """Yield many small tensors together, which saves calls, and large ones by themselves."""
+    """Yield many small tensors together, which saves calls, and large ones alone: in a cache still when they are scaled."""
     batch: list[_Held] = []
     entries = 0
     for item in held:
-        if batch and entries + item[0].numel() > _ENTRIES:
+        if batch and entries + item[0].numel() > ENTRIES:
             yield batch
             batch, entries = [], 0
         batch.append(item)

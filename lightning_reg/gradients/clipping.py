@@ -180,7 +180,7 @@ class GradientNormClipping(GradientClipping):
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip, and keep the fraction of steps in which there was something to clip."""
         norms = self._clip(params)
-        if not self.listening or all(p.grad is None for p in params) or not norms.numel():
+        if not self.listening or (self._root is None and all(p.grad is None for p in params)) or not norms.numel():
             return
         norms = norms.view(-1)
         self.note(optimizer, norms.amax() if self.scope == "tensor" else norms[0], self.current["max_norm"])

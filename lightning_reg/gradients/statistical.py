@@ -143,11 +143,12 @@ class _StatisticalClipping(GradientClipping):
         memory = self._memory[place].to(norm.device) if place in self._memory else self.begin().to(norm)
         self._memory[place], bound = self.bound(memory, norm)
         factor = _factor(norm, bound)
-        torch._foreach_mul_(locals_of(gradients), factor)
+        if factor is not None:
+            torch._foreach_mul_(locals_of(gradients), factor)
         if self.listening:
             self.note(optimizer, norm, bound)
         if self.logging:
-            found = {"norm_before": norm, "norm_after": norm * factor, "threshold": bound}
+            found = {"norm_before": norm, "norm_after": norm if factor is None else norm * factor, "threshold": bound}
             self.observe(**{self.label(key, optimizer): value for key, value in found.items()})
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,9 +266,8 @@ class ZScoreGradientClipping(_StatisticalClipping):
         return update_norm_statistics(memory, clipped, self.decay, self.warmup), allowed
 
 
-def _factor(norm: Tensor, bound: Tensor) -> Tensor | float:
-    """Return what brings a norm to its bound, 1 where it is within."""
-    if on_host(norm):
-        number, limit = norm.item(), bound.item()
-        return 1.0 if number <= limit else limit / (number + 1e-6)
+def _factor(norm: Tensor, bound: Tensor) -> Tensor | None:
+    """Return what brings a norm to its bound, or ``None`` where it is known to be within."""
+    if on_host(norm) and norm.item() <= bound.item():
+        return None
     return torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))

@@ -37,8 +37,8 @@ def activity_penalty(output: Tensor, p: Literal[1, 2] = 1) -> Tensor:
         (tensor(3.), tensor(12.5000))
     """
     precise = output.to(torch.promote_types(output.dtype, torch.float32))
-    total = precise.abs().sum() if p == 1 else precise.square().sum() / 2
-    return total / max(output.shape[0] if output.ndim else 1, 1)
+    size = precise.abs().sum() if p == 1 else precise.square().sum() / 2
+    return size / max(output.shape[0] if output.ndim else 1, 1)
 
 
 class ActivityPenalty(ModuleRegularizer):

@@ -107,8 +107,9 @@ def _group_lasso_value(params: Sequence[Tensor], units: Sequence[Units]) -> tupl
 
 
 def _group_lasso_factors(norms: Tensor, p: Tensor, units: Units) -> Tensor:
-    """Return √|g| / ‖w_g‖ for each unit, in float32 or better, and something finite for a unit of zeros."""
-    return norms.clamp(min=_TINY).reciprocal_().mul_(unit_size(p, units) ** 0.5)
+    """Return √|g| / ‖w_g‖ for each unit, in float32 or better, and 0 for a unit of zeros."""
+    inverse = norms.clamp(min=torch.finfo(norms.dtype).tiny).reciprocal_()
+    return inverse.mul_(unit_size(p, units) ** 0.5).masked_fill_(norms == 0, 0.0)
 
 
 def _group_lasso_gradients(
@@ -116,7 +117,3 @@ def _group_lasso_gradients(
 ) -> Sequence[Tensor]:
     factors = [_group_lasso_factors(norm, p, u).mul_(factor) for norm, p, u in zip(norms, params, units, strict=True)]
     return [(unit_view(p, u) * f).view_as(p).to(p.dtype) for p, u, f in zip(params, units, factors, strict=True)]
-
-
-_TINY = 1e-30
-"""Below every norm of float32 entries but 0, and large enough to be divided by."""

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_reg.bunches import ENTRIES, bunches, pieces
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import accumulated_norms, dense_gradients, is_sharded, locals_of, total
+from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of, sum_over_shards, total
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -260,18 +262,30 @@ def _few_nodes(value: NodeValue, gradients: NodeGradients, params: Sequence[Tens
 
 
 def _by_norms(params: Sequence[Tensor]) -> bool:
-    """Return whether to sum by torch's norms: over shards, or where tensors are few and small, so that copies do not pay."""
-    return is_sharded(params) or (len(params) <= _FEW and all(p.numel() <= _SMALL for p in params))
+    """Return whether torch's norms do: on the host they keep one running sum, which loses digits over many entries."""
+    return not params[0].is_cpu or (len(params) <= _FEW and all(p.numel() <= _SMALL for p in params))
 
 
 _FEW, _SMALL = 8, 1 << 12
-"""How many tensors, of how many entries, are summed by norms: these keep one running sum, which loses digits over many."""
+"""Up to how many tensors, of how many entries, norms are exact enough and cheaper than bunches."""
+
+
+def _sum(params: Sequence[Tensor], of_entries: Callable[..., Tensor]) -> Tensor:
+    """Return the sum of a function of every entry, over all shards."""
+    alike = defaultdict(list)
+    for p in params:
+        alike[(p.device_mesh, p.placements) if isinstance(p, DTensor) else None].append(p)
+    return total([sum_over_shards(_local_sum(some, of_entries), some[0]) for some in alike.values()])
+
+
+def _local_sum(params: Sequence[Tensor], of_entries: Callable[..., Tensor]) -> Tensor:
+    return total([of_entries(bunch.source, out=bunch.room).sum() for bunch in bunches(locals_of(params), precise=True)])
 
 
 def _l1_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
     if _by_norms(params):
         return total(accumulated_norms(params, 1)), None
-    return total([torch.abs(bunch.source, out=bunch.room).sum() for bunch in bunches(params, precise=True)]), None
+    return _sum(params, torch.abs), None
 
 
 def _l1_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Sequence[Tensor]:
@@ -288,7 +302,7 @@ def _l1_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Seque
 def _l2_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
     if _by_norms(params):
         return total(torch._foreach_pow(accumulated_norms(params, 2), 2)) / 2, None
-    return total([torch.square(bunch.source, out=bunch.room).sum() for bunch in bunches(params, precise=True)]) / 2, None
+    return _sum(params, torch.square) / 2, None
 
 
 def _l2_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Sequence[Tensor]:

@@ -89,7 +89,7 @@ def check_rewinding(what: str, step: int | None, planned: Mapping[float, float],
         )
 
 
-def doubts(planned: Mapping[float, float], final: float, every_n_epochs: int, plan: Plan) -> Iterator[str]:
+def doubts(planned: dict[float, float], final: float, every_n_epochs: int, plan: Plan) -> Iterator[str]:
     """Say what of a plan cannot be meant: a share that no pruning reaches, and pruning that never comes.
 
     Args:
@@ -98,7 +98,7 @@ def doubts(planned: Mapping[float, float], final: float, every_n_epochs: int, pl
         every_n_epochs: How often it prunes.
         plan: How long the fit lasts.
     """
-    reached = [*planned.values()][-1] if planned else final
+    reached = next(reversed(planned.values()), final)
     if reached < final:
         yield (
             f"reaches {reached:.2%} only, not the {final:.2%} with which its schedule ends: it prunes last after "

@@ -75,7 +75,7 @@ def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Seq
         return
     for p, u in zip(params, units or [Units()] * len(params), strict=True):
         norms = local_unit_norms(p, u)
-        factors = (norms - threshold * unit_size(p, u) ** 0.5).div_(norms).clamp_(min=0)  # 0 for a unit of zeros too
+        factors = norms.reciprocal().mul_(-threshold * unit_size(p, u) ** 0.5).add_(1).clamp_(min=0)  # 0 for a unit of zeros
         unit_view(p, u).mul_(factors.to(p.dtype))
 
 

@@ -43,7 +43,8 @@ def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.
         (True, True, 0.9)
     """
     for p in params:
-        p.addcmul_(p, torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device), value=-epsilon)
+        shares = torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device).mul_(epsilon)
+        p.mul_(shares.neg_().add_(1))
 
 
 class RandomShrinkage(ParameterRegularizer):

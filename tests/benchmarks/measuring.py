@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from statistics import median
@@ -53,7 +54,7 @@ def measure(contenders: list[Callable[[], object]], seconds: float) -> list[floa
     """Return the median times of functions that take turns, in seconds; a turn is a block of calls by torch's Timer."""
     threads = torch.get_num_threads()
     timers = [Timer("run()", globals={"run": contender}, num_threads=threads) for contender in contenders]
-    calls = [max(int(_BLOCK / timer.timeit(1).mean), 1) for timer in timers]
+    calls = [math.ceil(_BLOCK / timer.timeit(1).mean) for timer in timers]
     times: list[list[float]] = [[] for _ in contenders]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 5:
