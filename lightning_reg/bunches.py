@@ -8,13 +8,16 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from lightning_reg.tensors import locals_of, sum_over_shards, total
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
-__all__ = ["ENTRIES", "Bunch", "bunches", "pieces"]
+__all__ = ["ENTRIES", "Bunch", "bunches", "pieces", "sum_entries"]
 
 ENTRIES, TENSORS = 1 << 20, 128
 """How many entries, of how many tensors, are worked on at a time: few enough for a cache, many enough to be worth a call."""
@@ -77,6 +80,27 @@ def bunches(tensors: Sequence[Tensor], beside: Sequence[Tensor] | None = None, *
     for ones, others in alike.values():
         dtype = torch.promote_types(ones[0].dtype, torch.float32) if precise else ones[0].dtype
         yield from _in_pieces(ones, others, dtype) if ones[0].numel() > ENTRIES else _stacked(ones, others, dtype)
+
+
+def sum_entries(tensors: Sequence[Tensor], of_entries: Callable[..., Tensor]) -> Tensor:
+    """Return the sum of a function of every entry, over all shards, to the last digits.
+
+    Args:
+        tensors: One or more, sharded or not.
+        of_entries: From entries to as many, which takes ``out``.
+
+    Example:
+        >>> sum_entries([torch.tensor([1.0, -2.0]), torch.tensor(3.0)], torch.abs)
+        tensor(6.)
+    """
+    alike = defaultdict(list)
+    for tensor in tensors:
+        alike[(tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None].append(tensor)
+    return total([sum_over_shards(_local_sum(some, of_entries), some[0]) for some in alike.values()])
+
+
+def _local_sum(tensors: Sequence[Tensor], of_entries: Callable[..., Tensor]) -> Tensor:
+    return total([of_entries(bunch.source, out=bunch.room).sum() for bunch in bunches(locals_of(tensors), precise=True)])
 
 
 def _kind_in(tensors: Sequence[Tensor]) -> Callable[[Tensor], Any]:

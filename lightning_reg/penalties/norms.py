@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lightning_reg.bunches import ENTRIES, bunches, pieces
+from lightning_reg.bunches import ENTRIES, bunches, pieces, sum_entries
 from lightning_reg.configuration import NON_NEGATIVE
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of, sum_over_shards, total
+from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of, total
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
@@ -270,22 +268,10 @@ _FEW, _SMALL = 8, 1 << 12
 """Up to how many tensors, of how many entries, norms are exact enough and cheaper than bunches."""
 
 
-def _sum(params: Sequence[Tensor], of_entries: Callable[..., Tensor]) -> Tensor:
-    """Return the sum of a function of every entry, over all shards."""
-    alike = defaultdict(list)
-    for p in params:
-        alike[(p.device_mesh, p.placements) if isinstance(p, DTensor) else None].append(p)
-    return total([sum_over_shards(_local_sum(some, of_entries), some[0]) for some in alike.values()])
-
-
-def _local_sum(params: Sequence[Tensor], of_entries: Callable[..., Tensor]) -> Tensor:
-    return total([of_entries(bunch.source, out=bunch.room).sum() for bunch in bunches(locals_of(params), precise=True)])
-
-
 def _l1_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
     if _by_norms(params):
         return total(accumulated_norms(params, 1)), None
-    return _sum(params, torch.abs), None
+    return sum_entries(params, torch.abs), None
 
 
 def _l1_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Sequence[Tensor]:
@@ -302,7 +288,7 @@ def _l1_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Seque
 def _l2_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
     if _by_norms(params):
         return total(torch._foreach_pow(accumulated_norms(params, 2), 2)) / 2, None
-    return _sum(params, torch.square) / 2, None
+    return sum_entries(params, torch.square) / 2, None
 
 
 def _l2_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Sequence[Tensor]:
