@@ -95,8 +95,7 @@ class Driver:
         """Move every value to the progress at which the current optimizer step began."""
         assert self._plan is not None, "Lightning calls on_train_start before the first batch"
         self._steps_in_batch = 0
-        if self._about_to_step:
-            self._check_steps_are_seen()
+        self._check_steps_are_seen()
         if host.begins_step(self.trainer, batch_idx):
             self._has_gradients = not self._automatic
         progress = self._plan.progress(host.batches_at_step_start(self.trainer, batch_idx))
@@ -186,7 +185,7 @@ class Driver:
 
     def _check_steps_are_seen(self) -> None:
         """Refuse an optimizer whose steps cannot be followed, unless a loss scaler may have skipped the step."""
-        if self._scaler is None:
+        if self._about_to_step and self._scaler is None:
             names = ", ".join(type(optimizer).__name__ for optimizer in self._about_to_step)
             raise RuntimeError(
                 f"{names} does not run the hooks of its steps, so nothing could act on the updated weights: let it subclass "

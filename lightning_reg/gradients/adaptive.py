@@ -60,7 +60,7 @@ def clip_unit_gradients_(
     Reference:
         A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
     """
-    return _smallest(_clip_units_(params, clip_factor, eps, units or [Units()] * len(params)))
+    return _smallest(_clip_units_(params, clip_factor, eps, units or [Units()] * len(params)), params)
 
 
 class AdaptiveGradientClipping(GradientClipping):
@@ -107,7 +107,7 @@ class AdaptiveGradientClipping(GradientClipping):
         with self.watched(params, optimizer):
             factors = _clip_units_(params, self.current["clip_factor"], self.eps, self.units(params))
         if self.listening and any(p.grad is not None for p in params):
-            smallest = smallest_anywhere(_smallest(factors).to(params[0].device).nan_to_num(0.0), params)
+            smallest = smallest_anywhere(_smallest(factors, params).nan_to_num(0.0), params)
             self.figures.average(self.label("clipped_steps", optimizer), smallest, then=_is_below_one)
             self.figures.count(self.label("nonfinite_steps", optimizer), smallest, then=_is_zero)
 
@@ -155,10 +155,10 @@ def _clip_units_(params: Sequence[Tensor], clip_factor: float, eps: float, where
     return found
 
 
-def _smallest(factors: Sequence[Tensor]) -> Tensor:
-    """Return the smallest of all factors, 1 where there are none."""
-    lowest = [factor.amin() for factor in factors if factor.numel()]
-    return torch.stack([low.to(lowest[0]) for low in lowest]).amin() if lowest else torch.ones(())
+def _smallest(factors: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """Return the smallest of 1 and all factors, on the device of the parameters."""
+    one = torch.ones((), device=params[0].device if params else "cpu")
+    return torch.stack([one, *(factor.amin().to(one) for factor in factors if factor.numel())]).amin()
 
 
 def _norms(tensor: Tensor, of: Units) -> Tensor:

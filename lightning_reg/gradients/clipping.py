@@ -63,7 +63,7 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
     """
     gradients = present_gradients(params)
     norm = joint_norm(gradients, norm_type)
-    if gradients and (factor := _clip_factor(norm, max_norm, {gradient.dtype for gradient in gradients})) is not None:
+    if gradients and (factor := _clip_factor(norm, max_norm, gradients)) is not None:
         torch._foreach_mul_(locals_of(gradients), factor)
     return norm
 
@@ -245,9 +245,9 @@ class GradientValueClipping(GradientClipping):
             clip_gradient_value_(params, clip_value)
 
 
-def _clip_factor(norm: Tensor, max_norm: float, dtypes: set[torch.dtype]) -> Tensor | float | None:
-    """Return what gradients of some norm and dtypes are multiplied by, or ``None`` where that is known to be 1."""
-    if not on_host(norm) or {norm.dtype, *dtypes} != {torch.float32}:
+def _clip_factor(norm: Tensor, max_norm: float, gradients: Sequence[Tensor]) -> Tensor | float | None:
+    """Return what gradients of some norm are multiplied by, or ``None`` where that is known to be 1."""
+    if not on_host(norm) or {tensor.dtype for tensor in (norm, *gradients)} != {torch.float32}:
         return (max_norm / (norm + 1e-6)).clamp(max=1.0)
     # the same numbers, to the last bit, as on a device: torch divides by a tensor by multiplying with its reciprocal
     inverse = _float32(1.0 / _float32(norm.item() + _float32(1e-6)))

@@ -13,7 +13,7 @@ from lightning_reg import host
 from lightning_reg.base import Phase
 from lightning_reg.configuration import NON_NEGATIVE, check_choice
 from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import dense_gradients, local, on_host, shard_like, whole
+from lightning_reg.tensors import dense_gradients, local, on_host, shard_like, total, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -151,7 +151,7 @@ class Penalty(ParameterRegularizer):
         """Log the penalty over all optimizers, each as of its last step."""
         if self.logging:
             self._terms[id(optimizer)] = self.scale * whole(value.detach())
-            self.observe(penalty=torch.stack(list(self._terms.values())).sum())
+            self.observe(penalty=total(list(self._terms.values())))
 
     def _checked(self, params: Sequence[Tensor]) -> Tensor:
         """Return the value, or say what is wrong with it."""
