@@ -6,7 +6,8 @@ combination and any order, from Python or from LightningCLI.
 
 from importlib.metadata import version
 
-from lightning_reg import functional
+from lightning_reg import custom, functional
+from lightning_reg._engine.selection import select_parameters
 from lightning_reg.constraints import MaxNorm, MinMaxNorm, NonNegative, UnitNorm, WeightClipping
 from lightning_reg.dropout import DROPOUT_ATTRIBUTES, DropoutInjection, DropoutScheduler, MonteCarloDropout
 from lightning_reg.gradients import (
@@ -81,7 +82,9 @@ __all__ = [
     "WeightDecayScheduler",
     "WeightPruning",
     "ZScoreGradientClipping",
+    "custom",
     "decay_groups",
     "functional",
+    "select_parameters",
     "sparsity",
 ]

@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from itertools import pairwise
 
-from lightning_reg.configuration import POSITIVE, PROBABILITY, Configured, Interval
-from lightning_reg.plan import Plan, parse_marker
+from lightning_reg._engine.arguments import POSITIVE, PROBABILITY, Interval, SignatureRepr
+from lightning_reg._engine.plan import Plan, parse_marker
 
 __all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Steps", "Value"]
 
 _REAL = Interval(-math.inf, math.inf, open_low=True, open_high=True)
 
 
-class Schedule(Configured, ABC):
+class Schedule(SignatureRepr, ABC):
     """A value that depends on the progress of training, with markers that say where it changes.
 
     Write your own as a plain function of progress: a schedule is any callable ``progress -> float``. Subclass this only for

@@ -127,10 +127,10 @@ def train(callbacks: list[Callback], model: LightningModule, ranks: list[int], *
     """Train for two epochs and return the weights."""
     options = {"max_epochs": 2, "use_distributed_sampler": False, "logger": Memory(), "log_every_n_steps": 1, **trainer}
     Trainer(**{**QUIET, **options}, callbacks=callbacks).fit(model, batches(ranks))
-    return {name: whole(p) for name, p in model.named_parameters()}
+    return {name: full_tensor(p) for name, p in model.named_parameters()}
 
 
-def whole(p: Tensor) -> Tensor:
+def full_tensor(p: Tensor) -> Tensor:
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from distributed_worker import Digits, Sharded, batches, ddp, failure, sharded, train, whole
+from distributed_worker import Digits, Sharded, batches, ddp, failure, full_tensor, sharded, train
 from helpers import QUIET
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -75,7 +75,7 @@ def resumed(folder: Path, rank: int, whole_files: bool) -> tuple[dict[str, Tenso
             {**QUIET, "enable_checkpointing": True, "devices": 2, "max_epochs": 3, "use_distributed_sampler": False},
         )
         Trainer(**options, strategy=strategy, callbacks=callbacks).fit(model, loader_of(rank), ckpt_path=resume)
-        found.append({name: whole(p) for name, p in model.named_parameters()})
+        found.append({name: full_tensor(p) for name, p in model.named_parameters()})
     return found[0], found[1]
 
 

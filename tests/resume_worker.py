@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_reg.base import Regularizer
+    from lightning_reg._engine.regularizer import Regularizer
 
 EPOCHS = 3
 STEPS = (4, 6)  # of 4 in an epoch: at the end of one, and in the middle of one

@@ -49,7 +49,7 @@ from lightning_reg import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lightning_reg.base import Regularizer
+    from lightning_reg._engine.regularizer import Regularizer
 
 
 @dataclass(frozen=True)

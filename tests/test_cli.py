@@ -138,7 +138,7 @@ class WithData(Classifier):
 def written(value):
     """Return a callback or a schedule as it is written in YAML: a class and those arguments that are not at their default."""
     arguments = inspect.signature(type(value)).parameters
-    given = {name: value._as_given(name) for name in arguments}
+    given = {name: value._repr_value(name) for name in arguments}
     needed = {name: argument for name, argument in given.items() if argument != arguments[name].default}
     plain = {name: written(argument) if isinstance(argument, Schedule) else argument for name, argument in needed.items()}
     return {"class_path": f"lightning_reg.{type(value).__name__}", "init_args": plain}

@@ -34,9 +34,9 @@ def test_a_gpu_trains_alike(row, precision):
     if row.inactive:
         assert same(fit([row.inactive()], model(row), max_epochs=1, accelerator="cuda", precision=precision), plain)
     if precision == "32-true" and "Dropout" not in type(row.active()).__name__:
-        on_host, host_plain = (fit(callbacks, model(row), max_epochs=1) for callbacks in ([row.active()], []))
+        is_cpu, host_plain = (fit(callbacks, model(row), max_epochs=1) for callbacks in ([row.active()], []))
         if changes(row):
-            assert distance(on_gpu.cpu(), on_host) < 0.5 * distance(host_plain, on_host)
+            assert distance(on_gpu.cpu(), is_cpu) < 0.5 * distance(host_plain, is_cpu)
 
 
 @needs_cuda

@@ -121,7 +121,7 @@ def test_decay_is_refused_for_a_fused_optimizer_under_a_loss_scale():
             return torch.optim.Adam(self.parameters(), fused=True)
 
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(ValueError, match="WeightDecay acts before the optimizer steps, but the fused Adam"):
+    with pytest.raises(ValueError, match="WeightDecay acts before the optimizer step, but the fused Adam"):
         fit([WeightDecay(0.1)], Fused(), plugins=[precision])
 
 

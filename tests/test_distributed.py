@@ -166,6 +166,6 @@ def test_sharded_pruning_trains_like_one_process_and_its_checkpoint_is_the_same(
             found_state, found = ranks[rank][run]
             assert_close(found, weights, **TOLERANCE)
             assert identical({n: p == 0 for n, p in found.items()}, {n: p == 0 for n, p in weights.items()})
-            for name, (bits, shape) in state["masks"].items():
-                assert torch.equal(found_state["masks"][name][0], bits)
-                assert found_state["masks"][name][1] == shape
+            for name, (bits, shape) in state["state"]["masks"].items():
+                assert torch.equal(found_state["state"]["masks"][name][0], bits)
+                assert found_state["state"]["masks"][name][1] == shape

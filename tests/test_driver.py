@@ -36,9 +36,9 @@ from lightning_reg import (
     RandomShrinkage,
     Steps,
     WeightClipping,
-    host,
 )
-from lightning_reg.plan import Step
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.plan import Step
 
 
 def logged(callbacks, model=None, **kwargs):
@@ -135,10 +135,10 @@ def test_metrics_come_on_logging_steps_and_can_be_monitored():
 
 def test_without_a_logger_nothing_is_measured():
     class Silent(GradientNormClipping):
-        def observe(self, **metrics):
+        def log(self, **metrics):
             raise AssertionError("measured")
 
-        average = observe
+        average = log
 
     fit([Silent(0.1)])
 
@@ -360,7 +360,7 @@ def test_selections_of_another_type_are_refused(params):
 def test_complex_parameters_are_refused():
     model = Classifier()
     model.phase = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="WeightClipping acts on real parameters only, got complex phase: leave them out"):
+    with pytest.raises(ValueError, match="WeightClipping needs real parameters, got complex phase: exclude them"):
         fit([WeightClipping(0.1)], model)
 
 
@@ -372,7 +372,7 @@ def test_a_base_class_is_none_to_use():
 def test_the_plan_of_a_run():
     class Planned(Classifier):
         def on_train_start(self):
-            plan = host.plan(self.trainer)
+            plan = _lightning.plan_of(self.trainer)
             self.plan = (plan.total, plan.per_epoch, plan.per_step[0])
 
     assert fit(model=Planned(), max_epochs=3).plan == (12, 4, 1)
@@ -385,10 +385,10 @@ def test_the_plan_of_a_run():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("GradientNormClipping", r"GradientNormClipping cannot work under DeepSpeed: set Trainer\(gradient_clip_val=…\)"),
-        ("GradientValueClipping", r"cannot work under DeepSpeed: its engine clips by norm only"),
-        ("L1Penalty", "cannot work under DeepSpeed: add the penalty to the loss in training_step"),
-        ("WeightClipping", "cannot work under DeepSpeed: use DDP or FSDP2"),
+        ("GradientNormClipping", r"GradientNormClipping does not work with DeepSpeed: set Trainer\(gradient_clip_val=…\)"),
+        ("GradientValueClipping", r"does not work with DeepSpeed: its engine clips by norm only"),
+        ("L1Penalty", "does not work with DeepSpeed: add the penalty to the loss in training_step"),
+        ("WeightClipping", "does not work with DeepSpeed: use DDP or FSDP2"),
     ],
 )
 def test_deepspeed_is_refused_with_what_to_do_instead(name, message):

@@ -211,7 +211,7 @@ def test_channels_need_a_dimension():
         ),
         (
             lambda: fit([DropoutScheduler(0.1, modules="nett.*")]),
-            r"DropoutScheduler: no dropout is in a module that matches 'nett.\*'; near: net.3",
+            r"DropoutScheduler: no dropout is in a module that matches 'nett.\*'; close matches: net.3",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The examples as a user runs them, from another folder: the main job without arguments, the others shortened."""
+"""The examples as a user runs them, from another folder: the main job without arguments, the others abbreviate."""
 
 from __future__ import annotations
 

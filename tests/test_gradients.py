@@ -21,9 +21,14 @@ from lightning_reg import (
     PeakGradientDropping,
     QuantileGradientClipping,
     ZScoreGradientClipping,
-    host,
 )
-from lightning_reg.functional import clip_gradient_norm_, clip_gradient_norms_, clip_gradient_value_, drop_peak_gradients_
+from lightning_reg._engine import _lightning
+from lightning_reg.functional import (
+    clip_gradient_norm_,
+    clip_gradient_norm_per_tensor_,
+    clip_gradient_value_,
+    drop_peak_gradients_,
+)
 
 
 def with_gradients(dtype=torch.float32):
@@ -196,7 +201,7 @@ class Fused(Classifier):
 @pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
 def test_a_fused_optimizer_is_refused_only_under_a_loss_scale(callback):
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    message = rf"{type(callback).__name__} acts before .* the fused Adam unscales .* fused=False, or train with precision="
+    message = rf"{type(callback).__name__} acts before .* the fused Adam unscales .* fused=False, or set precision="
     with pytest.raises(ValueError, match=message):
         fit([callback], Fused(), plugins=[plugin])
     fit([callback], Fused(), max_epochs=1)
@@ -246,12 +251,14 @@ def test_parameters_that_all_lack_a_gradient_are_left_alone(callback):
 @pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
 def test_flat_parameters_are_refused_where_shapes_or_norms_are_needed(callback, monkeypatch):
     """FSDP1 needs CUDA in Lightning, so only what it is told is tested here."""
-    monkeypatch.setattr(host, "flattens", lambda trainer: True)
-    monkeypatch.setattr(host, "flattening_root", lambda trainer: None)
-    if callback.takes_flattened:
+    monkeypatch.setattr(_lightning, "uses_fsdp1", lambda trainer: True)
+    monkeypatch.setattr(_lightning, "fsdp1_root", lambda trainer: None)
+    if callback.supports_fsdp1:
         fit([callback], max_epochs=1)
     else:
-        with pytest.raises(ValueError, match=r"cannot act on the flat parameters of FSDPStrategy: use ModelParallelStrategy"):
+        with pytest.raises(
+            ValueError, match=r"does not work with the flattened parameters of FSDPStrategy: use ModelParallelStrategy"
+        ):
             fit([callback], max_epochs=1)
 
 
@@ -263,7 +270,7 @@ def test_the_root_of_flat_parameters_clips_their_norm(monkeypatch):
             self.calls.append((max_norm, norm_type))
             return torch.tensor(5.0)
 
-    monkeypatch.setattr(host, "flattening_root", lambda trainer: Root())
+    monkeypatch.setattr(_lightning, "fsdp1_root", lambda trainer: Root())
     memory = Memory()
     fit([GradientNormClipping(0.5, norm_type=3.0)], max_epochs=1, logger=memory, log_every_n_steps=1)
     assert Root.calls == [(0.5, 3.0)] * 4
@@ -277,7 +284,7 @@ def test_the_root_of_flat_parameters_clips_their_norm(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_tensor_is_clipped_as_torch_clips_it_alone(norm_type, dtype):
     ours, theirs = with_gradients(dtype), with_gradients(dtype)
-    norms = clip_gradient_norms_(ours, 0.5, norm_type)
+    norms = clip_gradient_norm_per_tensor_(ours, 0.5, norm_type)
     expected = [nn.utils.clip_grad_norm_([q], 0.5, norm_type) for q in theirs if q.grad is not None and q.numel()]
     assert_close(norms, torch.stack(expected).to(norms.dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0.0)
     for p, q in zip(ours[:-1], theirs[:-1], strict=True):
@@ -306,8 +313,8 @@ def test_no_gradient_at_all_is_fine():
         ),
         (lambda: GradientNormClipping(1.0, scope="layer"), "scope must be 'model' or 'tensor', got 'layer'"),
         (lambda: GradientValueClipping(-1), r"GradientValueClipping: clip_value must be a number in \(0, inf\], got -1"),
-        (lambda: PeakGradientDropping(-1), "PeakGradientDropping: k must be a whole number ≥ 0, got -1"),
-        (lambda: PeakGradientDropping(0.5), "PeakGradientDropping: k must be a whole number ≥ 0, got 0.5"),
+        (lambda: PeakGradientDropping(-1), "PeakGradientDropping: k must be an integer ≥ 0, got -1"),
+        (lambda: PeakGradientDropping(0.5), "PeakGradientDropping: k must be an integer ≥ 0, got 0.5"),
     ],
 )
 def test_bounds_out_of_range_are_refused(make, message):

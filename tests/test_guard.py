@@ -101,7 +101,7 @@ def test_only_the_watched_parameters_count():
             self.net[4].bias.register_hook(lambda grad: grad * math.nan)
 
     guarded = fit([NonFiniteGradientGuard(params="net.0.*")], OneBadLayer(), batches(1.0, 1.0), max_epochs=1)
-    assert guarded.net[4].bias.isnan().all()  # not watched
+    assert guarded.net[4].bias.isnan().all()  # not logging_norms
     guarded = fit([NonFiniteGradientGuard()], OneBadLayer(), batches(1.0, 1.0), max_epochs=1)
     assert same(guarded, OneBadLayer())
 
@@ -162,8 +162,8 @@ def test_bad_steps_are_counted_for_the_logger_and_in_the_checkpoint():
     assert [metrics["reg/NonFiniteGradientGuard/nonfinite_steps"] for metrics in memory.steps.values()] == [0, 1, 1, 2]
     state, later = guard.state_dict(), NonFiniteGradientGuard()
     later.load_state_dict(state)
-    assert later._in_a_row == {0: 1}
-    assert dict(later.figures.take())["nonfinite_steps"] == 2
+    assert later.state["consecutive"] == {0: 1}
+    assert dict(later.running.compute_and_reset())["nonfinite_steps"] == 2
 
 
 def scaled(callbacks, factors, scale, enabled=True):
@@ -192,7 +192,7 @@ def test_nothing_acts_on_a_step_that_the_scaler_skips():
     (one, _), (other, _) = scaled([NonFiniteGradientGuard(), *guarded], bad, 1024.0), scaled(others(), [1.0, None, 1.0], 1024.0)
     assert_close(weights(one), weights(other), rtol=1e-5, atol=1e-6)
     scaled(unguarded, bad, 1024.0)
-    counts = [dict(callbacks[2].figures.take())["nonfinite_steps"] for callbacks in (guarded, unguarded)]
+    counts = [dict(callbacks[2].running.compute_and_reset())["nonfinite_steps"] for callbacks in (guarded, unguarded)]
     assert counts == [0, 1]  # what the statistics were shown
 
 
@@ -241,7 +241,7 @@ def test_sparse_gradients_are_watched_too():
     ("make", "message"),
     [
         (lambda: NonFiniteGradientGuard("ignore"), "policy must be 'skip', 'zero' or 'raise', got 'ignore'"),
-        (lambda: NonFiniteGradientGuard(patience=0), "NonFiniteGradientGuard: patience must be a whole number ≥ 1, got 0"),
+        (lambda: NonFiniteGradientGuard(patience=0), "NonFiniteGradientGuard: patience must be an integer ≥ 1, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

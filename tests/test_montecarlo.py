@@ -187,11 +187,11 @@ class Bare(LightningModule):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MonteCarloDropout(samples=0), "samples must be a whole number of at least 1, or None, got 0"),
-        (lambda: MonteCarloDropout(samples=2.0), "samples must be a whole number of at least 1, or None, got 2.0"),
+        (lambda: MonteCarloDropout(samples=0), "samples must be an integer ≥ 1, got 0"),
+        (lambda: MonteCarloDropout(samples=2.0), "samples must be an integer ≥ 1, got 2.0"),
         (
             lambda: predict([MonteCarloDropout(samples=2)], Iterates()),
-            r"predict_step\(dataloader_iter\) takes its batch itself",
+            r"predict_step\(dataloader_iter\) takes its batches itself",
         ),
         (
             lambda: predict([MonteCarloDropout(samples=2)], Bare()),

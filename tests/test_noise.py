@@ -11,9 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_reg import GradientNoise
+from lightning_reg._engine.plan import Step
+from lightning_reg._tensors.random import generator_for
 from lightning_reg.functional import add_gradient_noise_
-from lightning_reg.plan import Step
-from lightning_reg.randomness import generator_for
 
 
 def noise_at(callback, step, size=40_000):
@@ -83,7 +83,7 @@ def test_a_scheduled_deviation_multiplies_the_fading():
     [
         (lambda: GradientNoise(-1.0), r"GradientNoise: std must be a number in \[0, inf\), got -1.0"),
         (lambda: GradientNoise(0.1, decay=-0.1), r"GradientNoise: decay must be a number in \[0, inf\), got -0.1"),
-        (lambda: GradientNoise(0.1, seed=-1), r"GradientNoise: seed must be a whole number in \[0, 2\^31\), got -1"),
+        (lambda: GradientNoise(0.1, seed=-1), r"GradientNoise: seed must be an integer in \[0, 2147483648\), got -1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

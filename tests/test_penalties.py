@@ -631,7 +631,10 @@ def test_the_starting_point_of_another_model_is_refused():
         (lambda: ElasticNetPenalty(-0.1, 0.1), r"ElasticNetPenalty: l1 must be a number in \[0, inf\), got -0.1"),
         (lambda: ActivityPenalty(0.1, modules="ReLU", p=3), "ActivityPenalty: p must be 1 or 2, got 3"),
         (lambda: ActivityPenalty(0.1, modules=[]), r"ActivityPenalty: modules must name modules or classes, .* got nothing"),
-        (lambda: fit([ActivityPenalty(0.1, modules="Relu")]), r"ActivityPenalty: no module has a name or class .* near: ReLU"),
+        (
+            lambda: fit([ActivityPenalty(0.1, modules="Relu")]),
+            r"ActivityPenalty: no module has a name or class .* close matches: ReLU",
+        ),
         (lambda: fit([ActivityPenalty(0.1, modules="ReLU")], Manual()), "ActivityPenalty adds to the loss, which in manual"),
     ],
 )

@@ -21,7 +21,8 @@ from lightning_reg.functional import (
     smallest_entries,
     units_of,
 )
-from lightning_reg.pruning import pack_bits, select, unpack_bits
+from lightning_reg.pruning import select
+from lightning_reg.pruning.masks import pack_bits, unpack_bits
 
 
 def by_sorting(scores, count):

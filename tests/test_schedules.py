@@ -7,7 +7,7 @@ import pytest
 from helpers import fit, loader
 
 from lightning_reg import Cosine, Cubic, Exponential, L1Penalty, Linear, Steps
-from lightning_reg.plan import Plan
+from lightning_reg._engine.plan import Plan
 
 GRID = np.linspace(0.0, 1.0, 41)
 

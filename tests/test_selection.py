@@ -6,7 +6,7 @@ from helpers import Classifier, fit
 from torch import nn
 
 from lightning_reg import L1Penalty
-from lightning_reg.selection import canonical_name, select_modules, select_parameters
+from lightning_reg._engine.selection import canonical_name, select_modules, select_parameters
 
 
 class Zoo(nn.Module):
@@ -73,11 +73,14 @@ def test_compiled_modules_keep_their_names():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ("encodr.*", r"no parameter has a name that matches 'encodr.\*'; near: encoder.bias, encoder.weight"),
-        (["weights", "!encodr.*"], r"no parameter has a name that matches '!encodr.\*'; near: encoder.bias, encoder.weight"),
-        (["!encoder.*"], r"begin with what is meant, as in \['weights', '!head.\*'\]"),
+        ("encodr.*", r"no parameter has a name that matches 'encodr.\*'; close matches: encoder.bias, encoder.weight"),
+        (
+            ["weights", "!encodr.*"],
+            r"no parameter has a name that matches '!encodr.\*'; close matches: encoder.bias, encoder.weight",
+        ),
+        (["!encoder.*"], r"start with what to include, as in \['weights', '!head.\*'\]"),
         ([], r"params=\[\] selects no parameter"),
-        (lambda name, p, module: False, r"params=<lambda> selects no parameter; near: encoder.weight, encoder.bias"),
+        (lambda name, p, module: False, r"params=<lambda> selects no parameter; close matches: encoder.weight, encoder.bias"),
         (["encoder.*", "!*"], r"params=\['encoder.\*', '!\*'\] selects no parameter"),
     ],
 )
@@ -88,7 +91,7 @@ def test_a_selection_of_nothing_is_refused_with_near_names(params, message):
 
 
 def test_a_model_without_weights_says_what_it_has():
-    with pytest.raises(ValueError, match=r"params='weights' selects no parameter; near: weight, bias"):
+    with pytest.raises(ValueError, match=r"params='weights' selects no parameter; close matches: weight, bias"):
         select_parameters(nn.LayerNorm(4))
 
 
@@ -96,13 +99,13 @@ def test_modules_by_glob_and_by_class():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert list(select_modules(model, ["ReLU"])) == ["1", "2.1"]
     assert list(select_modules(model, ["2.*"])) == ["2.0", "2.1"]
-    with pytest.raises(ValueError, match="no module has a name or class that matches 'Relu'; near: ReLU"):
+    with pytest.raises(ValueError, match="no module has a name or class that matches 'Relu'; close matches: ReLU"):
         select_modules(model, ["Relu"])
 
 
 def test_a_trainer_refuses_before_anything_is_trained():
     with pytest.raises(
-        ValueError, match=r"L1Penalty: params: no parameter has a name that matches 'nett.\*'; near: net.4.bias"
+        ValueError, match=r"L1Penalty: params: no parameter has a name that matches 'nett.\*'; close matches: net.4.bias"
     ):
         fit([L1Penalty(0.1, params="nett.*")])
 
@@ -153,7 +156,7 @@ def test_a_selection_of_frozen_parameters_is_said():
     model.net[4].weight.requires_grad_(False)
     with pytest.raises(ValueError, match="params='weights' selects no parameter: all weights are frozen"):
         fit([L1Penalty(0.1)], model)
-    with pytest.warns(UserWarning, match=r"L1Penalty-net_0: all 2 selected parameters are frozen, so it does nothing for now"):
+    with pytest.warns(UserWarning, match="L1Penalty-net_0 has no effect for now: all 2 selected parameters are frozen"):
         fit([L1Penalty(0.1, params="net.0.*")], model)
 
 
@@ -162,5 +165,5 @@ def test_parameters_that_no_optimizer_holds_are_said():
         def configure_optimizers(self):
             return torch.optim.SGD(self.net[4].parameters(), lr=0.1)
 
-    with pytest.warns(UserWarning, match="all 1 selected parameters are held by no optimizer"):
+    with pytest.warns(UserWarning, match="all 1 selected parameters are not in any optimizer"):
         fit([L1Penalty(0.1, params="net.0.weight")], HeadOnly())

@@ -100,7 +100,7 @@ def test_training_draws_what_it_would_draw_without():
         (lambda: RandomShrinkage(1.5), r"RandomShrinkage: epsilon must be a number in \[0, 1\], got 1.5"),
         (lambda: RandomShrinkage(-0.1), r"RandomShrinkage: epsilon must be a number in \[0, 1\], got -0.1"),
         (lambda: RandomShrinkage(0.1, every="batch"), "RandomShrinkage: every must be 'step' or 'epoch', got 'batch'"),
-        (lambda: RandomShrinkage(0.1, seed=-1), r"RandomShrinkage: seed must be a whole number in \[0, 2\^31\), got -1"),
+        (lambda: RandomShrinkage(0.1, seed=-1), r"RandomShrinkage: seed must be an integer in \[0, 2147483648\), got -1"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):

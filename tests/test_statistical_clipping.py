@@ -16,7 +16,7 @@ from test_laws import Gan
 from torch.testing import assert_close
 
 from lightning_reg import GradientNormClipping, QuantileGradientClipping, ZScoreGradientClipping
-from lightning_reg.functional import quantile_bound, remember_norm, update_norm_statistics, z_score_bound
+from lightning_reg.functional import quantile_bound, update_norm_history, update_norm_statistics, z_score_bound
 
 NORMS = [1.0, 1.2, 0.9, math.nan, 1.1, 9.0, math.inf, 1.05, 0.8, 1.3, 20.0, 1.0, 0.95, 1.15]
 
@@ -30,7 +30,7 @@ def finite(norms):
 def test_the_quantile_is_numpys_over_the_last_finite_norms(window, quantile):
     history = torch.full((window,), math.nan)
     for step, norm in enumerate(NORMS, start=1):
-        history = remember_norm(history, torch.tensor(norm))
+        history = update_norm_history(history, torch.tensor(norm))
         expected = np.quantile(finite(NORMS[:step])[-window:], quantile)
         assert_close(quantile_bound(history, quantile).item(), float(expected), rtol=1e-6, atol=0.0)
         assert len(history) == window
@@ -130,18 +130,18 @@ def test_a_step_that_is_not_finite_does_not_end_the_statistics(make, bad):
     callback, healthy = make(), make()
     fit([callback], Survives({3: bad}, lr=0.0), max_epochs=3, logger=Memory(), log_every_n_steps=4)
     fit([healthy], Watch(lr=0.0), max_epochs=3)
-    (memory,), (other,) = callback._memory.values(), healthy._memory.values()
+    (memory,), (other,) = callback.state["memory"].values(), healthy.state["memory"].values()
     assert memory[-1].isfinite()
     norms = lambda memory: memory[0] if len(memory) == 3 else memory.isfinite().sum()  # noqa: E731
     assert norms(memory) == norms(other) - 1 == 11
-    assert dict(callback.figures.take())["nonfinite_steps"] == 1
+    assert dict(callback.running.compute_and_reset())["nonfinite_steps"] == 1
 
 
 def test_each_optimizer_has_its_own_statistics_and_figures():
     callback, memory = QuantileGradientClipping(0.5, window=3), Memory()
     fit([callback], Gan(), logger=memory, log_every_n_steps=1)
-    assert sorted(callback._memory) == [0, 1]
-    assert not torch.equal(callback._memory[0], callback._memory[1])
+    assert sorted(callback.state["memory"]) == [0, 1]
+    assert not torch.equal(callback.state["memory"][0], callback.state["memory"][1])
     assert {"norm_before_0", "norm_before_1", "threshold_0", "threshold_1", "clipped_steps_0", "nonfinite_steps_1"} <= {
         key.rpartition("/")[2] for key in memory.steps[max(memory.steps)]
     }
@@ -151,7 +151,7 @@ def test_no_gradient_at_all_is_no_norm():
     for callback in (QuantileGradientClipping(), ZScoreGradientClipping()):
         callback.update(0.0)
         callback.gradients([parameter([1.0])], None, None)
-        assert not callback._memory
+        assert not callback.state["memory"]
 
 
 def test_a_second_fit_begins_anew():
@@ -179,9 +179,9 @@ def test_what_is_logged_after_a_resume_in_mid_epoch_is_what_would_have_been(make
         )
         return memory.steps
 
-    whole = run(3, tmp_path / "whole")
+    full_tensor = run(3, tmp_path / "whole")
     resumed = run(3, tmp_path / "later", tmp_path / "whole" / "step=6.ckpt")
-    later = {step: metrics for step, metrics in whole.items() if step >= 6}
+    later = {step: metrics for step, metrics in full_tensor.items() if step >= 6}
     assert later
     assert all(str(resumed[step]) == str(metrics) for step, metrics in later.items())  # NaN is not equal to itself
     assert all(metrics[f"reg/{make().name}/nonfinite_steps"] == 1 for metrics in later.values())
@@ -202,10 +202,10 @@ def test_a_checkpoint_with_another_window_is_refused(tmp_path):
     [
         (lambda: QuantileGradientClipping(0.0), r"QuantileGradientClipping: quantile must be a number in \(0, 1\), got 0.0"),
         (lambda: QuantileGradientClipping(1), r"QuantileGradientClipping: quantile must be a number in \(0, 1\), got 1"),
-        (lambda: QuantileGradientClipping(window=0), "QuantileGradientClipping: window must be a whole number ≥ 1, got 0"),
+        (lambda: QuantileGradientClipping(window=0), "QuantileGradientClipping: window must be an integer ≥ 1, got 0"),
         (lambda: ZScoreGradientClipping(0.0), r"ZScoreGradientClipping: z must be a number in \(0, inf\], got 0.0"),
         (lambda: ZScoreGradientClipping(decay=1.5), r"ZScoreGradientClipping: decay must be a number in \[0, 1\], got 1.5"),
-        (lambda: ZScoreGradientClipping(warmup=0), "ZScoreGradientClipping: warmup must be a whole number ≥ 1, got 0"),
+        (lambda: ZScoreGradientClipping(warmup=0), "ZScoreGradientClipping: warmup must be an integer ≥ 1, got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):
@@ -213,9 +213,11 @@ def test_arguments_out_of_range_are_refused(make, message):
         make()
 
 
-def test_figures_are_worked_out_when_they_are_read_and_survive_a_copy():
+def test_running_metrics_survive_a_copy():
     callback = GradientNormClipping(0.5)
     fit([callback], max_epochs=1, logger=Memory(), log_every_n_steps=4)
-    callback.figures.average("clipped_steps", torch.tensor(0.25), then=torch.ceil)
+    callback.running.mean("clipped_steps", torch.tensor(1.0))
+    callback.running.sum("nonfinite_steps", torch.tensor(0.0))
     again = pickle.loads(pickle.dumps(callback))
-    assert dict(again.figures.take()) == dict(callback.figures.take()) == {"clipped_steps": 1.0, "nonfinite_steps": 0.0}
+    expected = {"clipped_steps": 1.0, "nonfinite_steps": 0.0}
+    assert dict(again.running.compute_and_reset()) == dict(callback.running.compute_and_reset()) == expected

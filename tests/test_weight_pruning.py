@@ -8,17 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import QUIET, Classifier, Memory, fit, loader, same, weights
-from lightning.pytorch import Trainer
-from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch import Trainer, callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from lightning_reg import Cubic, Linear, MaxNorm, NonNegative, Steps, UnitNorm, WeightPruning, host, sparsity
+from lightning_reg import Cubic, Linear, MaxNorm, NonNegative, Steps, UnitNorm, WeightPruning, sparsity
+from lightning_reg._engine import _lightning
 from lightning_reg.functional import pruning_masks
-from lightning_reg.pruning import unpack_bits
+from lightning_reg.pruning.masks import unpack_bits
 
 TOTAL = 64 * 16 + 16 * 10  # weights of the model
 
@@ -156,7 +156,7 @@ def test_averages_of_the_weights_are_as_sparse(average, first):
 
 @pytest.mark.parametrize("average", [name for name in ("EMA", "SWA") if name in AVERAGES])
 def test_averages_that_are_not_masked_would_show(monkeypatch, average):
-    monkeypatch.setattr(host, "averages", lambda trainer: [])
+    monkeypatch.setattr(_lightning, "averaged_models", lambda trainer: [])
     model, _ = train([WeightPruning(Linear(0.0, 0.8)), AVERAGES[average]()], max_epochs=4)
     assert sparsity(model).total.zeros < round(0.8 * TOTAL)
 
@@ -353,7 +353,7 @@ def test_a_checkpoint_holds_one_bit_for_each_weight_and_no_new_name(tmp_path):
     model, trainer = train([WeightPruning(0.5)], max_epochs=1)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     saved = torch.load(tmp_path / "model.ckpt", weights_only=True)
-    (state,) = saved["callbacks"].values()
+    (state,) = (saved_state["state"] for saved_state in saved["callbacks"].values())
     assert sum(bits.numel() for bits, _ in state["masks"].values()) == TOTAL // 8
     for name, (bits, shape) in state["masks"].items():
         assert torch.equal(unpack_bits(bits, shape), model.state_dict()[name] == 0)
@@ -449,9 +449,9 @@ def test_scores_that_are_none_are_refused(scores, message):
         ({"criterion": "l1"}, "criterion must be 'magnitude', 'random' or a callable .*, got 'l1'"),
         ({"scope": "model"}, "scope must be 'global' or 'layer', got 'model'"),
         ({"structure": "1:2"}, "structure must be 'element', 'unit' or '2:4', got '1:2'"),
-        ({"every_n_epochs": 0}, "every_n_epochs must be a whole number ≥ 1, got 0"),
-        ({"rewind_to_step": -1}, "rewind_to_step must be a whole number ≥ 0, got -1"),
-        ({"rewind_to_step": True}, "rewind_to_step must be a whole number ≥ 0, got True"),
+        ({"every_n_epochs": 0}, "every_n_epochs must be an integer ≥ 1, got 0"),
+        ({"rewind_to_step": -1}, "rewind_to_step must be an integer ≥ 0, got -1"),
+        ({"rewind_to_step": True}, "rewind_to_step must be an integer ≥ 0, got True"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):
@@ -499,15 +499,17 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
 
 
 def test_flat_parameters_are_refused(monkeypatch):
-    monkeypatch.setattr(host, "flattens", lambda trainer: True)
-    with pytest.raises(ValueError, match=r"WeightPruning cannot act on the flat parameters of FSDPStrategy: use Model"):
+    monkeypatch.setattr(_lightning, "uses_fsdp1", lambda trainer: True)
+    with pytest.raises(
+        ValueError, match=r"WeightPruning does not work with the flattened parameters of FSDPStrategy: use Model"
+    ):
         fit([WeightPruning(0.5)])
     monkeypatch.undo()
 
     class Trained:
         strategy = FSDPStrategy.__new__(FSDPStrategy)
 
-    assert host.flattens(Trained())
+    assert _lightning.uses_fsdp1(Trained())
 
 
 def test_pruning_that_never_comes_is_said():

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_reg.base import Phase
-from lightning_reg.configuration import POSITIVE
+from lightning_reg._engine.arguments import POSITIVE
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.reductions import fraction_above
+from lightning_reg._tensors.shards import full_tensor, local_tensors
 from lightning_reg.constraints.base import Constraint
-from lightning_reg.tensors import fraction_beyond, locals_of, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,11 +19,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["NonNegative", "WeightClipping", "clip_negative_weights_", "clip_weights_"]
 
 
 @torch.no_grad()
@@ -40,8 +39,8 @@ def clip_weights_(params: Sequence[Tensor], clip_value: float) -> None:
         tensor([-1.0000,  0.5000,  1.0000])
     """
     if params:
-        torch._foreach_clamp_min_(locals_of(params), -clip_value)
-        torch._foreach_clamp_max_(locals_of(params), clip_value)
+        torch._foreach_clamp_min_(local_tensors(params), -clip_value)
+        torch._foreach_clamp_max_(local_tensors(params), clip_value)
 
 
 @torch.no_grad()
@@ -58,7 +57,7 @@ def clip_negative_weights_(params: Sequence[Tensor]) -> None:
         tensor([0.0000, 0.5000])
     """
     if params:
-        torch._foreach_clamp_min_(locals_of(params), 0.0)
+        torch._foreach_clamp_min_(local_tensors(params), 0.0)
 
 
 class WeightClipping(Constraint):
@@ -85,7 +84,7 @@ class WeightClipping(Constraint):
         M. Arjovsky, S. Chintala, L. Bottou, "Wasserstein GAN", 2017.
     """
 
-    limits = {"clip_value": POSITIVE}
+    valid_ranges = {"clip_value": POSITIVE}
 
     def __init__(self, clip_value: Value, *, params: Params = "weights", name: str | None = None) -> None:
         self.clip_value = clip_value
@@ -95,10 +94,10 @@ class WeightClipping(Constraint):
         """Clamp the weights, and keep the fraction that this changes."""
         clip_value = self.current["clip_value"]
         if self.logging:
-            self.observe(**{self.label("constrained", optimizer): fraction_beyond(params, clip_value)})
-        self.uphold(params)
+            self.log_metrics(**{self.label("constrained", optimizer): fraction_above(params, clip_value)})
+        super().weights(params, optimizer, step)
 
-    def uphold(self, params: list[Parameter]) -> None:
+    def reproject(self, params: list[Parameter]) -> None:
         """Clamp the weights."""
         clip_weights_(params, self.current["clip_value"])
 
@@ -124,7 +123,7 @@ class NonNegative(Constraint):
         D. D. Lee, H. S. Seung, "Learning the parts of objects by non-negative matrix factorization", 1999.
     """
 
-    phase = Phase.SIGN
+    phase = Phase.NON_NEGATIVE
 
     def __init__(self, *, params: Params = "weights", name: str | None = None) -> None:
         super().__init__(params, name)
@@ -132,14 +131,14 @@ class NonNegative(Constraint):
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip the weights, and keep the fraction that this changes."""
         if self.logging:
-            self.observe(**{self.label("constrained", optimizer): _negative_fraction(params)})
-        self.uphold(params)
+            self.log_metrics(**{self.label("constrained", optimizer): _negative_fraction(params)})
+        super().weights(params, optimizer, step)
 
-    def uphold(self, params: list[Parameter]) -> None:
+    def reproject(self, params: list[Parameter]) -> None:
         """Clip the weights."""
         clip_negative_weights_(params)
 
 
 def _negative_fraction(params: Sequence[Tensor]) -> Tensor:
     """Return the share of entries, over all shards, that are below zero."""
-    return torch.stack([whole((p < 0).sum()) for p in params]).sum() / max(sum(p.numel() for p in params), 1)
+    return torch.stack([full_tensor((p < 0).sum()) for p in params]).sum() / max(sum(p.numel() for p in params), 1)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_reg.configuration import NON_NEGATIVE, POSITIVE, PROBABILITY
+from lightning_reg._engine.arguments import NON_NEGATIVE, POSITIVE, PROBABILITY
+from lightning_reg._tensors.shards import full_tensor
+from lightning_reg._tensors.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
 from lightning_reg.constraints.base import Constraint
-from lightning_reg.tensors import whole
-from lightning_reg.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["MaxNorm", "MinMaxNorm", "UnitNorm", "project_unit_norms_"]
 
 
 @torch.no_grad()
@@ -60,7 +58,7 @@ def project_unit_norms_(
 class _NormConstraint(Constraint):
     """Keeps the norm of every output unit in an interval."""
 
-    takes_flattened = False
+    supports_fsdp1 = False
 
     @abstractmethod
     def interval(self) -> tuple[float, float]:
@@ -74,10 +72,12 @@ class _NormConstraint(Constraint):
         """Project the units, and keep the fraction that this changes."""
         low, high = self.interval()
         if self.logging:
-            self.observe(**{self.label("constrained", optimizer): _infeasible_fraction(params, low, high, self.units(params))})
+            self.log_metrics(
+                **{self.label("constrained", optimizer): _infeasible_fraction(params, low, high, self.units(params))}
+            )
         project_unit_norms_(params, low, high, self._rate, self.units(params))
 
-    def uphold(self, params: list[Parameter]) -> None:
+    def reproject(self, params: list[Parameter]) -> None:
         """Project the units, unless they are on their way by a rate."""
         if self._rate == 1:
             project_unit_norms_(params, *self.interval(), units=self.units(params))
@@ -109,7 +109,7 @@ class MaxNorm(_NormConstraint):
         Way to Prevent Neural Networks from Overfitting", 2014.
     """
 
-    limits = {"max_norm": POSITIVE}
+    valid_ranges = {"max_norm": POSITIVE}
 
     def __init__(self, max_norm: Value, *, params: Params = "weights", name: str | None = None) -> None:
         self.max_norm = max_norm
@@ -175,7 +175,7 @@ class MinMaxNorm(_NormConstraint):
         >>> trainer = Trainer(callbacks=[MinMaxNorm(0.5, 2.0)], logger=False)
     """
 
-    limits = {"min_norm": NON_NEGATIVE, "max_norm": POSITIVE, "rate": PROBABILITY}
+    valid_ranges = {"min_norm": NON_NEGATIVE, "max_norm": POSITIVE, "rate": PROBABILITY}
 
     def __init__(
         self, min_norm: Value, max_norm: Value, *, rate: Value = 1.0, params: Params = "weights", name: str | None = None
@@ -213,6 +213,6 @@ def _stays(norms: Tensor, low: float, high: float, p: Tensor, of: Units) -> Tens
 
 def _infeasible_fraction(params: Sequence[Tensor], low: float, high: float, units: Sequence[Units]) -> Tensor:
     """Return the share of units, over all shards, that a projection will change."""
-    norms = [whole(unit_norms(p, of)) for p, of in zip(params, units, strict=True)]
+    norms = [full_tensor(unit_norms(p, of)) for p, of in zip(params, units, strict=True)]
     stay = [_stays(norm, low, high, p, of) for norm, p, of in zip(norms, params, units, strict=True)]
     return torch.stack([(~units_stay).sum() for units_stay in stay]).sum() / max(sum(norm.numel() for norm in norms), 1)

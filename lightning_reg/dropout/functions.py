@@ -10,8 +10,6 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["alpha_dropout", "dropout"]
-
 _ALPHA = -1.7580993408473766  # what SELU tends to at minus infinity: its scale times its alpha
 
 

@@ -7,23 +7,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_reg.base import Phase
-from lightning_reg.configuration import PROBABILITY
+from lightning_reg._engine.arguments import PROBABILITY
+from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
+from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.functions import dropout
-from lightning_reg.dropout.places import shortened
-from lightning_reg.dropout.rates import Rate, drive_class_, release_class_
-from lightning_reg.modules import ForwardHook, ModuleRegularizer
+from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
+from lightning_reg.dropout.sites import abbreviate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.schedules import Value
-
-__all__ = ["DropoutInjection", "InjectedDropout", "inject_dropout"]
 
 _OUTPUT_FIRST = (nn.RNNBase, nn.MultiheadAttention)  # they return their output and something else
 
@@ -63,7 +62,7 @@ class InjectedDropout:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells it apart from every other place."""
+        """What tells it apart from every other site."""
         return id(self.module), f"injected {id(self._own)}"
 
     def take(self, rate: Rate) -> None:
@@ -80,14 +79,14 @@ class InjectedDropout:
     def insert(self) -> None:
         """Put the dropout in, behind the hooks that the module has."""
         self._handle = self.module.register_forward_hook(ForwardHook(self._drop))
-        drive_class_(self.module)  # for graphs that were compiled without the hook
+        swap_class_(self.module)  # for graphs that were compiled without the hook
 
     def remove(self) -> None:
         """Take the dropout out again."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-            release_class_(self.module)
+            restore_class_(self.module)
 
     def _drop(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not (module.training or self.always):
@@ -140,8 +139,8 @@ def inject_dropout(
     """
     shared = rate if isinstance(rate, Rate) else Rate(rate)
     injected = [InjectedDropout(name, module, shared, channelwise, samplewise, always) for name, module in modules.items()]
-    for place in injected:
-        place.insert()
+    for site in injected:
+        site.insert()
     return injected
 
 
@@ -181,8 +180,8 @@ class DropoutInjection(ModuleRegularizer):
     """
 
     phase = Phase.DROPOUT
-    limits = {"p": PROBABILITY}
-    instead_of_deepspeed = None
+    valid_ranges = {"p": PROBABILITY}
+    deepspeed_alternative = None
     selector = "after"
     effect = "drop anything"
 
@@ -216,7 +215,7 @@ class DropoutInjection(ModuleRegularizer):
         """Whether p is a number, or a schedule that a fit has followed: the rate is then the last one."""
         return not callable(self.p) or self._applied is not None
 
-    def places(self, pl_module: LightningModule) -> list[InjectedDropout]:
+    def sites(self, pl_module: LightningModule) -> list[InjectedDropout]:
         """Return what it has injected, or would inject if there is no fit yet."""
         return self.injected or [
             InjectedDropout(name, module, self._rate, self.channelwise, self.samplewise)
@@ -242,20 +241,25 @@ class DropoutInjection(ModuleRegularizer):
         """Move the rate to a progress, and log where training is."""
         super().update(progress)
         if self.logging:
-            self.observe(progress=progress)
+            self.log_metrics(progress=progress)
 
-    def take_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
+    def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
         """Yield its rate, unless a scheduler drives all of it and shows it."""
-        driven = bool(self.injected) and all(place.rate is not self._rate for place in self.injected)
-        yield from ((key, value) for key, value in super().take_metrics() if key != "p" or not driven)
+        driven = bool(self.injected) and all(site.rate is not self._rate for site in self.injected)
+        yield from ((key, value) for key, value in super().collect_metrics() if key != "p" or not driven)
 
     def detach(self) -> None:
         """Take the dropout out."""
         super().detach()
-        for place in self.injected:
-            place.remove()
+        for site in self.injected:
+            site.remove()
         self.injected = []
 
     def acts_on(self) -> str:
         """List the modules behind which it drops."""
-        return f"after {shortened([place.name for place in self.injected])}"
+        return f"after {abbreviate([site.name for site in self.injected])}"
+
+
+def injections_of(regularizers: Iterable[Regularizer]) -> list[DropoutInjection]:
+    """Return the callbacks that inject dropout."""
+    return [callback for callback in regularizers if isinstance(callback, DropoutInjection)]

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from functools import wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_reg import host
-from lightning_reg.base import Phase, Regularizer, regularizers_of
-from lightning_reg.dropout.injection import DropoutInjection
-from lightning_reg.dropout.places import describe, find_dropout
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.arguments import check_integer
+from lightning_reg._engine.regularizer import Regularizer, regularizers_of
+from lightning_reg._engine.technique import Phase
+from lightning_reg.dropout.injection import injections_of
+from lightning_reg.dropout.sites import describe, find_dropout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch import nn
 
-    from lightning_reg.dropout.places import DropoutPlace
-
-__all__ = ["MonteCarloDropout", "sample_predictions"]
+    from lightning_reg.dropout.sites import DropoutSite
 
 
 def sample_predictions(predict: Callable[[], Any], samples: int) -> Any:
@@ -77,75 +76,57 @@ class MonteCarloDropout(Regularizer):
     """
 
     phase = Phase.DROPOUT
-    instead_of_deepspeed = None
+    deepspeed_alternative = None
 
     def __init__(
         self, samples: int | None = None, *, attributes: dict[str, str] | None = None, name: str | None = None
     ) -> None:
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
-            raise ValueError(f"MonteCarloDropout: samples must be a whole number of at least 1, or None, got {samples!r}")
+        if samples is not None:
+            check_integer("MonteCarloDropout: samples", samples, 1)
         self.samples = samples
         self.attributes = attributes
         super().__init__(name)
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._injections: list[DropoutInjection] = []
-        self._wrapped: tuple[LightningModule, dict[str, Any]] | None = None
-        self._fast: bool | None = None
+        self._undo: list[Callable[[], None]] = []
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is something to drop."""
-        if not host.builds_modules_later(pl_module):
+        if not _lightning.builds_modules_later(pl_module):
             self._check(trainer, pl_module)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._places(trainer, pl_module):
+        if not self._sites(trainer, pl_module):
             raise ValueError("MonteCarloDropout: the model has no dropout; to put some in, use DropoutInjection beside it")
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the configuration against the run."""
-        super().setup(trainer, pl_module, stage)
-        if stage != "predict":
-            return
-        self.prepare(trainer, pl_module)
+    def start_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switch dropout on, and predict each batch several times."""
+        self._check(trainer, pl_module)
         if self.samples and "dataloader_iter" in inspect.signature(pl_module.predict_step).parameters:
             raise ValueError(
-                "MonteCarloDropout: predict_step(dataloader_iter) takes its batch itself, so no batch can be predicted "
+                "MonteCarloDropout: predict_step(dataloader_iter) takes its batches itself, so a batch cannot be predicted "
                 f"{self.samples} times: let it take a batch"
             )
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switch dropout on, and let each batch be predicted several times."""
-        self._check(trainer, pl_module)
-        for callback in _injections(trainer):
+        for callback in injections_of(regularizers_of(trainer)):
             if not callback.rate_is_known:
                 raise ValueError(
                     f"{self.name}: the rate of {callback.name} is not known, since no fit has followed p={callback.p!r} "
                     "yet: for predictions alone give it a number"
                 )
-            self._injections.append(callback)
+            self._undo.append(callback.detach)
             callback.inject(pl_module, always=True)
-        self._warn_of_rates_of_zero(self._places(trainer, pl_module))
-        for place in find_dropout(pl_module, self.attributes):
-            self._modes.append((place.module, place.module.training))
-            place.module.training = True  # not train(), which would reach its children
-        self._fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # on which a transformer in eval mode passes its dropout by
+        self._warn_of_rates_of_zero(self._sites(trainer, pl_module))
+        for site in find_dropout(pl_module, self.attributes):
+            self._undo.append(partial(setattr, site.module, "training", site.module.training))
+            site.module.training = True  # not train(), which would also switch its children
+        # A transformer in eval mode takes a fast path without dropout.
+        self._undo.append(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
+        torch.backends.mha.set_fastpath_enabled(False)
         if self.samples:
-            self._wrap_predict_step(pl_module, self.samples)
+            self._undo.append(_lightning.wrap_method(pl_module, "predict_step", partial(_sampled, samples=self.samples)))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def stop_predict(self) -> None:
         """Leave everything as it was."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave everything as it was."""
-        self._restore()
-        super().on_exception(trainer, pl_module, exception)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave everything as it was."""
-        self._restore()
-        super().teardown(trainer, pl_module, stage)
+        while self._undo:
+            self._undo.pop()()
 
     def acts_on(self) -> str:
         """Say when it acts."""
@@ -155,41 +136,17 @@ class MonteCarloDropout(Regularizer):
         """Say that it acts in the forward pass."""
         return "forward pass"
 
-    def _places(self, trainer: Trainer, pl_module: LightningModule) -> list[DropoutPlace]:
-        injected = [place for callback in _injections(trainer) for place in callback.places(pl_module)]
+    def _sites(self, trainer: Trainer, pl_module: LightningModule) -> list[DropoutSite]:
+        injected = [site for callback in injections_of(regularizers_of(trainer)) for site in callback.sites(pl_module)]
         return [*find_dropout(pl_module, self.attributes), *injected]
 
-    def _warn_of_rates_of_zero(self, places: list[DropoutPlace]) -> None:
-        if not any(place.own for place in places):
-            rank_zero_warn(f"{self.name}: all rates are 0, so every prediction will be the same: {describe(places)}")
-
-    def _wrap_predict_step(self, pl_module: LightningModule, samples: int) -> None:
-        """Put a function around the step, on this one module, in the place of what it may already have there."""
-        step = pl_module.predict_step
-        self._wrapped = pl_module, {"predict_step": step} if "predict_step" in vars(pl_module) else {}
-
-        @wraps(step)  # Lightning looks at its arguments
-        def sampled(*args: Any, **kwargs: Any) -> Any:
-            return sample_predictions(lambda: step(*args, **kwargs), samples)
-
-        pl_module.predict_step = sampled  # type: ignore[method-assign]
-
-    def _restore(self) -> None:
-        for module, training in self._modes:
-            module.training = training
-        if self._fast is not None:
-            torch.backends.mha.set_fastpath_enabled(self._fast)
-        for callback in self._injections:
-            callback.detach()
-        if self._wrapped:
-            module, before = self._wrapped
-            del module.predict_step
-            vars(module).update(before)
-        self._modes, self._injections, self._wrapped, self._fast = [], [], None, None
+    def _warn_of_rates_of_zero(self, sites: list[DropoutSite]) -> None:
+        if not any(site.own for site in sites):
+            rank_zero_warn(f"{self.name}: all rates are 0, so every prediction will be the same: {describe(sites)}")
 
 
-def _injections(trainer: Trainer) -> list[DropoutInjection]:
-    return [callback for callback in regularizers_of(trainer) if isinstance(callback, DropoutInjection)]
+def _sampled(predict_step: Callable[..., Any], samples: int) -> Callable[..., Any]:
+    return lambda *args, **kwargs: sample_predictions(lambda: predict_step(*args, **kwargs), samples)
 
 
 def _stack(leaves: tuple[Any, ...]) -> Any:

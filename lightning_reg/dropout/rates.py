@@ -21,8 +21,6 @@ from lightning_reg.dropout.functions import alpha_dropout, dropout
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Rate", "drive_class_", "reads_tensor", "release_class_"]
-
 _STATE = "_driven_dropout"
 
 
@@ -71,7 +69,7 @@ class _Driven:
     rate: Rate | None = None
 
 
-def drive_class_(module: nn.Module, attribute: str | None = None, rate: Rate | None = None) -> None:
+def swap_class_(module: nn.Module, attribute: str | None = None, rate: Rate | None = None) -> None:
     """Give a module a class of its own, so that graphs compiled earlier are not used for it.
 
     Args:
@@ -90,8 +88,8 @@ def drive_class_(module: nn.Module, attribute: str | None = None, rate: Rate | N
         state.own[attribute], state.rate = getattr(module, attribute), rate
 
 
-def release_class_(module: nn.Module, attribute: str | None = None) -> None:
-    """Undo one :func:`drive_class_`: the rate is the module's own again, after the last one the class too."""
+def restore_class_(module: nn.Module, attribute: str | None = None) -> None:
+    """Undo one :func:`swap_class_`: the rate is the module's own again, after the last one the class too."""
     state: _Driven | None = vars(module).get(_STATE)
     if state is None:  # the fit failed before it was driven
         return

@@ -9,23 +9,22 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_reg import host
-from lightning_reg.base import Phase, regularizers_of
-from lightning_reg.configuration import PROBABILITY, near_names
-from lightning_reg.dropout.injection import DropoutInjection
-from lightning_reg.dropout.places import DropoutPlace, ModulePlace, describe, find_dropout, inert_dropout, set_dropout_
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.arguments import PROBABILITY, close_matches
+from lightning_reg._engine.modules import ModuleRegularizer
+from lightning_reg._engine.regularizer import regularizers_of
+from lightning_reg._engine.technique import Phase
+from lightning_reg.dropout.injection import DropoutInjection, injections_of
 from lightning_reg.dropout.rates import Rate, reads_tensor
-from lightning_reg.modules import ModuleRegularizer
+from lightning_reg.dropout.sites import DropoutSite, ModuleSite, describe, find_dropout, inert_dropout, set_dropout_
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.base import Regularizer
+    from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.schedules import Value
-
-__all__ = ["DropoutScheduler"]
 
 
 class DropoutScheduler(ModuleRegularizer):
@@ -71,9 +70,9 @@ class DropoutScheduler(ModuleRegularizer):
     """
 
     phase = Phase.DROPOUT
-    limits = {"p": PROBABILITY}
-    profiles = frozenset({"p"})
-    instead_of_deepspeed = None
+    valid_ranges = {"p": PROBABILITY}
+    accept_mappings = frozenset({"p"})
+    deepspeed_alternative = None
     selector = "modules"
     effect = "drop anything"
 
@@ -91,7 +90,7 @@ class DropoutScheduler(ModuleRegularizer):
         self.modules = modules
         self.attributes = attributes
         super().__init__(name)
-        self.places: dict[str, list[DropoutPlace]] = {}
+        self.sites: dict[str, list[DropoutSite]] = {}
         self._rates: dict[str, Rate] = {}
         self._regularizers: list[Regularizer] = []
 
@@ -99,10 +98,10 @@ class DropoutScheduler(ModuleRegularizer):
         """Return the modules whose dropout it drives."""
         assigned = self.assign(pl_module, self._regularizers)
         self._refuse_second_driver(pl_module, assigned)
-        return {place.name: place.module for places in assigned.values() for place in places}
+        return {site.name: site.module for sites in assigned.values() for site in sites}
 
-    def assign(self, pl_module: LightningModule, regularizers: Sequence[Regularizer]) -> dict[str, list[DropoutPlace]]:
-        """Return the places that each of its values drives, by the key of the value.
+    def assign(self, pl_module: LightningModule, regularizers: Sequence[Regularizer]) -> dict[str, list[DropoutSite]]:
+        """Return the sites that each of its values drives, by the key of the value.
 
         Args:
             pl_module: The model.
@@ -115,13 +114,13 @@ class DropoutScheduler(ModuleRegularizer):
             own = find_dropout(pl_module, self.attributes)
         except (TypeError, ValueError) as error:
             raise type(error)(f"DropoutScheduler: {error}") from None
-        known: list[DropoutPlace] = [*own, *(place for cb in _injections(regularizers) for place in cb.places(pl_module))]
+        known: list[DropoutSite] = [*own, *(site for cb in injections_of(regularizers) for site in cb.sites(pl_module))]
         if not known:
             inert = f" ({inert_dropout(pl_module)})" if inert_dropout(pl_module) else ""
             raise ValueError(
                 f"DropoutScheduler: the model has no dropout to drive{inert}; to put some in, use DropoutInjection"
             )
-        meant = list({place.key: place for glob in _list(self.modules) for place in _matching(known, glob)}.values())
+        meant = list({site.key: site for glob in _list(self.modules) for site in _matching(known, glob)}.values())
         if not isinstance(self.p, Mapping):
             return {"p": meant}
         return self._profile(meant, self.p)
@@ -135,11 +134,11 @@ class DropoutScheduler(ModuleRegularizer):
         """Have the rates read from here, and keep the modules' own."""
         self._regularizers = regularizers_of(trainer)
         super().attach(trainer, pl_module)
-        self.places = self.assign(pl_module, self._regularizers)
-        for key, places in self.places.items():
-            self._rates[key] = Rate(places[0].own, pl_module.device)  # until the first batch
-            for place in places:
-                place.take(self._rates[key])
+        self.sites = self.assign(pl_module, self._regularizers)
+        for key, sites in self.sites.items():
+            self._rates[key] = Rate(sites[0].own, pl_module.device)  # until the first batch
+            for site in sites:
+                site.take(self._rates[key])
         self._warn_of_recompilation(pl_module)
         if inert := inert_dropout(pl_module):
             rank_zero_warn(f"{self.name}: {inert}; to drop its output, use DropoutInjection")
@@ -148,45 +147,45 @@ class DropoutScheduler(ModuleRegularizer):
         """Set the rates."""
         for key, rate in self._rates.items():
             rate.set(self.current[key])
-            set_dropout_(self.places[key], self.current[key])
+            set_dropout_(self.sites[key], self.current[key])
 
     def update(self, progress: float) -> None:
         """Move the rates to a progress, and log where training is."""
         super().update(progress)
         if self.logging:
-            self.observe(progress=progress, places=float(sum(map(len, self.places.values()))))
+            self.log_metrics(progress=progress, sites=float(sum(map(len, self.sites.values()))))
 
     def detach(self) -> None:
         """Give all their own rates back."""
         super().detach()
-        for place in (place for places in self.places.values() for place in places):
-            place.release()
-        self.places = {}
+        for site in (site for sites in self.sites.values() for site in sites):
+            site.release()
+        self.sites = {}
         self._rates = {}
         self._regularizers = []
 
     def acts_on(self) -> str:
         """List the modules, with the rates of their own."""
-        return describe(place for places in self.places.values() for place in places)
+        return describe(site for sites in self.sites.values() for site in sites)
 
-    def _profile(self, places: Sequence[DropoutPlace], globs: Iterable[str]) -> dict[str, list[DropoutPlace]]:
-        """Divide places by the globs of a profile."""
-        profile = {f"p/{glob}": _matching(places, glob) for glob in globs}
+    def _profile(self, sites: Sequence[DropoutSite], globs: Iterable[str]) -> dict[str, list[DropoutSite]]:
+        """Divide sites by the globs of a profile."""
+        profile = {f"p/{glob}": _matching(sites, glob) for glob in globs}
         first: dict[tuple[int, str], str] = {}
         for key, matching in profile.items():
-            for place in matching:
-                other = first.setdefault(place.key, key)
+            for site in matching:
+                other = first.setdefault(site.key, key)
                 if other != key:
-                    raise ValueError(f"DropoutScheduler: the dropout of {place.name} is driven by both {other!r} and {key!r}")
+                    raise ValueError(f"DropoutScheduler: the dropout of {site.name} is driven by both {other!r} and {key!r}")
         return profile
 
-    def _refuse_second_driver(self, pl_module: LightningModule, assigned: Mapping[str, Sequence[DropoutPlace]]) -> None:
-        mine = {place.key: place for places in assigned.values() for place in places}
+    def _refuse_second_driver(self, pl_module: LightningModule, assigned: Mapping[str, Sequence[DropoutSite]]) -> None:
+        mine = {site.key: site for sites in assigned.values() for site in sites}
         for callback in self._regularizers:
             if isinstance(callback, DropoutInjection) and callable(callback.p):
-                theirs = [place.key for place in callback.places(pl_module)]
+                theirs = [site.key for site in callback.sites(pl_module)]
             elif isinstance(callback, DropoutScheduler) and callback is not self:
-                theirs = [place.key for places in callback.assign(pl_module, self._regularizers).values() for place in places]
+                theirs = [site.key for sites in callback.assign(pl_module, self._regularizers).values() for site in sites]
             else:
                 continue
             if twice := [mine[key].name for key in theirs if key in mine]:
@@ -196,31 +195,27 @@ class DropoutScheduler(ModuleRegularizer):
                 )
 
     def _warn_of_recompilation(self, pl_module: LightningModule) -> None:
-        floats = [place for key in self._values_scheduled() for place in self.places[key] if isinstance(place, ModulePlace)]
+        floats = [site for key in self._values_scheduled() for site in self.sites[key] if isinstance(site, ModuleSite)]
         # torch runs RNNs without compiling them
-        slow = [place for place in floats if not (reads_tensor(place.module) or isinstance(place.module, nn.RNNBase))]
-        if slow and host.compiles(pl_module):
+        slow = [site for site in floats if not (reads_tensor(site.module) or isinstance(site.module, nn.RNNBase))]
+        if slow and _lightning.is_compiled(pl_module):
             rank_zero_warn(
                 f"{self.name}: {describe(slow)}: torch compiles the model anew for each value of such an attribute, and gives "
                 "up after a few; let its schedule take few values (Steps), or leave it out with modules="
             )
 
     def _values_scheduled(self) -> list[str]:
-        return [key for key, _, value in self._given() if callable(value)]
-
-
-def _injections(regularizers: Sequence[Regularizer]) -> list[DropoutInjection]:
-    return [callback for callback in regularizers if isinstance(callback, DropoutInjection)]
+        return [key for key, _, value in self._values_given() if callable(value)]
 
 
 def _list(patterns: str | list[str]) -> list[str]:
     return [patterns] if isinstance(patterns, str) else patterns
 
 
-def _matching(places: Sequence[DropoutPlace], pattern: str) -> list[DropoutPlace]:
-    """Return the places whose module has a name that matches, or whose kind it is."""
-    matching = [place for place in places if fnmatchcase(place.name, pattern) or place.kind == pattern]
+def _matching(sites: Sequence[DropoutSite], pattern: str) -> list[DropoutSite]:
+    """Return the sites whose module has a name that matches, or whose kind it is."""
+    matching = [site for site in sites if fnmatchcase(site.name, pattern) or site.kind == pattern]
     if not matching:
-        near = near_names(pattern, [*(place.name for place in places), *(place.kind for place in places)])
-        raise ValueError(f"DropoutScheduler: no dropout is in a module that matches {pattern!r}; near: {near}")
+        close = close_matches(pattern, [*(site.name for site in sites), *(site.kind for site in sites)])
+        raise ValueError(f"DropoutScheduler: no dropout is in a module that matches {pattern!r}; close matches: {close}")
     return matching

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_reg.base import Phase
-from lightning_reg.bunches import ENTRIES
-from lightning_reg.configuration import POSITIVE
+from lightning_reg._engine.arguments import POSITIVE
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.chunks import CHUNK_ENTRIES
+from lightning_reg._tensors.reductions import tensor_norms
+from lightning_reg._tensors.shards import local_tensor, min_over_shards
+from lightning_reg._tensors.units import Units, local_unit_norms, unit_view
 from lightning_reg.gradients.base import GradientClipping
-from lightning_reg.tensors import accumulated_norms, local, smallest_anywhere
-from lightning_reg.units import Units, local_unit_norms, unit_view
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["AdaptiveGradientClipping", "clip_unit_gradients_"]
 
 
 @torch.no_grad()
@@ -93,7 +92,7 @@ class AdaptiveGradientClipping(GradientClipping):
     """
 
     phase = Phase.VALUE_CLIPPING
-    limits = {"clip_factor": POSITIVE}
+    valid_ranges = {"clip_factor": POSITIVE}
 
     def __init__(
         self, clip_factor: Value = 0.01, *, eps: float = 1e-3, params: Params = "all", name: str | None = None
@@ -104,12 +103,12 @@ class AdaptiveGradientClipping(GradientClipping):
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip, and keep how often there was something to clip."""
-        with self.watched(params, optimizer):
+        with self.logging_norms(params, optimizer):
             factors = _clip_units_(params, self.current["clip_factor"], self.eps, self.units(params))
-        if self.listening and any(p.grad is not None for p in params):
-            smallest = smallest_anywhere(_smallest(factors, params).nan_to_num(0.0), params)
-            self.figures.average(self.label("clipped_steps", optimizer), smallest, then=_is_below_one)
-            self.figures.count(self.label("nonfinite_steps", optimizer), smallest, then=_is_zero)
+        if self.has_logger and any(p.grad is not None for p in params):
+            smallest = min_over_shards(_smallest(factors, params).nan_to_num(0.0), params)
+            self.running.mean(self.label("clipped_steps", optimizer), smallest < 1)
+            self.running.sum(self.label("nonfinite_steps", optimizer), smallest == 0)
 
 
 _Held: TypeAlias = tuple[Tensor, Tensor, Units]
@@ -121,21 +120,13 @@ def _batches(held: Sequence[_Held]) -> Iterator[list[_Held]]:
     batch: list[_Held] = []
     entries = 0
     for item in held:
-        if batch and entries + item[0].numel() > ENTRIES:
+        if batch and entries + item[0].numel() > CHUNK_ENTRIES:
             yield batch
             batch, entries = [], 0
         batch.append(item)
         entries += item[0].numel()
     if batch:
         yield batch
-
-
-def _is_below_one(factors: Tensor) -> Tensor:
-    return factors < 1
-
-
-def _is_zero(factors: Tensor) -> Tensor:
-    return factors == 0
 
 
 def _clip_units_(params: Sequence[Tensor], clip_factor: float, eps: float, where: Sequence[Units]) -> list[Tensor]:
@@ -162,8 +153,8 @@ def _smallest(factors: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
 
 
 def _norms(tensor: Tensor, of: Units) -> Tensor:
-    return local_unit_norms(tensor, of) if tensor.ndim > 1 else accumulated_norms([tensor], 2)[0]
+    return local_unit_norms(tensor, of) if tensor.ndim > 1 else tensor_norms([tensor], 2)[0]
 
 
 def _view(tensor: Tensor, of: Units) -> Tensor:
-    return unit_view(tensor, of) if tensor.ndim > 1 else local(tensor)
+    return unit_view(tensor, of) if tensor.ndim > 1 else local_tensor(tensor)

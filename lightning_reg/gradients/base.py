@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import joint_norm, present_gradients
+from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._tensors.gradients import existing_gradients
+from lightning_reg._tensors.reductions import total_norm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,26 +20,19 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-__all__ = ["GradientClipping", "GradientProcessing"]
-
 
 class GradientProcessing(ParameterRegularizer):
     """Unscaled gradients, and their norm before and after on logging steps."""
 
-    takes_sparse: ClassVar[bool] = False
+    supports_sparse: ClassVar[bool] = False
     """Whether it can act on the sparse gradient of an embedding."""
-    takes_flattened = False
-
-    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin its statistics anew."""
-        super().prepare(trainer, pl_module)
-        self.forget()
+    supports_fsdp1 = False
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up, and check that their gradients can be processed."""
         super().attach(trainer, pl_module)
         self.require_unscaled_gradients(trainer)
-        if not self.takes_sparse:
+        if not self.supports_sparse:
             self._refuse_sparse(pl_module)
 
     def _refuse_sparse(self, pl_module: LightningModule) -> None:
@@ -49,26 +43,15 @@ class GradientProcessing(ParameterRegularizer):
             names = ", ".join(sparse)
             raise ValueError(f"{self.name} needs dense gradients: make {names} with sparse=False, or leave it out of params")
 
-    def forget(self) -> None:
-        """Drop what was learnt in another fit; what a checkpoint holds comes after this."""
-
     @contextmanager
-    def watched(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[None]:
+    def logging_norms(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[None]:
         """Log the norm of the gradients before and after what happens within."""
-        shown = self.logging and bool(present_gradients(params))
+        shown = self.logging and bool(existing_gradients(params))
         if shown:
-            self.observe(**{self.label("norm_before", optimizer): joint_norm(present_gradients(params))})
+            self.log_metrics(**{self.label("norm_before", optimizer): total_norm(existing_gradients(params))})
         yield
         if shown:
-            self.observe(**{self.label("norm_after", optimizer): joint_norm(present_gradients(params))})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the running figures, and what a subclass adds."""
-        return {"figures": self.figures.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the figures of the run that is resumed."""
-        self.figures.load_state_dict(state_dict["figures"])
+            self.log_metrics(**{self.label("norm_after", optimizer): total_norm(existing_gradients(params))})
 
     def route(self) -> str:
         """Say that it acts before the step."""
@@ -87,15 +70,7 @@ class GradientClipping(GradientProcessing):
                 "first: remove one of them"
             )
 
-    def note(self, optimizer: Optimizer, norm: Tensor, bound: float | Tensor) -> None:
-        """Keep by how much this step's largest norm exceeded its bound; call it only when ``self.listening``."""
-        self.figures.average(self.label("clipped_steps", optimizer), norm - bound, then=_is_positive)
-        self.figures.count(self.label("nonfinite_steps", optimizer), norm, then=_is_not_finite)
-
-
-def _is_positive(excess: Tensor) -> Tensor:
-    return excess > 0
-
-
-def _is_not_finite(norms: Tensor) -> Tensor:
-    return ~norms.isfinite()
+    def record_clipping(self, optimizer: Optimizer, norm: Tensor, bound: float | Tensor) -> None:
+        """Add this step to the running metrics, given its largest norm and the bound; call it only if ``self.has_logger``."""
+        self.running.mean(self.label("clipped_steps", optimizer), norm > bound)
+        self.running.sum(self.label("nonfinite_steps", optimizer), ~norm.isfinite())

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_reg.base import Phase
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.units import Units, local_unit_means, unit_view
 from lightning_reg.gradients.base import GradientProcessing
-from lightning_reg.units import Units, local_unit_means, unit_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
-    from lightning_reg.selection import Params
-
-__all__ = ["GradientCentralization", "centralize_gradients_"]
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
 
 
 @torch.no_grad()
@@ -86,5 +84,5 @@ class GradientCentralization(GradientProcessing):
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Take the means out."""
-        with self.watched(params, optimizer):
+        with self.logging_norms(params, optimizer):
             centralize_gradients_(params, self.units(params))

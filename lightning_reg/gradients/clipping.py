@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lightning_reg import host
-from lightning_reg.base import Phase
-from lightning_reg.configuration import POSITIVE, check_choice
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.arguments import POSITIVE, check_choice
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.gradients import existing_gradients
+from lightning_reg._tensors.reductions import fraction_above, is_cpu, tensor_norms, total_norm
+from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientClipping
-from lightning_reg.tensors import accumulated_norms, fraction_beyond, joint_norm, locals_of, on_host, present_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,17 +24,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = [
-    "GradientNormClipping",
-    "GradientValueClipping",
-    "clip_gradient_norm_",
-    "clip_gradient_norms_",
-    "clip_gradient_value_",
-]
 
 
 @torch.no_grad()
@@ -61,15 +55,15 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
     Reference:
         R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training Recurrent Neural Networks", 2013.
     """
-    gradients = present_gradients(params)
-    norm = joint_norm(gradients, norm_type)
+    gradients = existing_gradients(params)
+    norm = total_norm(gradients, norm_type)
     if gradients and (factor := _clip_factor(norm, max_norm, gradients)) is not None:
-        torch._foreach_mul_(locals_of(gradients), factor)
+        torch._foreach_mul_(local_tensors(gradients), factor)
     return norm
 
 
 @torch.no_grad()
-def clip_gradient_norms_(params: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_gradient_norm_per_tensor_(params: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
     r"""Scale each tensor's gradient by itself so that its norm is at most ``max_norm``.
 
     Args:
@@ -83,17 +77,17 @@ def clip_gradient_norms_(params: Sequence[Tensor], max_norm: float, norm_type: f
     Example:
         >>> params = [torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)]
         >>> params[0].grad, params[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([0.5])
-        >>> clip_gradient_norms_(params, max_norm=1.0)
+        >>> clip_gradient_norm_per_tensor_(params, max_norm=1.0)
         tensor([5.0000, 0.5000])
         >>> params[0].grad, params[1].grad
         (tensor([0.6000, 0.8000]), tensor([0.5000]))
     """
-    gradients = present_gradients(params)
+    gradients = existing_gradients(params)
     if not gradients:
         return torch.zeros(0)
-    norms = torch.stack(accumulated_norms(gradients, norm_type))
+    norms = torch.stack(tensor_norms(gradients, norm_type))
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(locals_of(gradients), list(factors.unbind()))
+    torch._foreach_mul_(local_tensors(gradients), list(factors.unbind()))
     return norms
 
 
@@ -112,7 +106,7 @@ def clip_gradient_value_(params: Sequence[Tensor], clip_value: float) -> None:
         >>> theta.grad
         tensor([-1.0000,  0.5000,  1.0000])
     """
-    gradients = locals_of(present_gradients(params))
+    gradients = local_tensors(existing_gradients(params))
     if gradients:
         torch._foreach_clamp_min_(gradients, -clip_value)
         torch._foreach_clamp_max_(gradients, clip_value)
@@ -148,9 +142,9 @@ class GradientNormClipping(GradientClipping):
     """
 
     phase = Phase.NORM_CLIPPING
-    limits = {"max_norm": POSITIVE}
-    takes_sparse = takes_flattened = True
-    instead_of_deepspeed = "set Trainer(gradient_clip_val=…), which Lightning hands to the engine"
+    valid_ranges = {"max_norm": POSITIVE}
+    supports_sparse = supports_fsdp1 = True
+    deepspeed_alternative = "set Trainer(gradient_clip_val=…), which Lightning hands to the engine"
 
     def __init__(
         self,
@@ -170,7 +164,7 @@ class GradientNormClipping(GradientClipping):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up, and the root module that clips them where FSDP1 has flattened them."""
         super().attach(trainer, pl_module)
-        self._root = host.flattening_root(trainer)
+        self._root = _lightning.fsdp1_root(trainer)
         if self._root is not None and (self.params != "all" or self.scope != "model"):
             raise ValueError(
                 f"{self.name}: under FSDPStrategy only params='all' with scope='model' can be clipped, got "
@@ -180,14 +174,14 @@ class GradientNormClipping(GradientClipping):
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip, and keep the fraction of steps in which there was something to clip."""
         norms = self._clip(params)
-        if not self.listening or (self._root is None and all(p.grad is None for p in params)) or not norms.numel():
+        if not self.has_logger or (self._root is None and all(p.grad is None for p in params)) or not norms.numel():
             return
         norms = norms.view(-1)
-        self.note(optimizer, norms.amax() if self.scope == "tensor" else norms[0], self.current["max_norm"])
+        self.record_clipping(optimizer, norms.amax() if self.scope == "tensor" else norms[0], self.current["max_norm"])
         if self.logging:
             after = norms.clamp(max=self.current["max_norm"])
             for key, value in (("norm_before", norms), ("norm_after", after)):
-                self.observe(**{self.label(key, optimizer): torch.linalg.vector_norm(value, self.norm_type)})
+                self.log_metrics(**{self.label(key, optimizer): torch.linalg.vector_norm(value, self.norm_type)})
 
     def _clip(self, params: list[Parameter]) -> Tensor:
         """Return the norms before clipping: one, or one for each tensor."""
@@ -195,7 +189,7 @@ class GradientNormClipping(GradientClipping):
         if self._root is not None:
             norm: Tensor = self._root.clip_grad_norm_(max_norm, self.norm_type)
             return norm
-        clip = clip_gradient_norms_ if self.scope == "tensor" else clip_gradient_norm_
+        clip = clip_gradient_norm_per_tensor_ if self.scope == "tensor" else clip_gradient_norm_
         return clip(params, max_norm, self.norm_type)
 
 
@@ -223,9 +217,9 @@ class GradientValueClipping(GradientClipping):
     """
 
     phase = Phase.VALUE_CLIPPING
-    limits = {"clip_value": POSITIVE}
-    takes_sparse = takes_flattened = True
-    instead_of_deepspeed = "its engine clips by norm only: set Trainer(gradient_clip_val=…)"
+    valid_ranges = {"clip_value": POSITIVE}
+    supports_sparse = supports_fsdp1 = True
+    deepspeed_alternative = "its engine clips by norm only: set Trainer(gradient_clip_val=…)"
 
     def __init__(self, clip_value: Value, *, params: Params = "all", name: str | None = None) -> None:
         self.clip_value = clip_value
@@ -233,21 +227,21 @@ class GradientValueClipping(GradientClipping):
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clamp the gradients, and keep how often and how many entries this changes."""
-        clip_value, gradients = self.current["clip_value"], present_gradients(params)
+        clip_value, gradients = self.current["clip_value"], existing_gradients(params)
         if not gradients:
             return
-        if self.listening:
-            largest = joint_norm(gradients, math.inf)
-            self.note(optimizer, largest, clip_value)
+        if self.has_logger:
+            largest = total_norm(gradients, math.inf)
+            self.record_clipping(optimizer, largest, clip_value)
         if self.logging:
-            self.observe(**{self.label("clipped_entries", optimizer): fraction_beyond(gradients, clip_value)})
-        with self.watched(params, optimizer):
+            self.log_metrics(**{self.label("clipped_entries", optimizer): fraction_above(gradients, clip_value)})
+        with self.logging_norms(params, optimizer):
             clip_gradient_value_(params, clip_value)
 
 
 def _clip_factor(norm: Tensor, max_norm: float, gradients: Sequence[Tensor]) -> Tensor | float | None:
     """Return what gradients of some norm are multiplied by, or ``None`` where that is known to be 1."""
-    if not on_host(norm) or {tensor.dtype for tensor in (norm, *gradients)} != {torch.float32}:
+    if not is_cpu(norm) or {tensor.dtype for tensor in (norm, *gradients)} != {torch.float32}:
         return (max_norm / (norm + 1e-6)).clamp(max=1.0)
     # the same numbers, to the last bit, as on a device: torch divides by a tensor by multiplying with its reciprocal
     inverse = _float32(1.0 / _float32(norm.item() + _float32(1e-6)))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.optim import LBFGS
 
-from lightning_reg import host
-from lightning_reg.base import Phase
-from lightning_reg.configuration import check_choice, check_whole
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.arguments import check_choice, check_integer
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.gradients import existing_gradients
+from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientProcessing
-from lightning_reg.tensors import locals_of, present_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
-    from lightning_reg.selection import Params
-
-__all__ = ["NonFiniteGradientGuard", "nonfinite_gradients", "zero_nonfinite_gradients_"]
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
 
 
 @torch.no_grad()
@@ -41,9 +40,9 @@ def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
         >>> nonfinite_gradients(params)
         tensor([ True, False])
     """
-    parts = locals_of(present_gradients(params))
+    parts = local_tensors(existing_gradients(params))
     if len(parts) < len(params) or not all(part.numel() for part in parts):
-        found = [locals_of(present_gradients([p])) for p in params]
+        found = [local_tensors(existing_gradients([p])) for p in params]
         empty = torch.zeros(1, device=params[0].device)
         parts = [part[0] if part and part[0].numel() else empty for part in found]
     if not parts:
@@ -65,7 +64,7 @@ def zero_nonfinite_gradients_(params: Sequence[Tensor]) -> None:
         >>> theta.grad
         tensor([1., 0., 0.])
     """
-    for part in locals_of(present_gradients(params)):
+    for part in local_tensors(existing_gradients(params)):
         part.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -98,7 +97,8 @@ class NonFiniteGradientGuard(GradientProcessing):
     """
 
     phase = Phase.GUARD
-    takes_sparse = takes_flattened = True
+    state_entries = ("consecutive",)
+    supports_sparse = supports_fsdp1 = True
 
     def __init__(
         self,
@@ -110,9 +110,8 @@ class NonFiniteGradientGuard(GradientProcessing):
     ) -> None:
         check_choice("NonFiniteGradientGuard: policy", policy, ("skip", "zero", "raise"))
         self.policy = policy
-        self.patience = check_whole("NonFiniteGradientGuard: patience", patience, 1)
+        self.patience = check_integer("NonFiniteGradientGuard: patience", patience, 1)
         super().__init__(params, name)
-        self._in_a_row: dict[int, int] = {}
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot clip the gradients of a skipped step, of which there are none."""
@@ -132,44 +131,31 @@ class NonFiniteGradientGuard(GradientProcessing):
             )
         self._trainer = trainer
 
-    def forget(self) -> None:
-        """Begin to count anew."""
-        self._in_a_row.clear()
-
-    def permits(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
+    def should_step(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
         """Return whether the step may happen, after its bad entries have been set to zero where that is the policy."""
-        bad = host.any_rank(self._trainer, nonfinite_gradients(params))
-        is_bad, place = bool(bad.any()), self.place(optimizer)
-        if is_bad and host.searches_scale(self._trainer):
+        bad = _lightning.any_rank(self._trainer, nonfinite_gradients(params))
+        is_bad, index = bool(bad.any()), self.optimizer_index(optimizer)
+        if is_bad and _lightning.is_searching_scale(self._trainer):
             return False
-        self._in_a_row[place] = self._in_a_row.get(place, 0) + 1 if is_bad else 0
-        if self.listening:
-            self.figures.count(self.label("nonfinite_steps", optimizer), bad.any())
+        consecutive = self.state["consecutive"]
+        consecutive[index] = consecutive.get(index, 0) + 1 if is_bad else 0
+        if self.has_logger:
+            self.running.sum(self.label("nonfinite_steps", optimizer), bad.any())
         if not is_bad:
             return True
-        if self.policy == "raise" or self._in_a_row[place] >= self.patience:
-            raise RuntimeError(self._told(params, bad, step, self._in_a_row[place]))
+        if self.policy == "raise" or consecutive[index] >= self.patience:
+            raise RuntimeError(self._message(params, bad, step, consecutive[index]))
         if self.policy == "zero":
             zero_nonfinite_gradients_(params)
         return self.policy == "zero"
 
-    def _told(self, params: list[Parameter], bad: Tensor, step: Step, in_a_row: int) -> str:
-        names = {id(p): name for name, p in self.tensors.items()}
-        offending = [names[id(p)] for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
+    def _message(self, params: list[Parameter], bad: Tensor, step: Step, in_a_row: int) -> str:
+        offending = [self.name_of(p) for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
         times = f", {in_a_row} times in a row" if in_a_row > 1 else ""
         return (
             f"{self.name}: gradients are not finite at step {step.number}{times}, those of {', '.join(offending)}: look for a "
             "division by zero, a logarithm or root at zero or bad data, or lower the learning rate"
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the running figures and the bad steps in a row."""
-        return {**super().state_dict(), "in_a_row": dict(self._in_a_row)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        super().load_state_dict(state_dict)
-        self._in_a_row = dict(state_dict["in_a_row"])
 
     def route(self) -> str:
         """Say what happens to a bad step."""

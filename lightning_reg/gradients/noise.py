@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_reg.base import Phase
-from lightning_reg.configuration import NON_NEGATIVE
+from lightning_reg._engine.arguments import NON_NEGATIVE, check_seed
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.random import generator_for
+from lightning_reg._tensors.shards import local_tensor, shard_like
 from lightning_reg.gradients.base import GradientProcessing
-from lightning_reg.randomness import check_seed, generator_for
-from lightning_reg.tensors import local, shard_like
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,11 +19,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["GradientNoise", "add_gradient_noise_"]
 
 
 @torch.no_grad()
@@ -51,7 +49,7 @@ def add_gradient_noise_(params: Sequence[Tensor], std: float, generator: torch.G
             raise ValueError("gradient noise needs a dense gradient, got a sparse one: make the embedding with sparse=False")
         if p.grad is not None:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float32, device=p.device)
-            local(p.grad).add_(local(shard_like(noise, p.grad)), alpha=std)
+            local_tensor(p.grad).add_(local_tensor(shard_like(noise, p.grad)), alpha=std)
 
 
 class GradientNoise(GradientProcessing):
@@ -84,7 +82,7 @@ class GradientNoise(GradientProcessing):
     """
 
     phase = Phase.NOISE
-    limits = {"std": NON_NEGATIVE}
+    valid_ranges = {"std": NON_NEGATIVE}
 
     def __init__(
         self, std: Value, *, decay: float = 0.55, seed: int = 0, params: Params = "all", name: str | None = None
@@ -99,7 +97,7 @@ class GradientNoise(GradientProcessing):
         std = self.current["std"] / (1 + step.number) ** (self.decay / 2)
         if std:
             generator = generator_for(params[0].device, self.seed, self.name, *step)
-            with self.watched(params, optimizer):
+            with self.logging_norms(params, optimizer):
                 add_gradient_noise_(params, std, generator)
         if self.logging:
-            self.observe(**{self.label("std_now", optimizer): std})
+            self.log_metrics(**{self.label("std_now", optimizer): std})

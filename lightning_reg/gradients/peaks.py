@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
-from lightning_reg.base import Phase
-from lightning_reg.configuration import check_whole
+from lightning_reg._engine.arguments import check_integer
+from lightning_reg._engine.technique import Phase
 from lightning_reg.gradients.base import GradientProcessing
 
 if TYPE_CHECKING:
@@ -20,10 +20,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
-    from lightning_reg.selection import Params
-
-__all__ = ["PeakGradientDropping", "drop_peak_gradients_"]
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
 
 
 @torch.no_grad()
@@ -75,10 +73,10 @@ class PeakGradientDropping(GradientProcessing):
     """
 
     phase = Phase.PEAK_DROPPING
-    whole_tensors = True
+    needs_full_tensors = True
 
     def __init__(self, k: int = 1, *, params: Params = "all", name: str | None = None) -> None:
-        self.k = check_whole("PeakGradientDropping: k", k, 0)
+        self.k = check_integer("PeakGradientDropping: k", k, 0)
         super().__init__(params, name)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,5 +91,5 @@ class PeakGradientDropping(GradientProcessing):
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Drop the peaks."""
-        with self.watched(params, optimizer):
+        with self.logging_norms(params, optimizer):
             drop_peak_gradients_(params, self.k)

@@ -8,32 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_reg.base import Phase
-from lightning_reg.configuration import POSITIVE, Interval, check_whole
+from lightning_reg._engine.arguments import POSITIVE, Interval, check_integer
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.gradients import existing_gradients
+from lightning_reg._tensors.reductions import is_cpu, total_norm_fp32
+from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientClipping
-from lightning_reg.tensors import locals_of, on_host, precise_norm, present_gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = [
-    "QuantileGradientClipping",
-    "ZScoreGradientClipping",
-    "quantile_bound",
-    "remember_norm",
-    "update_norm_statistics",
-    "z_score_bound",
-]
 
 
 @torch.no_grad()
-def remember_norm(history: Tensor, norm: Tensor) -> Tensor:
+def update_norm_history(history: Tensor, norm: Tensor) -> Tensor:
     """Return a history of norms with one more, the oldest being dropped; a norm that is not finite does not enter it.
 
     Args:
@@ -41,9 +34,9 @@ def remember_norm(history: Tensor, norm: Tensor) -> Tensor:
         norm: The norm of this step, a scalar.
 
     Example:
-        >>> remember_norm(torch.tensor([float("nan"), 1.0]), torch.tensor(2.0))
+        >>> update_norm_history(torch.tensor([float("nan"), 1.0]), torch.tensor(2.0))
         tensor([1., 2.])
-        >>> remember_norm(torch.tensor([1.0, 2.0]), torch.tensor(float("inf")))
+        >>> update_norm_history(torch.tensor([1.0, 2.0]), torch.tensor(float("inf")))
         tensor([1., 2.])
     """
     return torch.where(norm < math.inf, torch.cat([history[1:], norm.to(history).view(1)]), history)
@@ -117,10 +110,7 @@ class _StatisticalClipping(GradientClipping):
     """Clips to a bound that depends on earlier norms, which it keeps for each optimizer and in the checkpoint."""
 
     phase = Phase.NORM_CLIPPING
-
-    def __init__(self, params: Params, name: str | None) -> None:
-        super().__init__(params, name)
-        self._memory: dict[int, Tensor] = {}
+    state_entries = ("memory",)
 
     @abstractmethod
     def begin(self) -> Tensor:
@@ -130,35 +120,23 @@ class _StatisticalClipping(GradientClipping):
     def bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Return the memory after a step, and the largest norm allowed in it."""
 
-    def forget(self) -> None:
-        """Begin with an empty memory."""
-        self._memory.clear()
-
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Clip to the bound that the norms so far give, this one included."""
-        gradients = present_gradients(params)
+        gradients = existing_gradients(params)
         if not gradients:
             return
-        norm, place = precise_norm(gradients), self.place(optimizer)
-        memory = self._memory[place].to(norm.device) if place in self._memory else self.begin().to(norm)
-        self._memory[place], bound = self.bound(memory, norm)
+        norm, index = total_norm_fp32(gradients), self.optimizer_index(optimizer)
+        memories = self.state["memory"]
+        memory = memories[index].to(norm.device) if index in memories else self.begin().to(norm)
+        memories[index], bound = self.bound(memory, norm)
         factor = _factor(norm, bound)
         if factor is not None:
-            torch._foreach_mul_(locals_of(gradients), factor)
-        if self.listening:
-            self.note(optimizer, norm, bound)
+            torch._foreach_mul_(local_tensors(gradients), factor)
+        if self.has_logger:
+            self.record_clipping(optimizer, norm, bound)
         if self.logging:
             found = {"norm_before": norm, "norm_after": norm if factor is None else norm * factor, "threshold": bound}
-            self.observe(**{self.label(key, optimizer): value for key, value in found.items()})
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the memory and the running figures."""
-        return {**super().state_dict(), "memory": {place: memory.cpu() for place, memory in self._memory.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the memory of the run that is resumed."""
-        super().load_state_dict(state_dict)
-        self._memory = dict(state_dict["memory"])
+            self.log_metrics(**{self.label(key, optimizer): value for key, value in found.items()})
 
 
 class QuantileGradientClipping(_StatisticalClipping):
@@ -189,11 +167,11 @@ class QuantileGradientClipping(_StatisticalClipping):
         Separation Networks", 2020.
     """
 
-    limits = {"quantile": Interval(0.0, 1.0, open_low=True, open_high=True)}
+    valid_ranges = {"quantile": Interval(0.0, 1.0, open_low=True, open_high=True)}
 
     def __init__(self, quantile: Value = 0.1, *, window: int = 1000, params: Params = "all", name: str | None = None) -> None:
         self.quantile = quantile
-        self.window = check_whole("QuantileGradientClipping: window", window, 1)
+        self.window = check_integer("QuantileGradientClipping: window", window, 1)
         super().__init__(params, name)
 
     def begin(self) -> Tensor:
@@ -202,18 +180,18 @@ class QuantileGradientClipping(_StatisticalClipping):
 
     def bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Return the history with this norm, and its quantile."""
-        history = remember_norm(memory, norm)
+        history = update_norm_history(memory, norm)
         return history, quantile_bound(history, self.current["quantile"])
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the history of the run that is resumed."""
-        for history in state_dict["memory"].values():
+    def unpack_state(self, packed: dict[str, Any]) -> None:
+        """Take over the norms of the run that is resumed."""
+        for history in packed.get("memory", {}).values():
             if len(history) != self.window:
                 raise ValueError(
                     f"{self.name}: the checkpoint has a window of {len(history)} norms, expected window={self.window}: resume "
                     f"with window={len(history)}"
                 )
-        super().load_state_dict(state_dict)
+        super().unpack_state(packed)
 
 
 class ZScoreGradientClipping(_StatisticalClipping):
@@ -245,14 +223,14 @@ class ZScoreGradientClipping(_StatisticalClipping):
         A. Kumar, L. Owen, N. Roy Chowdhury, F. Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025.
     """
 
-    limits = {"z": POSITIVE}
+    valid_ranges = {"z": POSITIVE}
 
     def __init__(
         self, z: Value = 2.5, *, decay: float = 0.97, warmup: int = 25, params: Params = "all", name: str | None = None
     ) -> None:
         self.z = z
         self.decay = Interval(0.0, 1.0).check("ZScoreGradientClipping: decay", decay)
-        self.warmup = check_whole("ZScoreGradientClipping: warmup", warmup, 1)
+        self.warmup = check_integer("ZScoreGradientClipping: warmup", warmup, 1)
         super().__init__(params, name)
 
     def begin(self) -> Tensor:
@@ -268,6 +246,6 @@ class ZScoreGradientClipping(_StatisticalClipping):
 
 def _factor(norm: Tensor, bound: Tensor) -> Tensor | None:
     """Return what brings a norm to its bound, or ``None`` where it is known to be within."""
-    if on_host(norm) and norm.item() <= bound.item():
+    if is_cpu(norm) and norm.item() <= bound.item():
         return None
     return torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from lightning_reg.base import Phase
-from lightning_reg.configuration import NON_NEGATIVE, check_choice
-from lightning_reg.modules import ForwardHook, ModuleRegularizer
-from lightning_reg.tensors import total
+from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
+from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from lightning_reg.schedules import Value
-
-__all__ = ["ActivityPenalty", "activity_penalty"]
 
 
 def activity_penalty(output: Tensor, p: Literal[1, 2] = 1) -> Tensor:
@@ -33,10 +30,11 @@ def activity_penalty(output: Tensor, p: Literal[1, 2] = 1) -> Tensor:
         A scalar, in float32 or better.
 
     Example:
+        >>> import torch
         >>> activity_penalty(torch.tensor([[1.0, -2.0], [0.0, 3.0]])), activity_penalty(torch.tensor([[3.0, 4.0]]), p=2)
         (tensor(3.), tensor(12.5000))
     """
-    precise = output.to(torch.promote_types(output.dtype, torch.float32))
+    precise = output.to(accumulation_dtype(output.dtype))
     size = precise.abs().sum() if p == 1 else precise.square().sum() / 2
     return size / max(output.shape[0] if output.ndim else 1, 1)
 
@@ -69,10 +67,10 @@ class ActivityPenalty(ModuleRegularizer):
     """
 
     phase = Phase.PENALTY
-    limits = {"strength": NON_NEGATIVE}
+    valid_ranges = {"strength": NON_NEGATIVE}
     selector = "modules"
-    effect = "be penalised"
-    instead_of_deepspeed = "add functional.activity_penalty to the loss in training_step, or use DDP or FSDP2"
+    effect = "be penalized"
+    deepspeed_alternative = "add functional.activity_penalty to the loss in training_step, or use DDP or FSDP2"
 
     def __init__(self, strength: Value, *, modules: str | list[str], p: Literal[1, 2] = 1, name: str | None = None) -> None:
         check_choice("ActivityPenalty: p", p, (1, 2))
@@ -108,7 +106,7 @@ class ActivityPenalty(ModuleRegularizer):
             self._handles.append(module.register_forward_hook(self._listener(name)))
 
     def detach(self) -> None:
-        """Stop listening."""
+        """Stop has_logger."""
         super().detach()
         for handle in self._handles:
             handle.remove()
@@ -117,7 +115,7 @@ class ActivityPenalty(ModuleRegularizer):
         self._term = self._trainer = None
 
     def update(self, progress: float) -> None:
-        """Move the strength, and forget a batch whose loss was ``None``: its activations are in no backward pass."""
+        """Move the strength, and reset a batch whose loss was ``None``: its activations are in no backward pass."""
         self._seen.clear()
         super().update(progress)
 
@@ -144,10 +142,10 @@ class ActivityPenalty(ModuleRegularizer):
         """Return mean ‖h‖ of this batch, and λ divided by the number of batches in a step as Lightning divides the loss."""
         if not self._seen or self._trainer is None:
             return None
-        value = total(self._seen)
+        value = sum_scalars(self._seen)
         self._seen.clear()
         if self.logging:
-            self.observe(penalty=self.current["strength"] * value.detach())
+            self.log_metrics(penalty=self.current["strength"] * value.detach())
         self._term = value.detach(), self.current["strength"] / self._trainer.accumulate_grad_batches
         return value, self._term[1]
 

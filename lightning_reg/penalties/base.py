@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lightning_reg import host
-from lightning_reg.base import Phase
-from lightning_reg.configuration import NON_NEGATIVE, check_choice
-from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import dense_gradients, local, on_host, shard_like, total, whole
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
+from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.gradients import dense_gradients
+from lightning_reg._tensors.reductions import is_cpu, sum_scalars
+from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,11 +24,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["Penalty", "Route"]
 
 Route = Literal["auto", "loss", "gradient"]
 """How a penalty reaches the gradients: through the loss, by itself, or through the loss wherever that is exact."""
@@ -60,8 +60,8 @@ class Penalty(ParameterRegularizer):
     """
 
     phase = Phase.PENALTY
-    limits = {"strength": NON_NEGATIVE}
-    instead_of_deepspeed = "add the penalty to the loss in training_step, or use DDP or FSDP2"
+    valid_ranges = {"strength": NON_NEGATIVE}
+    deepspeed_alternative = "add the penalty to the loss in training_step, or use DDP or FSDP2"
 
     def __init__(
         self,
@@ -87,12 +87,12 @@ class Penalty(ParameterRegularizer):
 
         ``value`` is then given whole tensors, which sharded parameters are gathered to.
         """
-        wholes = [whole(p.detach()).requires_grad_() for p in params]
+        full_tensors = [full_tensor(p.detach()).requires_grad_() for p in params]
         with torch.enable_grad():
-            found = torch.autograd.grad(strength * self._checked(wholes), wholes, allow_unused=True)
+            found = torch.autograd.grad(strength * self._checked(full_tensors), full_tensors, allow_unused=True)
         for p, gradient, addend in zip(params, dense_gradients(params), found, strict=True):
             if addend is not None:
-                gradient.add_(local(shard_like(addend, p)))
+                gradient.add_(local_tensor(shard_like(addend, p)))
 
     @property
     def scale(self) -> float:
@@ -114,9 +114,9 @@ class Penalty(ParameterRegularizer):
         """Say why the loss route would not be exact, if it would not."""
         if not pl_module.automatic_optimization:
             return "in manual optimization, where a loss may be for any of the optimizers and may forbid changes in place"
-        if host.shards(trainer, self.tensors.values()):
+        if _lightning.has_shards(trainer, self.tensors.values()):
             return "for sharded parameters"
-        if host.tracks_used_parameters(trainer):
+        if _lightning.ddp_tracks_parameters(trainer):
             return "under DDP with find_unused_parameters or static_graph"
         return None
 
@@ -127,7 +127,7 @@ class Penalty(ParameterRegularizer):
 
     def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
         """Return R(θ) and λ with the last batch of an optimizer step."""
-        params = self.members(optimizer) if last and self.scale else []
+        params = self.parameters_of(optimizer) if last and self.scale else []
         if not params:
             return None
         value = self._checked(params)
@@ -136,7 +136,7 @@ class Penalty(ParameterRegularizer):
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
         """Return λ R(θ)."""
-        params = self.members(optimizer) if self.scale else []
+        params = self.parameters_of(optimizer) if self.scale else []
         return self.scale * self.value(params) if params else None
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
@@ -150,8 +150,8 @@ class Penalty(ParameterRegularizer):
     def _log(self, optimizer: Optimizer, value: Tensor) -> None:
         """Log the penalty over all optimizers, each as of its last step."""
         if self.logging:
-            self._terms[id(optimizer)] = self.scale * whole(value.detach())
-            self.observe(penalty=total(list(self._terms.values())))
+            self._terms[id(optimizer)] = self.scale * full_tensor(value.detach())
+            self.log_metrics(penalty=sum_scalars(list(self._terms.values())))
 
     def _checked(self, params: Sequence[Tensor]) -> Tensor:
         """Return the value, or say what is wrong with it."""
@@ -163,7 +163,7 @@ class Penalty(ParameterRegularizer):
             raise ValueError(f"{what} a tensor of shape {tuple(value.shape)}: sum over all entries")
         if not value.requires_grad:
             raise ValueError(f"{what} one without a graph: compute it from params, without .data, .detach() or .item()")
-        if (self.logging or on_host(value)) and math.isnan(value.item()) and all(p.isfinite().all() for p in params):
+        if (self.logging or is_cpu(value)) and math.isnan(value.item()) and all(p.isfinite().all() for p in params):
             raise ValueError(f"{what} NaN for finite parameters")
         return value
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["NodeGradients", "NodeValue", "one_node"]
-
 NodeValue: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, Any]]
 """From tensors to a scalar, and to whatever of its making is worth keeping for the gradients."""
 NodeGradients: TypeAlias = Callable[[Sequence[Tensor], Tensor, Any], Sequence[Tensor]]

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_reg._tensors.gradients import dense_gradients
+from lightning_reg._tensors.reductions import sum_scalars
+from lightning_reg._tensors.shards import full_tensor
+from lightning_reg._tensors.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
 from lightning_reg.penalties.base import Penalty
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import dense_gradients, total, whole
-from lightning_reg.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-__all__ = ["GroupLassoPenalty", "add_group_lasso_gradient_", "group_lasso_penalty"]
 
 
 def group_lasso_penalty(params: Sequence[Tensor], units: Sequence[Units] | None = None) -> Tensor:
@@ -89,7 +89,7 @@ class GroupLassoPenalty(Penalty):
         "Learning Structured Sparsity in Deep Neural Networks", 2016.
     """
 
-    takes_flattened = False
+    supports_fsdp1 = False
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return Σ √|g| ‖w_g‖."""
@@ -102,8 +102,8 @@ class GroupLassoPenalty(Penalty):
 
 def _group_lasso_value(params: Sequence[Tensor], units: Sequence[Units]) -> tuple[Tensor, list[Tensor]]:
     norms = [unit_norms(p, u) for p, u in zip(params, units, strict=True)]
-    sums = [whole(norm.sum()) * unit_size(p, u) ** 0.5 for norm, p, u in zip(norms, params, units, strict=True)]
-    return total(sums), norms
+    sums = [full_tensor(norm.sum()) * unit_size(p, u) ** 0.5 for norm, p, u in zip(norms, params, units, strict=True)]
+    return sum_scalars(sums), norms
 
 
 def _group_lasso_factors(norms: Tensor, p: Tensor, units: Units) -> Tensor:

@@ -9,30 +9,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_reg.bunches import ENTRIES, bunches, pieces, sum_entries
-from lightning_reg.configuration import NON_NEGATIVE
+from lightning_reg._engine.arguments import NON_NEGATIVE
+from lightning_reg._tensors.chunks import CHUNK_ENTRIES, batched_chunks, chunks, sum_entries
+from lightning_reg._tensors.gradients import dense_gradients
+from lightning_reg._tensors.reductions import sum_scalars, tensor_norms
+from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
-from lightning_reg.tensors import accumulated_norms, dense_gradients, locals_of, total
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg._engine.selection import Params
     from lightning_reg.penalties.fused import NodeGradients, NodeValue
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = [
-    "ElasticNetPenalty",
-    "L1Penalty",
-    "L2Penalty",
-    "add_l1_gradient_",
-    "add_l2_gradient_",
-    "l1_penalty",
-    "l2_penalty",
-]
 
 
 def l1_penalty(params: Sequence[Tensor]) -> Tensor:
@@ -96,9 +88,9 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         tensor([ 0.5000, -0.5000,  0.0000])
     """
     gradients = dense_gradients(params)
-    for source, room, signs, beside in bunches(locals_of(params), gradients):
-        torch.sign(source, out=room)
-        torch._foreach_add_(beside, signs, alpha=strength)
+    for source, buffer, signs, chunk_gradients in batched_chunks(local_tensors(params), gradients):
+        torch.sign(source, out=buffer)
+        torch._foreach_add_(chunk_gradients, signs, alpha=strength)
 
 
 @torch.no_grad()
@@ -116,7 +108,7 @@ def add_l2_gradient_(params: Sequence[Tensor], strength: float) -> None:
         tensor([ 0.5000, -1.0000])
     """
     if params:
-        torch._foreach_add_(dense_gradients(params), locals_of(params), alpha=strength)
+        torch._foreach_add_(dense_gradients(params), local_tensors(params), alpha=strength)
 
 
 class L1Penalty(Penalty):
@@ -219,7 +211,7 @@ class ElasticNetPenalty(Penalty):
         H. Zou, T. Hastie, "Regularization and Variable Selection via the Elastic Net", 2005.
     """
 
-    limits = {"l1": NON_NEGATIVE, "l2": NON_NEGATIVE}
+    valid_ranges = {"l1": NON_NEGATIVE, "l2": NON_NEGATIVE}
 
     def __init__(
         self,
@@ -254,9 +246,9 @@ class ElasticNetPenalty(Penalty):
 
 def _few_nodes(value: NodeValue, gradients: NodeGradients, params: Sequence[Tensor]) -> Tensor:
     """Sum over one node for all small tensors, which saves calls, and one for each large one, whose gradient can go at once."""
-    small = [p for p in params if p.numel() <= ENTRIES]
-    parts = [*([p] for p in params if p.numel() > ENTRIES), *([small] if small else [])]
-    return total([one_node(value, gradients, part) for part in parts or [small]])
+    small = [p for p in params if p.numel() <= CHUNK_ENTRIES]
+    parts = [*([p] for p in params if p.numel() > CHUNK_ENTRIES), *([small] if small else [])]
+    return sum_scalars([one_node(value, gradients, part) for part in parts or [small]])
 
 
 def _by_norms(params: Sequence[Tensor]) -> bool:
@@ -265,12 +257,12 @@ def _by_norms(params: Sequence[Tensor]) -> bool:
 
 
 _FEW, _SMALL = 8, 1 << 12
-"""Up to how many tensors, of how many entries, norms are exact enough and cheaper than bunches."""
+"""Up to how many tensors, of how many entries, norms are exact enough and cheaper than batched_chunks."""
 
 
 def _l1_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
     if _by_norms(params):
-        return total(accumulated_norms(params, 1)), None
+        return sum_scalars(tensor_norms(params, 1)), None
     return sum_entries(params, torch.abs), None
 
 
@@ -280,14 +272,14 @@ def _l1_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Seque
         torch._foreach_mul_(signs, factor)
         return signs
     gradients = [torch.empty_like(p) for p in params]
-    for some, of in chain.from_iterable(map(pieces, gradients, params)):
-        torch.sign(of, out=some).mul_(factor)
+    for gradient, p in chain.from_iterable(map(chunks, gradients, params)):
+        torch.sign(p, out=gradient).mul_(factor)
     return gradients
 
 
 def _l2_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
     if _by_norms(params):
-        return total(torch._foreach_pow(accumulated_norms(params, 2), 2)) / 2, None
+        return sum_scalars(torch._foreach_pow(tensor_norms(params, 2), 2)) / 2, None
     return sum_entries(params, torch.square) / 2, None
 
 

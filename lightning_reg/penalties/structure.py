@@ -10,26 +10,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_reg._tensors.gradients import dense_gradients
+from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
+from lightning_reg._tensors.shards import full_tensor, local_tensors, shard_like
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import one_node
 from lightning_reg.penalties.norms import l2_penalty
-from lightning_reg.tensors import dense_gradients, locals_of, shard_like, total, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = [
-    "OrthogonalityPenalty",
-    "StartingPointPenalty",
-    "add_distance_gradient_",
-    "distance_penalty",
-    "orthogonality_penalty",
-]
 
 
 def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
@@ -93,8 +87,8 @@ def add_distance_gradient_(params: Sequence[Tensor], references: Sequence[Tensor
     """
     if params:
         gradients = dense_gradients(params)
-        torch._foreach_add_(gradients, locals_of(params), alpha=strength)
-        torch._foreach_add_(gradients, locals_of(references), alpha=-strength)
+        torch._foreach_add_(gradients, local_tensors(params), alpha=strength)
+        torch._foreach_add_(gradients, local_tensors(references), alpha=-strength)
 
 
 class OrthogonalityPenalty(Penalty):
@@ -123,11 +117,11 @@ class OrthogonalityPenalty(Penalty):
         More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
     """
 
-    takes_flattened = False
+    supports_fsdp1 = False
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return ½‖WWᵀ − I‖²."""
-        return orthogonality_penalty([whole(p) for p in params])
+        return orthogonality_penalty([full_tensor(p) for p in params])
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look the parameters up, and refuse vectors."""
@@ -163,9 +157,11 @@ class StartingPointPenalty(Penalty):
         X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018.
     """
 
+    state_entries = ("start",)
+    resets_each_fit = False
+
     def __init__(self, strength: Value, *, params: Params = "weights", inject: Route = "auto", name: str | None = None) -> None:
         super().__init__(strength, params=params, inject=inject, name=name)
-        self._origin: dict[str, Tensor] = {}
         self._references: dict[int, Tensor] = {}
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -187,7 +183,8 @@ class StartingPointPenalty(Penalty):
             raise ValueError(
                 f"{self.name}: {', '.join(lazy)} of a lazy module has no start: give the model a batch before the fit"
             )
-        self._origin = self._origin or {name: p.detach().clone() for name, p in self.tensors.items()}
+        if not self.state["start"]:
+            self.state["start"].update((name, p.detach().clone()) for name, p in self.tensors.items())
         self._bind()
 
     def detach(self) -> None:
@@ -198,7 +195,7 @@ class StartingPointPenalty(Penalty):
     def _bind(self) -> None:
         """Lay the starting point beside the parameters: on their devices, and sharded as they are."""
         for name, p in self.tensors.items():
-            start = self._origin.get(name)
+            start = self.state["start"].get(name)
             if start is None or start.shape != p.shape:
                 found = "nothing" if start is None else f"shape {tuple(start.shape)}"
                 raise ValueError(
@@ -207,13 +204,9 @@ class StartingPointPenalty(Penalty):
                 )
             self._references[id(p)] = start if isinstance(start, DTensor) else shard_like(start.to(p.device, p.dtype), p)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the starting point, whole: every rank must call it."""
-        return {"start": {name: whole(start).cpu() for name, start in self._origin.items()}} if self._origin else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the starting point of the run that is resumed."""
-        self._origin = state_dict["start"]
+    def unpack_state(self, packed: dict[str, Any]) -> None:
+        """Take over the starting point of the run that is resumed."""
+        super().unpack_state(packed)
         self._bind()
 
 
@@ -221,7 +214,7 @@ def _matrix(p: Tensor) -> Tensor:
     """Return a tensor as the matrix whose smaller Gram matrix is that of its rows."""
     if p.ndim < 2:
         raise ValueError(f"orthogonality needs tensors of two or more dimensions, got shape {tuple(p.shape)}")
-    matrix = p.flatten(1).to(torch.promote_types(p.dtype, torch.float32))
+    matrix = p.flatten(1).to(accumulation_dtype(p.dtype))
     return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
 
 
@@ -234,7 +227,7 @@ def _excess(matrix: Tensor) -> Tensor:
 
 def _orthogonality_value(params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     excesses = [_excess(_matrix(p)) for p in params]
-    return total([excess.square().sum() for excess in excesses]) / 2, excesses
+    return sum_scalars([excess.square().sum() for excess in excesses]) / 2, excesses
 
 
 def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor, excesses: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -12,29 +12,28 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
-from lightning_reg import host
-from lightning_reg.base import Phase
-from lightning_reg.configuration import Interval, check_choice, check_whole
-from lightning_reg.parameters import ParameterRegularizer
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.arguments import Interval, check_choice, check_integer
+from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._engine.selection import lookup
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.random import hashed
+from lightning_reg._tensors.shards import full_tensor, local_tensor
 from lightning_reg.pruning import rewinding
 from lightning_reg.pruning.masks import clear_state_, mask_, mask_gradients_
 from lightning_reg.pruning.scores import Given, Magnitude, Random, Score, as_shard_of
 from lightning_reg.pruning.state import PruningState
 from lightning_reg.pruning.structures import Scope, Structure, count_true, masks_of_scores
 from lightning_reg.pruning.targets import (
-    check_kept,
     check_layers,
+    check_not_emptied,
     check_rewinding,
     check_rising,
     check_schedule,
-    doubts,
     known_targets,
     planned_targets,
+    schedule_warnings,
 )
-from lightning_reg.randomness import hashed
-from lightning_reg.selection import lookup
-from lightning_reg.summary import print_line
-from lightning_reg.tensors import local, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,11 +41,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Plan, Step
+    from lightning_reg._engine.plan import Plan, Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["Criterion", "WeightPruning"]
 
 Criterion = Literal["magnitude", "random"] | Callable[[str, Parameter], Tensor]
 """``"magnitude"``, ``"random"``, or ``(name, parameter) -> scores`` of the parameter's shape, the lowest pruned first."""
@@ -101,8 +98,9 @@ class WeightPruning(ParameterRegularizer):
     """
 
     phase = Phase.PRUNING
-    takes_flattened = False
-    limits = {"sparsity": Interval(0.0, 1.0, open_high=True)}
+    supports_fsdp1 = False
+    resets_each_fit = False
+    valid_ranges = {"sparsity": Interval(0.0, 1.0, open_high=True)}
 
     def __init__(
         self,
@@ -120,9 +118,9 @@ class WeightPruning(ParameterRegularizer):
         check_choice("WeightPruning: criterion", criterion, ("magnitude", "random"), callables)
         check_choice("WeightPruning: scope", scope, ("global", "layer"))
         check_choice("WeightPruning: structure", structure, ("element", "unit", "2:4"))
-        check_whole("WeightPruning: every_n_epochs", every_n_epochs, 1)
+        check_integer("WeightPruning: every_n_epochs", every_n_epochs, 1)
         if rewind_to_step is not None:
-            check_whole("WeightPruning: rewind_to_step", rewind_to_step, 0)
+            check_integer("WeightPruning: rewind_to_step", rewind_to_step, 0)
         self.sparsity = sparsity
         self.criterion = criterion
         self.scope = scope
@@ -134,7 +132,6 @@ class WeightPruning(ParameterRegularizer):
         self._state = PruningState()
         self._restored: dict[str, Any] = {}
         self._bound: dict[int, Tensor] = {}  # this rank's parts of the masks, by the parameter's id
-        self._names: dict[int, str] = {}
         self._states: dict[int, dict[Any, Any]] = {}
         self._highest = self._final = 0.0
         self._automatic = True
@@ -148,14 +145,14 @@ class WeightPruning(ParameterRegularizer):
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Mask the weights; keep those to rewind to."""
-        self.uphold(params)
+        self.reproject(params)
         self._state.steps += 1
-        self._state.trained.update(self._names[id(p)] for p in params)
+        self._state.trained.update(self.name_of(p) for p in params)
         if self._state.steps == self.rewind_to_step:
             self._keep_start()
-        self._observe_reached()
+        self._log_reached()
 
-    def uphold(self, params: list[Parameter]) -> None:
+    def reproject(self, params: list[Parameter]) -> None:
         """Mask the weights."""
         mask_(*self._masked(params))
 
@@ -166,7 +163,7 @@ class WeightPruning(ParameterRegularizer):
             held = {id(p) for p in params}
             live = {name: p for name, p in self.tensors.items() if id(p) in held and name in self._state.trained and p.numel()}
             self._prune(live, self.current["sparsity"], step)
-            self._observe_reached()
+            self._log_reached()
 
     def route(self) -> str:
         """Say when it acts."""
@@ -185,7 +182,7 @@ class WeightPruning(ParameterRegularizer):
         units = self.units(list(live.values()))
         found = masks_of_scores(self._scores(live, step), target, self.scope, self.structure, units, known)
         counts = {name: (count_true(mask, p), p.numel()) for (name, p), mask in zip(live.items(), found, strict=True)}
-        check_kept(self.name, target, counts, self.structure)
+        check_not_emptied(self.name, target, counts, self.structure)
         before = sum(count_true(mask, p) for mask, p in zip(known, live.values(), strict=True))
         self._state.target, self._state.total, self._state.structure = target, total, self.structure
         self._state.reached = sum(count for count, _ in counts.values())
@@ -207,7 +204,7 @@ class WeightPruning(ParameterRegularizer):
         if not isinstance(scores, Tensor):
             raise TypeError(f"{what} {scores!r:.80} of type {type(scores).__name__}")
         if not isinstance(scores, DTensor):
-            scores = host.mean_over_ranks(self._trainer, scores)
+            scores = _lightning.mean_over_ranks(self._trainer, scores)
         try:
             return Given(p, scores)
         except ValueError as error:
@@ -231,14 +228,14 @@ class WeightPruning(ParameterRegularizer):
         mask_(params, bound)
         for optimizer in optimizers:
             clear_state_(optimizer, params, bound)
-        for average in host.averages(self._trainer):
+        for average in _lightning.averaged_models(self._trainer):
             self._mask_average(average)
 
     def _mask_average(self, average: torch.nn.Module) -> None:
         for name, p in lookup(average, list(self._state.masks)).items():
             if not is_lazy(p):
                 mask = self._state.masks[name]
-                mask_([p], [local(mask if isinstance(p, DTensor) else whole(mask)).to(p.device)])
+                mask_([p], [local_tensor(mask if isinstance(p, DTensor) else full_tensor(mask)).to(p.device)])
 
     def _masked(self, params: Sequence[Parameter]) -> tuple[list[Parameter], list[Tensor]]:
         """Return those parameters that have masks, and the masks."""
@@ -254,15 +251,15 @@ class WeightPruning(ParameterRegularizer):
 
     # What is shown --------------------------------------------------------------------------------------------------
 
-    def _observe_reached(self) -> None:
+    def _log_reached(self) -> None:
         if self.logging:
-            self.observe(pruned=self._state.reached / max(self._state.total, 1))
+            self.log_metrics(pruned=self._state.reached / max(self._state.total, 1))
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say how much was pruned."""
+    def fit_summary(self) -> str:
+        """Return how much was pruned."""
         total = self._state.total
         share = f"{self._state.reached / total:.2%} of {total:,} weights are pruned" if total else "nothing is pruned"
-        print_line(trainer, f"{self.name}: {share}, {self._final:.2%} asked for")
+        return f"{share}, {self._final:.2%} asked for"
 
     # The fit and the checkpoint -------------------------------------------------------------------------------------
 
@@ -270,7 +267,6 @@ class WeightPruning(ParameterRegularizer):
         """Look the parameters up, check what can be asked for of them, and lay restored masks beside them."""
         super().attach(trainer, pl_module)
         self._trainer, self._automatic = trainer, pl_module.automatic_optimization
-        self._names = {id(p): name for name, p in self.tensors.items()}
         self._states = rewinding.started(trainer.optimizers) if self.rewind_to_step is not None else {}
         self._check_layers(known_targets(self.sparsity))
         self._take_restored()
@@ -293,17 +289,21 @@ class WeightPruning(ParameterRegularizer):
         """Let go of the tensors, not of the masks."""
         super().detach()
         self._bound.clear()
-        self._names.clear()
         self._states.clear()
         self._trainer = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the masks in bits, and what is rewound to, whole: every rank must call it."""
+    def reset(self) -> None:
+        """Forget the masks."""
+        super().reset()
+        self._state = PruningState()
+
+    def pack_state(self) -> dict[str, Any]:
+        """Return the masks as bits, and the weights to rewind to, as full tensors: every rank must call it."""
         return self._restored or (self._state.packed() if self._state.steps or self._state.start else {})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the masks of the run that is resumed."""
-        self._restored = state_dict
+    def unpack_state(self, packed: dict[str, Any]) -> None:
+        """Take over the masks of the run that is resumed."""
+        self._restored = packed
         self._take_restored()
 
     def _take_restored(self) -> None:
@@ -322,13 +322,13 @@ class WeightPruning(ParameterRegularizer):
 
     def _check_plan(self, plan: Plan) -> None:
         """Look ahead: at the share that each pruning of the fit is to reach."""
-        schedule: Callable[[float], float] = self._values.get("sparsity", lambda _: self.current["sparsity"])
+        schedule: Callable[[float], float] = self._schedules.get("sparsity", lambda _: self.current["sparsity"])
         planned = planned_targets(schedule, plan, self.every_n_epochs)
         self._final = schedule(1.0)
         what = f"{self.name}: sparsity={self.sparsity!r}"
-        targets = [self.limits["sparsity"].check(what, target) for target in planned.values()]
+        targets = [self.valid_ranges["sparsity"].check(what, target) for target in planned.values()]
         check_rising(what, targets)
         self._check_layers(targets)
         check_rewinding(self.name, self.rewind_to_step if self._automatic else None, planned, plan)
-        for doubt in doubts(planned, self._final, self.every_n_epochs, plan):
+        for doubt in schedule_warnings(planned, self._final, self.every_n_epochs, plan):
             rank_zero_warn(f"{self.name} {doubt}")

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS
 
-from lightning_reg.tensors import local
+from lightning_reg._tensors.shards import local_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch.optim import Optimizer
-
-__all__ = ["clear_state_", "mask_", "mask_gradients_", "pack_bits", "unpack_bits"]
 
 
 @torch.no_grad()
@@ -33,7 +31,7 @@ def mask_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         tensor([1., 0., 3.])
     """
     for p, mask in zip(params, masks, strict=True):
-        local(p).masked_fill_(mask, 0.0)
+        local_tensor(p).masked_fill_(mask, 0.0)
 
 
 @torch.no_grad()
@@ -57,7 +55,7 @@ def mask_gradients_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         if p.grad.is_sparse:
             p.grad._values().masked_fill_(mask[tuple(p.grad._indices())], 0.0)
         else:
-            local(p.grad).masked_fill_(mask, 0.0)
+            local_tensor(p.grad).masked_fill_(mask, 0.0)
 
 
 @torch.no_grad()
@@ -85,7 +83,7 @@ def clear_state_(optimizer: Optimizer, params: Sequence[Tensor], masks: Sequence
     for p, mask in zip(params, masks, strict=True):
         for value in optimizer.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.ndim and value.shape == p.shape:
-                local(value).masked_fill_(mask, 0.0)
+                local_tensor(value).masked_fill_(mask, 0.0)
 
 
 def pack_bits(mask: Tensor) -> Tensor:

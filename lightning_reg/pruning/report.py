@@ -6,18 +6,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch.nn.parameter import is_lazy
 
-from lightning_reg.selection import select_parameters
-from lightning_reg.tensors import local, sum_over_shards
+from lightning_reg._engine.selection import select_parameters
+from lightning_reg._tensors.shards import local_tensor, sum_over_shards
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lightning_reg.selection import Params
-
-__all__ = ["Share", "Sparsity", "sparsity"]
+    from lightning_reg._engine.selection import Params
 
 
-class Share(NamedTuple):
+class ZeroCount(NamedTuple):
     """How many of some weights are exactly zero."""
 
     zeros: int
@@ -40,8 +38,8 @@ class Sparsity(NamedTuple):
         total: Those of all.
     """
 
-    parameters: dict[str, Share]
-    total: Share
+    parameters: dict[str, ZeroCount]
+    total: ZeroCount
 
     @property
     def share(self) -> float:
@@ -60,7 +58,7 @@ def sparsity(module: nn.Module, params: Params = "weights") -> Sparsity:
 
     Args:
         module: The module.
-        params: Which parameters, see :func:`lightning_reg.selection.select_parameters`; a tied one counts once.
+        params: Which parameters, see :func:`lightning_reg._engine.selection.select_parameters`; a tied one counts once.
 
     Returns:
         Zeros and sizes, by name and in total; ``.share`` is the share in total.
@@ -79,8 +77,8 @@ def sparsity(module: nn.Module, params: Params = "weights") -> Sparsity:
         0.625
     """
     counted = {
-        name: Share(int(sum_over_shards((local(p.detach()) == 0).count_nonzero(), p)), p.numel())
+        name: ZeroCount(int(sum_over_shards((local_tensor(p.detach()) == 0).count_nonzero(), p)), p.numel())
         for name, p in select_parameters(module, params).items()
         if not is_lazy(p)
     }
-    return Sparsity(counted, Share(sum(c.zeros for c in counted.values()), sum(c.total for c in counted.values())))
+    return Sparsity(counted, ZeroCount(sum(c.zeros for c in counted.values()), sum(c.total for c in counted.values())))

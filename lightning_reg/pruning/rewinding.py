@@ -9,16 +9,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_reg.selection import canonical_name, select_parameters
-from lightning_reg.tensors import local, shard_like
+from lightning_reg._engine.selection import canonical_name, select_parameters
+from lightning_reg._tensors.shards import local_tensor, shard_like
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch import Tensor
     from torch.optim import Optimizer
-
-__all__ = ["rewindable", "reset_", "restore_", "snapshot", "started"]
 
 
 def rewindable(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
@@ -51,7 +49,9 @@ def restore_(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
             continue
         if before.shape != tensor.shape:
             raise ValueError(f"the weights to rewind to have shape {tuple(before.shape)} for {name!r} of {tuple(tensor.shape)}")
-        local(tensor).copy_(local(before if isinstance(before, DTensor) else shard_like(before.to(tensor.device), tensor)))
+        local_tensor(tensor).copy_(
+            local_tensor(before if isinstance(before, DTensor) else shard_like(before.to(tensor.device), tensor))
+        )
 
 
 def started(optimizers: Iterable[Optimizer]) -> dict[int, dict[Any, Any]]:

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lightning_reg.tensors import local, shard_like, sum_over_shards, whole
-from lightning_reg.units import Units, unit_norms, unit_size, unit_view
+from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like, sum_over_shards
+from lightning_reg._tensors.units import Units, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["Given", "Magnitude", "Random", "Score", "order_keys", "positions"]
 
 _UINT32 = 0xFFFFFFFF
 
@@ -29,7 +27,7 @@ class Score(ABC):
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.part = local(tensor.detach())
+        self.part = local_tensor(tensor.detach())
         self.flat = self.part.reshape(-1)
 
     @abstractmethod
@@ -38,16 +36,16 @@ class Score(ABC):
 
     @abstractmethod
     def of_units(self, units: Units) -> Tensor:
-        """Return a score for each output unit of the whole tensor, in the shape of :func:`~lightning_reg.units.unit_norms`."""
+        """Return a score for each output unit of the full tensor, in the shape of ``unit_norms``."""
 
     def keys(self, begin: int, end: int, buffer: Tensor) -> Tensor:
         """Return the scores of a range as integers of the same order, which the caller may change, perhaps in a buffer."""
         return order_keys(self.chunk(begin, end))
 
-    def whole(self) -> Tensor:
+    def full_tensor(self) -> Tensor:
         """Return all scores of the whole tensor, on every rank."""
         scores = self.chunk(0, self.flat.numel()).view(self.part.shape)
-        return whole(as_shard_of(scores, self.tensor))
+        return full_tensor(as_shard_of(scores, self.tensor))
 
 
 class Magnitude(Score):
@@ -66,7 +64,7 @@ class Magnitude(Score):
 
     def of_units(self, units: Units) -> Tensor:
         """Return ‖w_u‖₂ / √|u|, so that units of different sizes compare."""
-        return whole(unit_norms(self.tensor.detach(), units)).div(math.sqrt(max(unit_size(self.tensor, units), 1)))
+        return full_tensor(unit_norms(self.tensor.detach(), units)).div(math.sqrt(max(unit_size(self.tensor, units), 1)))
 
 
 class Random(Score):
@@ -110,7 +108,7 @@ class Given(Score):
             scores = scores.redistribute(placements=tensor.placements)
         if not isinstance(scores, DTensor):
             scores = shard_like(scores, tensor)
-        self.scores = local(scores.detach()).to(self.part.device, torch.float32).reshape(-1)
+        self.scores = local_tensor(scores.detach()).to(self.part.device, torch.float32).reshape(-1)
         wrong = int(sum_over_shards(self.scores.isfinite().logical_not_().sum(), tensor))  # alike on every rank
         if wrong:
             raise ValueError(f"{wrong} scores that are not finite, expected finite ones")
@@ -121,7 +119,7 @@ class Given(Score):
 
     def of_units(self, units: Units) -> Tensor:
         """Return the mean score of each unit."""
-        scores = self.whole()
+        scores = self.full_tensor()
         kept = unit_norms(torch.empty(scores.shape, device="meta"), units).shape
         view = unit_view(scores, units)
         dims = [dim for dim in range(view.ndim) if kept[dim] != view.shape[dim]]
@@ -148,7 +146,7 @@ def positions(tensor: Tensor, entries: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return entries
-    part = local(tensor)
+    part = local_tensor(tensor)
     rest, found = entries, torch.zeros_like(entries)
     stride = 1
     for dim in reversed(range(tensor.ndim)):

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_reg._tensors.shards import sum_over_shards
 from lightning_reg.pruning.scores import Given, Score, positions
-from lightning_reg.tensors import sum_over_shards
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["lowest", "smallest_entries"]
 
 _CHUNK = 1 << 19
 _WIDTH = 16  # bits of a digit: two passes over 32 bits

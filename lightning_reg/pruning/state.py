@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like, sum_over_shards
 from lightning_reg.pruning.masks import pack_bits, unpack_bits
-from lightning_reg.tensors import local, shard_like, sum_over_shards, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_reg.pruning.structures import Structure
-
-__all__ = ["PruningState"]
 
 
 @dataclass
@@ -49,8 +47,8 @@ class PruningState:
         """Return it for a checkpoint, masks in bits and everything whole: every rank must call it."""
         return {
             **vars(self),
-            "masks": {name: (pack_bits(whole(mask)).cpu(), list(mask.shape)) for name, mask in self.masks.items()},
-            "start": {name: whole(before).cpu() for name, before in self.start.items()},
+            "masks": {name: (pack_bits(full_tensor(mask)).cpu(), list(mask.shape)) for name, mask in self.masks.items()},
+            "start": {name: full_tensor(before).cpu() for name, before in self.start.items()},
             "trained": sorted(self.trained),
         }
 
@@ -80,8 +78,8 @@ class PruningState:
             p = tensors.get(name)
             if p is None or is_lazy(p) or p.shape != mask.shape or isinstance(p, DTensor) != isinstance(mask, DTensor):
                 return False
-            part = local(p.detach())
-            dead = local(mask).to(part.device)
+            part = local_tensor(p.detach())
+            dead = local_tensor(mask).to(part.device)
             if int(sum_over_shards(part[dead].count_nonzero(), p)):
                 return False
             alive += int(sum_over_shards(part[~dead].count_nonzero(), p))
@@ -90,4 +88,4 @@ class PruningState:
     def bound(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return this rank's parts of the masks, by the parameter's ``id``."""
         held = {name: mask for name, mask in self.masks.items() if name in tensors}
-        return {id(tensors[name]): local(mask).to(tensors[name].device) for name, mask in held.items()}
+        return {id(tensors[name]): local_tensor(mask).to(tensors[name].device) for name, mask in held.items()}

@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
+from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like, sum_over_shards
+from lightning_reg._tensors.units import Units, unit_norms, unit_size, unit_view
 from lightning_reg.pruning.scores import Given, Magnitude, Random, Score, as_shard_of
 from lightning_reg.pruning.select import lowest
-from lightning_reg.tensors import local, shard_like, sum_over_shards, whole
-from lightning_reg.units import Units, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-__all__ = ["Scope", "Structure", "count_true", "masks_of_scores", "pruning_masks", "units_in"]
 
 Scope: TypeAlias = Literal["global", "layer"]
 Structure: TypeAlias = Literal["element", "unit", "2:4"]
@@ -146,15 +144,15 @@ def _unit_masks(
 
 def _dead_units(tensor: Tensor, units: Units, pruned: Tensor | None) -> Tensor:
     """Return which units of the whole tensor have a pruned entry, as scores of units are shaped."""
-    mask = torch.zeros(local(tensor).shape, device=tensor.device) if pruned is None else pruned.float()
-    return whole(unit_norms(as_shard_of(mask, tensor), units)) > 0
+    mask = torch.zeros(local_tensor(tensor).shape, device=tensor.device) if pruned is None else pruned.float()
+    return full_tensor(unit_norms(as_shard_of(mask, tensor), units)) > 0
 
 
 def _spread(flags: Tensor, tensor: Tensor, units: Units) -> Tensor:
     """Return this rank's part of a mask of units, an entry for each weight."""
     mask = torch.zeros(tensor.shape, dtype=torch.bool, device=flags.device)
     unit_view(mask, units).logical_or_(flags)
-    return local(shard_like(mask, tensor)).contiguous()
+    return local_tensor(shard_like(mask, tensor)).contiguous()
 
 
 def _two_of_four(score: Score, sparsity: float, pruned: Tensor | None) -> Tensor:
@@ -168,12 +166,12 @@ def _two_of_four(score: Score, sparsity: float, pruned: Tensor | None) -> Tensor
         raise ValueError(f"structure='2:4' needs a last dimension that is a multiple of 4, got shape {tuple(shape)}")
     if not sparsity:
         return torch.zeros_like(score.part, dtype=torch.bool) if pruned is None else pruned
-    scores = score.whole()
+    scores = score.full_tensor()
     if pruned is not None:
-        gone = whole(as_shard_of(pruned, score.tensor))
+        gone = full_tensor(as_shard_of(pruned, score.tensor))
         if int(gone.reshape(-1, 4).sum(dim=-1).amax()) > 2:
             raise ValueError("structure='2:4' keeps two of each four weights, got masks that prune more of some")
         scores = scores.masked_fill(gone, -torch.inf)
     order = scores.reshape(-1, 4).argsort(dim=-1, stable=True)
     mask = torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, order[:, :2], True)
-    return local(shard_like(mask.view(shape), score.tensor)).contiguous()
+    return local_tensor(shard_like(mask.view(shape), score.tensor)).contiguous()

@@ -14,21 +14,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_reg.plan import Plan
+    from lightning_reg._engine.plan import Plan
+    from lightning_reg._tensors.units import Units
     from lightning_reg.pruning.structures import Scope, Structure
     from lightning_reg.schedules import Value
-    from lightning_reg.units import Units
-
-__all__ = [
-    "check_kept",
-    "check_layers",
-    "check_rewinding",
-    "check_rising",
-    "check_schedule",
-    "doubts",
-    "known_targets",
-    "planned_targets",
-]
 
 _ROUNDING = 1e-9
 
@@ -89,7 +78,7 @@ def check_rewinding(what: str, step: int | None, planned: Mapping[float, float],
         )
 
 
-def doubts(planned: dict[float, float], final: float, every_n_epochs: int, plan: Plan) -> Iterator[str]:
+def schedule_warnings(planned: dict[float, float], final: float, every_n_epochs: int, plan: Plan) -> Iterator[str]:
     """Say what of a plan cannot be meant: a share that no pruning reaches, and pruning that never comes.
 
     Args:
@@ -127,10 +116,10 @@ def check_layers(
     if structure == "2:4" or scope == "global":
         return
     parts = {name: units_in(p, units[name]) if structure == "unit" else p.numel() for name, p in tensors.items()}
-    check_kept(what, target, {name: (round(target * count), count) for name, count in parts.items()}, structure)
+    check_not_emptied(what, target, {name: (round(target * count), count) for name, count in parts.items()}, structure)
 
 
-def check_kept(what: str, target: float, counts: Mapping[str, tuple[int, int]], structure: Structure) -> None:
+def check_not_emptied(what: str, target: float, counts: Mapping[str, tuple[int, int]], structure: Structure) -> None:
     """Refuse to prune the whole of a layer.
 
     Args:

@@ -1,13 +1,8 @@
-"""Shrinkage: weights that become smaller by a rule of their own, beside the gradient."""
+"""Shrinkage: weights that become smaller by a rule of their own, in addition to the gradient."""
 
-from lightning_reg.shrinkage.decay import WeightDecay, WeightDecayScheduler, decay_groups, decay_weights_
-from lightning_reg.shrinkage.proximal import (
-    GroupSoftThresholding,
-    SoftThresholding,
-    group_soft_threshold_,
-    soft_threshold_,
-)
-from lightning_reg.shrinkage.random import RandomShrinkage, shrink_randomly_
+from lightning_reg.shrinkage.decay import WeightDecay, WeightDecayScheduler, decay_groups
+from lightning_reg.shrinkage.proximal import GroupSoftThresholding, SoftThresholding
+from lightning_reg.shrinkage.random import RandomShrinkage
 
 __all__ = [
     "GroupSoftThresholding",
@@ -16,8 +11,4 @@ __all__ = [
     "WeightDecay",
     "WeightDecayScheduler",
     "decay_groups",
-    "decay_weights_",
-    "group_soft_threshold_",
-    "shrink_randomly_",
-    "soft_threshold_",
 ]

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_reg.base import Phase, Regularizer
-from lightning_reg.configuration import NON_NEGATIVE
-from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.selection import select_parameters
-from lightning_reg.tensors import locals_of
+from lightning_reg._engine.arguments import NON_NEGATIVE
+from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._engine.regularizer import Regularizer
+from lightning_reg._engine.selection import select_parameters
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.shards import local_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["WeightDecay", "WeightDecayScheduler", "decay_groups", "decay_weights_"]
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def decay_weights_(params: Sequence[Tensor], share: float) -> None:
         tensor([ 0.7500, -1.5000])
     """
     if params:
-        torch._foreach_mul_(locals_of(params), 1 - share)
+        torch._foreach_mul_(local_tensors(params), 1 - share)
 
 
 def decay_groups(module: nn.Module, weight_decay: float, *, params: Params = "weights") -> list[dict[str, Any]]:
@@ -97,8 +96,8 @@ class WeightDecay(ParameterRegularizer):
     """
 
     phase = Phase.DECAY
-    limits = {"weight_decay": NON_NEGATIVE}
-    instead_of_deepspeed = "set the optimizer's own weight_decay"
+    valid_ranges = {"weight_decay": NON_NEGATIVE}
+    deepspeed_alternative = "set the optimizer's own weight_decay"
 
     def __init__(self, weight_decay: Value, *, params: Params = "weights", name: str | None = None) -> None:
         self.weight_decay = weight_decay
@@ -113,8 +112,8 @@ class WeightDecay(ParameterRegularizer):
     def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Decay each group's parameters by its learning rate."""
         if self.current["weight_decay"]:
-            for group, members in self.by_group(params, optimizer):
-                decay_weights_([p for p in members if p.grad is not None], group["lr"] * self.current["weight_decay"])
+            for group, parameters_of in self.by_group(params, optimizer):
+                decay_weights_([p for p in parameters_of if p.grad is not None], group["lr"] * self.current["weight_decay"])
 
     def route(self) -> str:
         """Say that it acts between the backward pass and the update."""
@@ -146,8 +145,8 @@ class WeightDecayScheduler(Regularizer):
     """
 
     phase = Phase.DECAY
-    limits = {"weight_decay": NON_NEGATIVE}
-    instead_of_deepspeed = "set the optimizer's own weight_decay"
+    valid_ranges = {"weight_decay": NON_NEGATIVE}
+    deepspeed_alternative = "set the optimizer's own weight_decay"
 
     def __init__(self, weight_decay: Value, *, name: str | None = None) -> None:
         self.weight_decay = weight_decay

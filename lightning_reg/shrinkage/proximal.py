@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import softshrink
 
-from lightning_reg.base import Phase
-from lightning_reg.configuration import NON_NEGATIVE
-from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.tensors import local, whole
-from lightning_reg.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
+from lightning_reg._engine.arguments import NON_NEGATIVE
+from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.shards import full_tensor, local_tensor
+from lightning_reg._tensors.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["GroupSoftThresholding", "SoftThresholding", "group_soft_threshold_", "soft_threshold_"]
 
 
 @torch.no_grad()
@@ -47,7 +45,7 @@ def soft_threshold_(params: Sequence[Tensor], threshold: float) -> None:
         I. Daubechies, M. Defrise, C. De Mol, "An Iterative Thresholding Algorithm for Linear Inverse Problems", 2004.
     """
     for p in params:
-        local(p).copy_(softshrink(local(p), threshold))
+        local_tensor(p).copy_(softshrink(local_tensor(p), threshold))
 
 
 @torch.no_grad()
@@ -105,7 +103,7 @@ class SoftThresholding(ParameterRegularizer):
     """
 
     phase = Phase.SOFT_THRESHOLD
-    limits = {"strength": NON_NEGATIVE}
+    valid_ranges = {"strength": NON_NEGATIVE}
 
     def __init__(self, strength: Value, *, params: Params = "weights", name: str | None = None) -> None:
         self.strength = strength
@@ -114,10 +112,10 @@ class SoftThresholding(ParameterRegularizer):
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Threshold each group's parameters by its learning rate, and keep the fraction of exact zeros."""
         if self.current["strength"]:
-            for group, members in self.by_group(params, optimizer):
-                self.threshold_(members, float(group["lr"]) * self.current["strength"])
+            for group, parameters_of in self.by_group(params, optimizer):
+                self.threshold_(parameters_of, float(group["lr"]) * self.current["strength"])
         if self.logging:
-            self.observe(**self.zeros(params))
+            self.log_metrics(**self.zeros(params))
 
     def threshold_(self, params: list[Parameter], threshold: float) -> None:
         """Take the proximal step."""
@@ -157,7 +155,7 @@ class GroupSoftThresholding(SoftThresholding):
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
 
-    takes_flattened = False
+    supports_fsdp1 = False
 
     def threshold_(self, params: list[Parameter], threshold: float) -> None:
         """Take the proximal step."""
@@ -170,5 +168,5 @@ class GroupSoftThresholding(SoftThresholding):
 
 
 def _share_of_zeros(tensors: Sequence[Tensor]) -> Tensor:
-    counts = torch.stack([whole((tensor == 0).sum()) for tensor in tensors])
+    counts = torch.stack([full_tensor((tensor == 0).sum()) for tensor in tensors])
     return counts.sum() / sum(tensor.numel() for tensor in tensors)

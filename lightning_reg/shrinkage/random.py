@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lightning_reg.base import Phase
-from lightning_reg.configuration import PROBABILITY, check_choice
-from lightning_reg.parameters import ParameterRegularizer
-from lightning_reg.randomness import check_seed, generator_for
+from lightning_reg._engine.arguments import PROBABILITY, check_choice, check_seed
+from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.random import generator_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.plan import Step
+    from lightning_reg._engine.plan import Step
+    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
-    from lightning_reg.selection import Params
-
-__all__ = ["RandomShrinkage", "shrink_randomly_"]
 
 
 @torch.no_grad()
@@ -73,8 +71,8 @@ class RandomShrinkage(ParameterRegularizer):
     """
 
     phase = Phase.SHRINKAGE
-    limits = {"epsilon": PROBABILITY}
-    whole_tensors = True
+    valid_ranges = {"epsilon": PROBABILITY}
+    needs_full_tensors = True
 
     def __init__(
         self,

@@ -35,8 +35,8 @@ def table_of_steps() -> Table:
     table = Table(title="µs that a callback adds to a step of a tiny model, not logging (at most 100)")
     for column in ("Callback", "without a logger", "with one"):
         table.add_column(column, justify="left" if column == "Callback" else "right")
-    for name, (silent, heard) in steps.added_by_each().items():
-        table.add_row(name, f"{silent:.0f}", f"{heard:.0f}")
+    for name, (silent, with_logger) in steps.added_by_each().items():
+        table.add_row(name, f"{silent:.0f}", f"{with_logger:.0f}")
     return table
 
 
@@ -78,9 +78,9 @@ def main() -> None:
     ]
     rich.print(table_of(claims, seconds))
     for label, params in (("600 tensors of 32 × 32", small), ("124M in 148 tensors", large)):
-        rich.print(penalties.told_of_floor(label, params, seconds))
-    rich.print(pruning.told_of_masks("124M in 148 tensors", large, 0.8))
-    rich.print(dropout.told_of_graphs())
+        rich.print(penalties.report_floor(label, params, seconds))
+    rich.print(pruning.report_masks("124M in 148 tensors", large, 0.8))
+    rich.print(dropout.report_graphs())
     if gradients.adaptive_clipping_of_timm() is None:
         rich.print(
             "Adaptive clipping was not measured: timm is missing (pip install --no-deps timm is enough, one file of it is used)"

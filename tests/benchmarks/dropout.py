@@ -31,7 +31,7 @@ def claims() -> list[Claim]:
     ]
 
 
-def told_of_graphs() -> str:
+def report_graphs() -> str:
     """Say how many graphs the twelve rates need in both ways."""
     graphs = {}
     for drive in (True, False):

@@ -46,13 +46,13 @@ def bounds_from(bound: float, shrink: float) -> Iterator[float]:
 def logged_clipping(params: list[Tensor], bounds: Iterator[float]) -> Callable[[], object]:
     """Return a step of the callback in which everything is logged."""
     callback = GradientNormClipping(math.inf)
-    callback.listening = callback.logging = True
+    callback.has_logger = callback.logging = True
     callback._root, callback._optimizers = None, [None]  # as in a fit with one optimizer
 
     def step() -> object:
         callback.current["max_norm"] = next(bounds)
         callback.gradients(params, None, None)  # type: ignore[arg-type]
-        return {key: float(value) for key, value in callback.take_metrics()}
+        return {key: float(value) for key, value in callback.collect_metrics()}
 
     return step
 

@@ -39,7 +39,7 @@ def claims(label: str, params: list[Tensor], gradient: dict[str, float], loss: f
     return found
 
 
-def told_of_floor(label: str, params: list[Tensor], seconds: float) -> str:
+def report_floor(label: str, params: list[Tensor], seconds: float) -> str:
     """Say how many times longer than one ``torch._foreach_add_`` the gradient route takes."""
     gradients, weights = [p.grad for p in params if p.grad is not None], [p.detach() for p in params]
     floor = lambda: torch._foreach_add_(gradients, weights, alpha=1e-4)  # noqa: E731

@@ -29,7 +29,7 @@ def claim(label: str, params: list[Tensor], share: float, at_least: float) -> Cl
     return Claim(f"prune to {share:.0%}, {label}", ours, theirs, at_least, once=True)
 
 
-def told_of_masks(label: str, params: list[Tensor], share: float) -> str:
+def report_masks(label: str, params: list[Tensor], share: float) -> str:
     """Say whether the threshold is exact: how many weights are pruned, and how many of these exceed one that is kept."""
     values = [p.detach() for p in params]
     masks = pruning_masks(values, share)

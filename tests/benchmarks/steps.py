@@ -44,14 +44,14 @@ class Tiny(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3, weight_decay=self.weight_decay)
 
 
-def step_times(callback: Callback, steps: int, heard: bool, **options: float) -> list[float]:
+def step_times(callback: Callback, steps: int, with_logger: bool, **options: float) -> list[float]:
     """Return how long each step took, none of them logged, with a logger that would take figures or without."""
     model = Tiny(**options)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         max_steps=steps,
-        logger=DummyLogger() if heard else False,
+        logger=DummyLogger() if with_logger else False,
         log_every_n_steps=10 * steps,
         callbacks=[callback],
         enable_checkpointing=False,
@@ -64,11 +64,11 @@ def step_times(callback: Callback, steps: int, heard: bool, **options: float) ->
     return [after - before for before, after in zip(model.ends[20:], model.ends[21:], strict=False)]
 
 
-def added(make: Callable[[], Callback], heard: bool, rounds: int = 5, steps: int = 220, **options: float) -> float:
+def added(make: Callable[[], Callback], with_logger: bool, rounds: int = 5, steps: int = 220, **options: float) -> float:
     """Return the seconds that a callback adds to a step beside an empty one, both taking turns."""
     differences = []
     for _ in range(rounds):
-        empty, ours = (median(step_times(callback, steps, heard, **options)) for callback in (Callback(), make()))
+        empty, ours = (median(step_times(callback, steps, with_logger, **options)) for callback in (Callback(), make()))
         differences.append(ours - empty)
     return median(differences)
 

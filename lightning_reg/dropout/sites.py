@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_reg.configuration import PROBABILITY
-from lightning_reg.dropout.rates import Rate, drive_class_, release_class_
-from lightning_reg.selection import canonical_name, class_name
+from lightning_reg._engine.arguments import PROBABILITY
+from lightning_reg._engine.selection import canonical_name, class_name
+from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-__all__ = ["DROPOUT_ATTRIBUTES", "DropoutPlace", "ModulePlace", "describe", "find_dropout", "inert_dropout", "set_dropout_"]
 
 DROPOUT_ATTRIBUTES: dict[type[nn.Module] | str, str] = {
     _DropoutNd: "p",  # nn.Dropout, nn.Dropout1d to 3d, nn.AlphaDropout, nn.FeatureAlphaDropout
@@ -30,7 +28,7 @@ Subclasses count as their bases do. Add your own, or name them to a callback: ``
 """
 
 
-class DropoutPlace(Protocol):
+class DropoutSite(Protocol):
     """A rate of dropout somewhere in a model."""
 
     name: str
@@ -45,7 +43,7 @@ class DropoutPlace(Protocol):
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells it apart from every other place."""
+        """What tells it apart from every other site."""
 
     def take(self, rate: Rate) -> None:
         """Read a rate instead of its own."""
@@ -57,7 +55,7 @@ class DropoutPlace(Protocol):
         """Have its own rate again."""
 
 
-class ModulePlace:
+class ModuleSite:
     """A float attribute of a module that is its rate of dropout.
 
     Args:
@@ -78,12 +76,12 @@ class ModulePlace:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells it apart from every other place."""
+        """What tells it apart from every other site."""
         return id(self.module), self.attribute
 
     def take(self, rate: Rate) -> None:
         """Read a rate instead of its own: compiled code the tensor, if the module is one of torch's dropout modules."""
-        drive_class_(self.module, self.attribute, rate)
+        swap_class_(self.module, self.attribute, rate)
 
     def set(self, p: float) -> None:
         """Write the attribute, which eager code reads."""
@@ -91,11 +89,11 @@ class ModulePlace:
 
     def release(self) -> None:
         """Have its own rate again."""
-        release_class_(self.module, self.attribute)
+        restore_class_(self.module, self.attribute)
 
 
-def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None) -> list[ModulePlace]:
-    """Return every place of a model that has a rate of dropout, in the model's order.
+def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None) -> list[ModuleSite]:
+    """Return every site of a model that has a rate of dropout, in the model's order.
 
     Args:
         module: The model; it may be such a place itself.
@@ -107,20 +105,20 @@ def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None)
 
     Example:
         >>> model = nn.TransformerEncoderLayer(8, 2, dropout=0.2)
-        >>> [(place.name, place.attribute, place.own) for place in find_dropout(model)]
+        >>> [(site.name, site.attribute, site.own) for site in find_dropout(model)]
         [('self_attn', 'dropout', 0.2), ('dropout', 'p', 0.2), ('dropout1', 'p', 0.2), ('dropout2', 'p', 0.2)]
     """
     table = {**(attributes or {}), **{cls: name for cls, name in DROPOUT_ATTRIBUTES.items() if cls not in (attributes or {})}}
-    places, met = [], set()
+    sites, met = [], set()
     for name, each in module.named_modules():
         matched = next((cls for cls in table if _is_a(each, cls)), None)
         if matched is not None:
             met.add(matched)
             if not _is_inert(each):
-                places.append(ModulePlace(canonical_name(name), each, table[matched]))
+                sites.append(ModuleSite(canonical_name(name), each, table[matched]))
     if unmet := [cls for cls in attributes or {} if cls not in met]:
         raise ValueError(f"attributes: no module is of the class {', '.join(map(str, unmet))}")
-    return places
+    return sites
 
 
 def inert_dropout(module: nn.Module) -> str:
@@ -131,15 +129,15 @@ def inert_dropout(module: nn.Module) -> str:
         'rnn has a single layer, and the dropout of a recurrent module is between its layers'
     """
     names = [canonical_name(name) for name, each in module.named_modules() if _is_inert(each)]
-    what = f"{shortened(names)} {'have' if len(names) > 1 else 'has'} a single layer"
+    what = f"{abbreviate(names)} {'have' if len(names) > 1 else 'has'} a single layer"
     return f"{what}, and the dropout of a recurrent module is between its layers" if names else ""
 
 
-def set_dropout_(places: Iterable[DropoutPlace], p: float) -> None:
-    """Set the rate of places.
+def set_dropout_(sites: Iterable[DropoutSite], p: float) -> None:
+    """Set the rate of some sites.
 
     Args:
-        places: What :func:`find_dropout` returns.
+        sites: What :func:`find_dropout` returns.
         p: The probability of a zero, in [0, 1].
 
     Example:
@@ -148,28 +146,28 @@ def set_dropout_(places: Iterable[DropoutPlace], p: float) -> None:
         >>> layer
         Dropout(p=0.1, inplace=False)
     """
-    for place in places:
-        place.set(p)
+    for site in sites:
+        site.set(p)
 
 
-def describe(places: Iterable[DropoutPlace], limit: int = 3) -> str:
-    """Return a compact table of places: kind, own rate and modules.
+def describe(sites: Iterable[DropoutSite], limit: int = 3) -> str:
+    """Return a compact table of sites: kind, own rate and modules.
 
     Example:
         >>> describe(find_dropout(nn.TransformerEncoderLayer(8, 2, dropout=0.2)))
         'MultiheadAttention 0.2: self_attn; Dropout 0.2: dropout, dropout1, dropout2'
     """
     kinds: dict[str, list[str]] = defaultdict(list)
-    for place in places:
-        kinds[f"{place.kind} {place.own:g}"].append(place.name)
-    return "; ".join(f"{kind}: {shortened(names, limit)}" for kind, names in kinds.items())
+    for site in sites:
+        kinds[f"{site.kind} {site.own:g}"].append(site.name)
+    return "; ".join(f"{kind}: {abbreviate(names, limit)}" for kind, names in kinds.items())
 
 
-def shortened(names: list[str], limit: int = 3) -> str:
+def abbreviate(names: list[str], limit: int = 3) -> str:
     """Return the first of some names, and how many more there are.
 
     Example:
-        >>> shortened(list("abcdefg"))
+        >>> abbreviate(list("abcdefg"))
         'a, b, c and 4 more'
     """
     more = len(names) - limit

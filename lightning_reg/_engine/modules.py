@@ -1,4 +1,4 @@
-"""Regularizers that act on modules: in their forward pass, through hooks or attributes."""
+"""Techniques that act on modules in their forward pass, through hooks or attributes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_reg import host
-from lightning_reg.base import Regularizer
-from lightning_reg.selection import select_modules
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.regularizer import Regularizer
+from lightning_reg._engine.selection import select_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
 
-__all__ = ["ForwardHook", "ModuleRegularizer"]
-
 
 class ForwardHook:
-    """A forward hook that copies and pickles of its module do not take along: theirs does nothing.
+    """A forward hook that does nothing in copies and pickles of its module.
 
     Args:
         act: Called with the module, its arguments and its output; returns another output, or ``None``.
@@ -39,14 +37,14 @@ class ForwardHook:
 
 
 class ModuleRegularizer(Regularizer):
-    """A regularizer of modules, which a subclass finds.
+    """Base of callbacks that act on modules, which a subclass finds.
 
     Args:
         name: What metrics and the checkpoint call it.
     """
 
     effect: ClassVar[str]
-    """What a module in eval mode will not do, for a warning."""
+    """What modules in eval mode will not do, for a warning such as "net.1 will not drop anything"."""
 
     def __init__(self, name: str | None) -> None:
         super().__init__(name)
@@ -54,32 +52,36 @@ class ModuleRegularizer(Regularizer):
 
     @abstractmethod
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        """Return the modules that it acts on, by name."""
+        """Return the modules to act on, by name."""
 
     def matching(self, pl_module: LightningModule, patterns: str | list[str]) -> dict[str, nn.Module]:
-        """Return the modules that name globs or class names mean; an error names the class of the callback."""
+        """Return the modules that match name globs or class names.
+
+        Raises:
+            ValueError: If a pattern matches nothing; the message names the class of the callback.
+        """
         try:
             return select_modules(pl_module, [patterns] if isinstance(patterns, str) else patterns)
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {error}") from None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is something to act on, as far as the modules exist."""
-        if not host.builds_modules_later(pl_module):
+        """Check that there are modules to act on, as far as they exist."""
+        if not _lightning.builds_modules_later(pl_module):
             self.find(pl_module)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the modules, and warn of those in eval mode."""
+        """Find the modules, and warn if some are in eval mode."""
         self.modules_found = self.find(pl_module)
-        still = [name for name, module in self.modules_found.items() if not module.training]
-        if still:
+        in_eval_mode = [name for name, module in self.modules_found.items() if not module.training]
+        if in_eval_mode:
             rank_zero_warn(
-                f"{self.name}: {', '.join(still)} will not {self.effect}, since Lightning trains modules in the mode that it "
-                "finds and these are in eval mode: call model.train() before the fit"
+                f"{self.name}: {', '.join(in_eval_mode)} will not {self.effect}, because Lightning does not change the mode of "
+                "modules and these are in eval mode: call model.train() before the fit"
             )
 
     def detach(self) -> None:
-        """Let go of the modules."""
+        """Release the modules."""
         self.modules_found = {}
 
     def acts_on(self) -> str:

@@ -13,8 +13,8 @@ from torch import nn
 
 import lightning_reg
 from lightning_reg import Cosine, DropoutInjection, DropoutScheduler, Linear, Steps
+from lightning_reg._engine.plan import Plan
 from lightning_reg.functional import find_dropout, set_dropout_
-from lightning_reg.plan import Plan
 
 
 class DropPath(nn.Module):
@@ -92,22 +92,22 @@ def test_what_is_driven_drops(part):
     """At rate 1 nothing is left of the part: its output does not depend on its input, or is 0."""
     model = Everywhere()
     scheduler = DropoutScheduler(1.0, modules=part, attributes={"Attention": "attention_dropout"})
-    (place,) = scheduler.assign(model, [])["p"]
-    before = place.own
-    set_dropout_([place], 1.0)
+    (site,) = scheduler.assign(model, [])["p"]
+    before = site.own
+    set_dropout_([site], 1.0)
     x, y = torch.randn(2, 3, 5, 8)
     if part == "MultiheadAttention":
-        outputs = [place.module(z, z, z)[0] for z in (x, y)]
+        outputs = [site.module(z, z, z)[0] for z in (x, y)]
     elif part == "LSTM":
-        place.module.flatten_parameters()
-        outputs = [place.module(z)[1][0][1] for z in (x, y)]
+        site.module.flatten_parameters()
+        outputs = [site.module(z)[1][0][1] for z in (x, y)]
     else:
-        outputs = [place.module(z) for z in (x, y)] if part == "Attention" else []
+        outputs = [site.module(z) for z in (x, y)] if part == "Attention" else []
         if part == "DropPath":
-            set_dropout_([place], 0.999999)
-            outputs = [place.module(z) for z in (x, y)]
+            set_dropout_([site], 0.999999)
+            outputs = [site.module(z) for z in (x, y)]
     assert torch.equal(*outputs)
-    set_dropout_([place], before)
+    set_dropout_([site], before)
 
 
 def test_an_inert_rate_is_warned_of():
@@ -124,7 +124,7 @@ def test_the_table_can_be_extended(monkeypatch):
     model = nn.Sequential(Attention(0.3))
     assert find_dropout(model) == []
     monkeypatch.setitem(lightning_reg.DROPOUT_ATTRIBUTES, Attention, "attention_dropout")
-    assert [(place.name, place.own) for place in find_dropout(model)] == [("0", 0.3)]
+    assert [(site.name, site.own) for site in find_dropout(model)] == [("0", 0.3)]
     with pytest.raises(TypeError, match=r"0.missing \(Attention\) must be a number in \[0, 1\], got 'nothing of this name'"):
         find_dropout(model, {"Attention": "missing"})
     with pytest.raises(ValueError, match="DropoutScheduler: attributes: no module is of the class Atention"):
@@ -175,7 +175,10 @@ def test_injected_dropout_is_driven_by_the_module_that_it_follows_or_by_its_kind
             lambda: [DropoutScheduler({"*": 0.1, "net.*": 0.2})],
             r"DropoutScheduler: the dropout of net.3 is driven by both 'p/\*' and 'p/net.\*'",
         ),
-        (lambda: [DropoutScheduler({"net.3": 0.1, "nett": 0.2})], "no dropout is in a module that matches 'nett'; near: net.3"),
+        (
+            lambda: [DropoutScheduler({"net.3": 0.1, "nett": 0.2})],
+            "no dropout is in a module that matches 'nett'; close matches: net.3",
+        ),
         (lambda: [DropoutScheduler({})], "DropoutScheduler: p must hold at least one glob"),
         (lambda: [DropoutScheduler({"*": 1.2})], r"DropoutScheduler: p/\* must be a number in \[0, 1\], got 1.2"),
         (lambda: [DropoutScheduler({"*": Linear(0.0, 1.2)})], r"p/\*=Linear\(0.0, 1.2\) must be a number in \[0, 1\], got 1.2"),
@@ -201,7 +204,9 @@ def test_a_rate_that_two_drive_is_an_error_before_anything_is_trained():
 
 
 def test_a_profile_over_an_endless_run_is_refused():
-    with pytest.raises(ValueError, match=r"p/net.\*=Linear\(0.0, 0.5\) is scheduled over fractions .* no end"):
+    with pytest.raises(
+        ValueError, match=r"p/net.\*=Linear\(0.0, 0.5\) depends on the fraction of training, but the run has no end"
+    ):
         fit([DropoutScheduler({"net.*": Linear(0.0, 0.5)})], max_epochs=-1)
 
 
@@ -217,7 +222,7 @@ def test_the_summary_lists_what_was_found_and_the_metrics_where_training_is(caps
     assert [steps["reg/DropoutScheduler/p/net.3"] for steps in logger.steps.values()] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     for name in ("DropoutScheduler", "DropoutInjection-ReLU-net_0"):
         assert [steps[f"reg/{name}/progress"] for steps in logger.steps.values()] == [0.0, 0.25, 0.5, 0.75]
-    assert {steps["reg/DropoutScheduler/places"] for steps in logger.steps.values()} == {1}
+    assert {steps["reg/DropoutScheduler/sites"] for steps in logger.steps.values()} == {1}
     injected = [steps["reg/DropoutInjection-ReLU-net_0/p"] for steps in logger.steps.values()]
     assert injected == pytest.approx([0.1, 0.2, 0.3, 0.4])
 

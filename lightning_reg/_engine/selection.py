@@ -1,4 +1,4 @@
-"""Which parameters and modules a technique acts on: one rule for all of them."""
+"""The parameters and modules that a technique acts on. All techniques select by the same rules."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_reg.configuration import near_names
-
-__all__ = ["Params", "canonical_name", "select_modules", "select_parameters"]
+from lightning_reg._engine.arguments import close_matches
 
 Params = str | list[str] | Callable[[str, nn.Parameter, nn.Module], bool]
 """``"weights"``, ``"all"``, a glob, a list of these with ``!`` for exclusion, or ``(name, parameter, module) -> bool``."""
@@ -30,22 +28,22 @@ _BIAS_NAME = re.compile(r"(^|_)bias($|_)|^b$")
 
 
 def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str, nn.Parameter]:
-    r"""Return the parameters that a selection means, by name.
+    """Return the selected parameters, by name.
 
     A tied parameter counts once, under its first name: it is selected if one of its names is and none is excluded.
 
     Args:
-        module: The module whose parameters are looked at.
-        params: ``"weights"`` (everything but biases, parameters of normalisation layers and other parameters of fewer than
+        module: The module whose parameters are selected.
+        params: ``"weights"`` (everything but biases, parameters of normalization layers, and other parameters with fewer than
             two dimensions), ``"all"``, a glob on qualified names such as ``"encoder.*"`` (``*`` also matches dots), a list
             of these where a leading ``!`` excludes, or a callable ``(name, parameter, module) -> bool``.
 
     Returns:
-        Names without the prefixes of wrappers such as ``_orig_mod.``, in the module's order. Frozen parameters are among
-        them: whether a parameter requires a gradient is asked at every step.
+        The parameters in the module's order, by names without the prefixes of wrappers such as ``_orig_mod.``. Frozen
+        parameters are included: callbacks check at every step whether a parameter requires a gradient.
 
     Raises:
-        ValueError: If nothing is selected, or a glob matches nothing; near names are listed.
+        ValueError: If nothing is selected, or a glob matches nothing; the message suggests close names.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -54,21 +52,21 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
         >>> list(select_parameters(model, ["0.*", "!*.bias"]))
         ['0.weight']
     """
-    chosen = verdicts(module, params)
+    chosen = selection_mask(module, params)
     if not any(chosen.values()):
-        raise ValueError(nothing_selected(module, params))
+        raise ValueError(nothing_selected_message(module, params))
     return lookup(module, [name for name, selected in chosen.items() if selected])
 
 
 def select_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the submodules that name globs or class names mean, by name.
+    """Return the submodules that match name globs or class names, by name.
 
     Args:
-        module: The module whose submodules are looked at; it is never selected itself.
+        module: The module whose submodules are selected; it is never selected itself.
         patterns: Globs on qualified names (``"encoder.layers.*"``) or names of classes (``"ReLU"``).
 
     Raises:
-        ValueError: If a pattern matches nothing; near names are listed.
+        ValueError: If a pattern matches nothing; the message suggests close names.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -81,15 +79,15 @@ def select_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
     for pattern in patterns:
         matches = [name for name, m in known.items() if _matches(name, pattern) or class_name(m) == pattern]
         if not matches:
-            near = near_names(pattern, [*map(class_name, known.values()), *known])
-            raise ValueError(f"no module has a name or class that matches {pattern!r}; near: {near}")
+            close = close_matches(pattern, [*map(class_name, known.values()), *known])
+            raise ValueError(f"no module has a name or class that matches {pattern!r}; close matches: {close}")
         selected.update(matches)
     first = {id(m): name for name, m in reversed(known.items()) if name in selected}
     return {name: m for name, m in known.items() if first.get(id(m)) == name}
 
 
 def class_name(module: nn.Module) -> str:
-    """Return the name of a module's class, as it was before sharding or a parametrization made a class of it.
+    """Return the name of a module's class before sharding or a parametrization replaced it by a subclass.
 
     Example:
         >>> class_name(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
@@ -101,7 +99,7 @@ def class_name(module: nn.Module) -> str:
 
 
 def canonical_name(name: str) -> str:
-    """Strip what compilers and wrappers insert into a qualified name.
+    """Remove the parts that compilers and wrappers insert into a qualified name.
 
     Example:
         >>> canonical_name("_orig_mod.encoder._fsdp_wrapped_module.weight")
@@ -111,7 +109,7 @@ def canonical_name(name: str) -> str:
 
 
 def lookup(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters that bear these names now; a tied one bears the first of its names."""
+    """Return the parameters that have these names now; a tied one has the first of its names."""
     wanted = set(names)
     return {name: p for name, p, _ in _first_names(module) if name in wanted}
 
@@ -121,8 +119,8 @@ def owners(module: nn.Module) -> dict[int, nn.Module]:
     return {id(parameter): owner for _, parameter, owner in _first_names(module)}
 
 
-def verdicts(module: nn.Module, params: Params) -> dict[str, bool]:
-    """Decide for each parameter, by its first name, whether a selection means it.
+def selection_mask(module: nn.Module, params: Params) -> dict[str, bool]:
+    """Return for each parameter, by its first name, whether it is selected.
 
     Raises:
         ValueError: If a glob matches nothing although there are parameters.
@@ -134,21 +132,21 @@ def verdicts(module: nn.Module, params: Params) -> dict[str, bool]:
     excluded: set[int] = set()
     for name, parameter, owner in _named(module):
         if callable(rules):
-            means, excludes = rules(name, parameter, owner), False
+            includes, excludes = rules(name, parameter, owner), False
         else:
-            means = any(_covers(rule, name, parameter, owner) for rule in rules)
+            includes = any(_covers(rule, name, parameter, owner) for rule in rules)
             excludes = any(_covers(rule[1:], name, parameter, owner) for rule in rules if rule.startswith("!"))
-        (excluded if excludes else selected if means else set()).add(id(parameter))
+        (excluded if excludes else selected if includes else set()).add(id(parameter))
     return {name: id(p) in selected and id(p) not in excluded for name, p, _ in _first_names(module)}
 
 
-def nothing_selected(module: nn.Module, params: Params) -> str:
-    """Say that a selection means no parameter, and which ones there are."""
+def nothing_selected_message(module: nn.Module, params: Params) -> str:
+    """Return the message for a selection that selects nothing, with close names."""
     rules = [] if callable(params) else [params] if isinstance(params, str) else params
     wanted = next((rule for rule in rules if rule not in _KEYWORDS), "")
     shown = getattr(params, "__name__", repr(params)) if callable(params) else repr(params)
-    near = near_names(wanted, [name for name, _, _ in _first_names(module)])
-    return f"params={shown} selects no parameter; near: {near or 'none, the module has no parameters'}"
+    close = close_matches(wanted, [name for name, _, _ in _first_names(module)])
+    return f"params={shown} selects no parameter; close matches: {close or 'none, the module has no parameters'}"
 
 
 def _covers(rule: str, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
@@ -158,7 +156,7 @@ def _covers(rule: str, name: str, parameter: nn.Parameter, owner: nn.Module) -> 
 
 
 def is_weight(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
-    """Return whether a parameter is a weight: no bias, not of a normalisation layer, two dimensions or more."""
+    """Return whether a parameter is a weight: not a bias or part of a normalization layer, and of two or more dimensions."""
     if _BIAS_NAME.search(name.rpartition(".")[2]):
         return False
     if isinstance(owner, _NORMS) or _NORM_NAME.search(type(owner).__name__):
@@ -168,12 +166,14 @@ def is_weight(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
 
 def _check_rules(module: nn.Module, rules: Sequence[str]) -> None:
     if not rules or all(rule.startswith("!") for rule in rules):
-        raise ValueError(f"params={list(rules)} selects no parameter; begin with what is meant, as in ['weights', '!head.*']")
+        raise ValueError(f"params={list(rules)} selects no parameter: start with what to include, as in ['weights', '!head.*']")
     names = [name for name, _, _ in _named(module)]
     for rule in rules:
         glob = rule.removeprefix("!")
         if names and glob not in _KEYWORDS and not any(_matches(name, glob) for name in names):
-            raise ValueError(f"params: no parameter has a name that matches {rule!r}; near: {near_names(glob, names)}")
+            raise ValueError(
+                f"params: no parameter has a name that matches {rule!r}; close matches: {close_matches(glob, names)}"
+            )
 
 
 def _matches(name: str, glob: str) -> bool:
@@ -181,7 +181,7 @@ def _matches(name: str, glob: str) -> bool:
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Yield every name of every parameter, with the module that holds it under this name."""
+    """Yield every name of every parameter, with the module that owns it under this name."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             yield canonical_name(f"{prefix}.{name}" if prefix else name), parameter, owner

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Plan", "Step", "parse_marker"]
-
 _MARKER = re.compile(r"(\d+(?:\.\d+)?)(ep|st)")
 
 

@@ -1,4 +1,4 @@
-"""What an output unit of a parameter is: a row of a linear layer, a filter of a convolution, the vector of a token."""
+"""Output units of a parameter: rows of a linear layer, filters of a convolution, vectors of an embedding."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_reg.tensors import local, shard_like, whole
-
-__all__ = ["Units", "local_unit_means", "local_unit_norms", "unit_norms", "unit_size", "unit_view", "units_of"]
+from lightning_reg._tensors.reductions import accumulation_dtype
+from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like
 
 
 class Units(NamedTuple):
-    """Where a tensor keeps its output units.
+    """Where a tensor has its output units.
 
     Args:
-        dim: The dimension that counts them.
-        groups: In how many groups the input channels, in dimension 0, are divided, each with output units of its own.
+        dim: The dimension whose indices are the units.
+        groups: The number of groups into which the input channels (dimension 0) are divided, each with its own output units.
     """
 
     dim: int = 0
@@ -26,7 +25,7 @@ class Units(NamedTuple):
 
 
 def units_of(module: nn.Module) -> Units:
-    """Return where a module's weight keeps its output units: dimension 0, or 1 in a transposed convolution.
+    """Return where a module's weight has its output units: in dimension 0, or 1 for a transposed convolution.
 
     Example:
         >>> units_of(nn.Linear(2, 3)), units_of(nn.ConvTranspose2d(4, 6, 3, groups=2))
@@ -38,19 +37,19 @@ def units_of(module: nn.Module) -> Units:
 
 
 def unit_view(tensor: Tensor, units: Units) -> Tensor:
-    """Return a view of this rank's part whose dimensions :func:`local_unit_norms` of the same tensor broadcasts over."""
-    return local(tensor) if _is_scattered(tensor, units) else _grouped(local(tensor), units)
+    """Return a view of this rank's part, shaped so that the result of :func:`local_unit_norms` broadcasts against it."""
+    return local_tensor(tensor) if _is_scattered(tensor, units) else _grouped(local_tensor(tensor), units)
 
 
 def unit_norms(tensor: Tensor, units: Units) -> Tensor:
-    """Return the L2 norm of each unit, in float32 or better, with dimensions of 1 where it was taken; sharded as the tensor is.
+    """Return the L2 norm of each unit in float32 or better, with reduced dimensions kept; sharded like the tensor.
 
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), Units())
         tensor([[5.],
                 [0.]])
     """
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    dtype = accumulation_dtype(tensor.dtype)
     view, reduced = _reduction(tensor, units)
     if not reduced:
         return view.abs().to(dtype)
@@ -59,46 +58,46 @@ def unit_norms(tensor: Tensor, units: Units) -> Tensor:
 
 
 def local_unit_norms(tensor: Tensor, units: Units) -> Tensor:
-    """Return the norms, over all shards, of the units that :func:`unit_view` of the same tensor holds a part of."""
+    """Return the norms over all shards of the units of which this rank holds a part, for :func:`unit_view`."""
     return _aligned(unit_norms(tensor, units), tensor, units)
 
 
 def local_unit_means(tensor: Tensor, units: Units) -> Tensor:
-    """Return the means, over all shards, of the units that :func:`unit_view` of the same tensor holds a part of."""
+    """Return the means over all shards of the units of which this rank holds a part, for :func:`unit_view`."""
     view, reduced = _reduction(tensor, units)
-    sums = view.sum(reduced, keepdim=True, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    sums = view.sum(reduced, keepdim=True, dtype=accumulation_dtype(tensor.dtype))
     return _aligned(sums, tensor, units) / unit_size(tensor, units)
 
 
 def unit_size(tensor: Tensor, units: Units) -> int:
-    """Return how many entries a unit has."""
+    """Return the number of entries in a unit."""
     kept = _unit_dims(tensor, units)
     count = units.groups if len(kept) > 1 else 1
     return tensor.numel() // max(count * tensor.shape[units.dim], 1) if tensor.ndim else 1
 
 
 def _reduction(tensor: Tensor, units: Units) -> tuple[Tensor, list[int]]:
-    """Return a view of a tensor, whole where its shards cut across groups, and the dimensions within a unit."""
-    view = _grouped(whole(tensor) if _is_scattered(tensor, units) else tensor, units)
+    """Return a view of a tensor, gathered if its shards cut across groups, and the dimensions within a unit."""
+    view = _grouped(full_tensor(tensor) if _is_scattered(tensor, units) else tensor, units)
     kept = _unit_dims(tensor, units)
     return view, [dim for dim in range(view.ndim) if dim not in kept]
 
 
 def _is_scattered(tensor: Tensor, units: Units) -> bool:
-    """Return whether shards cut across the groups of channels, so that a part cannot be divided into groups."""
+    """Return whether shards cut across the groups of channels, so that a shard cannot be divided into groups."""
     return isinstance(tensor, DTensor) and units.groups > 1
 
 
-def _aligned(figures: Tensor, tensor: Tensor, units: Units) -> Tensor:
-    """Return the figures of those units of a tensor of which this rank holds a part, reduced over the others."""
+def _aligned(values: Tensor, tensor: Tensor, units: Units) -> Tensor:
+    """Return the values of those units of which this rank holds a part, reduced over the other ranks."""
     if _is_scattered(tensor, units):
         shape = (units.groups, tensor.shape[0] // units.groups, *tensor.shape[1:])
-        return local(shard_like(figures.expand(shape).reshape(tensor.shape), tensor))
-    if not isinstance(figures, DTensor) or not isinstance(tensor, DTensor):
-        return figures
-    pairs = zip(figures.placements, tensor.placements, strict=True)
+        return local_tensor(shard_like(values.expand(shape).reshape(tensor.shape), tensor))
+    if not isinstance(values, DTensor) or not isinstance(tensor, DTensor):
+        return values
+    pairs = zip(values.placements, tensor.placements, strict=True)
     aligned = [placement if placement == source else Replicate() for placement, source in pairs]
-    return figures.redistribute(placements=aligned).to_local()
+    return values.redistribute(placements=aligned).to_local()
 
 
 def _grouped(tensor: Tensor, units: Units) -> Tensor:

@@ -1,0 +1,236 @@
+"""Everything that is asked of Lightning beyond its documented interface."""
+
+from __future__ import annotations
+
+import math
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary, StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch._dynamo import OptimizedModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_reg._engine.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+
+# Modules ------------------------------------------------------------------------------------------------------------
+
+
+def builds_modules_later(pl_module: LightningModule) -> bool:
+    """Return whether modules may be added after the callbacks' ``setup``."""
+    return any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+
+
+def is_compiled(pl_module: LightningModule) -> bool:
+    """Return whether a model, or a part of it, runs under ``torch.compile``."""
+    compiled = (isinstance(module, OptimizedModule) or module._compiled_call_impl for module in pl_module.modules())
+    return pl_module._compiler_ctx is not None or any(compiled)
+
+
+def averaged_models(trainer: Trainer) -> list[nn.Module]:
+    """Return the models in which other callbacks (EMA, SWA, and similar) keep averages of the weights."""
+    models = [getattr(cb, "_average_model", None) for cb in trainer.callbacks]  # type: ignore[attr-defined]
+    return [
+        model.module if isinstance(model, AveragedModel) else model for model in models if isinstance(model, torch.nn.Module)
+    ]
+
+
+def wrap_method(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Replace a method of one object by ``wrapper(method)``; return a function that restores it."""
+    method = getattr(owner, name)
+    own = {name: method} if name in vars(owner) else {}  # the object may have one of its own already
+    setattr(owner, name, wraps(method)(wrapper(method)))  # Lightning reads the signature
+
+    def restore() -> None:
+        delattr(owner, name)
+        vars(owner).update(own)
+
+    return restore
+
+
+# The length of the fit ----------------------------------------------------------------------------------------------
+
+
+def is_endless(trainer: Trainer) -> bool:
+    """Return whether neither ``max_epochs`` nor ``max_steps`` ends the fit."""
+    return trainer.max_epochs == -1 and trainer.max_steps == -1
+
+
+def plan_of(trainer: Trainer) -> Plan:
+    """Return the planned length of the fit; the training data must be loaded.
+
+    In manual optimization ``max_steps`` counts the steps of all optimizers; each is assumed to step once per batch.
+    """
+    automatic = trainer.lightning_module.automatic_optimization
+    open_end = Plan(math.inf, float(trainer.num_training_batches), _batches_per_step(trainer) if automatic else {0: 1})
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - _epochs_without_training(trainer)
+    steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    if not automatic:
+        steps /= max(len(trainer.optimizers), 1)
+    by_steps = math.inf if math.isinf(steps) else open_end.steps(steps)
+    return Plan(min(epochs * open_end.per_epoch, by_steps), open_end.per_epoch, open_end.per_step)
+
+
+def _batches_per_step(trainer: Trainer) -> dict[int, int]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            return dict(callback.scheduling)
+    return {0: trainer.accumulate_grad_batches}
+
+
+def _epochs_without_training(trainer: Trainer) -> int:
+    """Count the epoch that weight averaging adds to a fit to update the statistics of batch normalization."""
+    averaging = (cb for cb in trainer.callbacks if isinstance(cb, StochasticWeightAveraging))  # type: ignore[attr-defined]
+    return sum(bool(cb._model_contains_batch_norm) for cb in averaging)
+
+
+# Batches, steps and epochs ------------------------------------------------------------------------------------------
+
+
+def batches_at_step_start(trainer: Trainer, batch_idx: int) -> int:
+    """Return the number of training batches before the optimizer step to which this batch belongs.
+
+    Measured there, progress is the same whether a step has one batch or accumulates several.
+    """
+    automatic = trainer.lightning_module.automatic_optimization
+    done: int = trainer.fit_loop.total_batch_idx
+    return done - (batch_idx % trainer.accumulate_grad_batches if automatic else 0)
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Return the number of training batches done, including the current one."""
+    return trainer.fit_loop.total_batch_idx + 1
+
+
+def begins_step(trainer: Trainer, batch_idx: int) -> bool:
+    """Return whether a batch is the first of its optimizer step."""
+    return batch_idx % trainer.accumulate_grad_batches == 0
+
+
+def ends_epoch(trainer: Trainer) -> bool:
+    """Return whether the current batch is the last of its epoch."""
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether the optimizer does not step after the current batch."""
+    return trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+
+
+def wrap_training_step(trainer: Trainer, before: Callable[[], None], after: Callable[[Any], None]) -> Callable[[], None]:
+    """Call functions before and after every ``training_step``, the latter with its result; return a function to stop that.
+
+    An optimizer may run the training step several times for one batch. If it raises an error, its result is ``None``.
+    """
+
+    def wrapper(training_step: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            output = None
+            before()
+            try:
+                output = training_step(*args, **kwargs)
+            finally:
+                after(output)
+            return output
+
+        return wrapped
+
+    return wrap_method(trainer.strategy, "training_step", wrapper)
+
+
+# Logging and printing -----------------------------------------------------------------------------------------------
+
+
+def logs_this_step(trainer: Trainer) -> bool:
+    """Return whether there is a logger and Lightning logs the current step."""
+    return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+
+
+def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Log metrics at the current step, and make them available to callbacks that monitor one."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+    device = trainer.strategy.root_device
+    trainer.callback_metrics.update({key: torch.tensor(value, device=device) for key, value in metrics.items()})
+
+
+def prints_summary(trainer: Trainer) -> bool:
+    """Return whether this rank prints summaries, which ``enable_model_summary=False`` turns off."""
+    return trainer.is_global_zero and any(isinstance(cb, ModelSummary) for cb in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+# The loss scale -----------------------------------------------------------------------------------------------------
+
+
+def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """Return the loss scaler, which only float16 mixed precision has."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def is_searching_scale(trainer: Trainer) -> bool:
+    """Return whether gradients may be non-finite just because the loss scale is still too large."""
+    scaler = grad_scaler(trainer)
+    return scaler is not None and scaler.get_scale() >= 1
+
+
+def unscales_in_step(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Return whether gradients are still scaled in ``on_before_optimizer_step``: a fused optimizer unscales in its step."""
+    return grad_scaler(trainer) is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+# Strategies ---------------------------------------------------------------------------------------------------------
+
+
+def has_shards(trainer: Trainer, parameters: Iterable[Tensor]) -> bool:
+    """Return whether a rank holds only a part of some parameters."""
+    return uses_fsdp1(trainer) or any(isinstance(p, DTensor) for p in parameters)
+
+
+def uses_fsdp1(trainer: Trainer) -> bool:
+    """Return whether FSDP1 has flattened the parameters, so that they have lost their shapes."""
+    return isinstance(trainer.strategy, FSDPStrategy)
+
+
+def fsdp1_root(trainer: Trainer) -> Any:
+    """Return the root module of FSDP1, which alone can compute the norm of its gradients; ``None`` without FSDP1."""
+    return trainer.strategy.model if uses_fsdp1(trainer) else None
+
+
+def uses_deepspeed(trainer: Trainer) -> bool:
+    """Return whether DeepSpeed's engine, not Lightning, handles gradients and steps."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
+def ddp_tracks_parameters(trainer: Trainer) -> bool:
+    """Return whether DDP looks for parameters that the forward pass did not use, or assumes that they never change."""
+    model: Any = trainer.strategy.model
+    return isinstance(model, DistributedDataParallel) and (model.find_unused_parameters or model.static_graph)
+
+
+def mean_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
+    """Return the mean of a tensor over all ranks; every rank must call it."""
+    mean = trainer.strategy.reduce(tensor.detach(), reduce_op="mean") if trainer.world_size > 1 else tensor
+    assert isinstance(mean, torch.Tensor)
+    return mean
+
+
+def any_rank(trainer: Trainer, flags: Tensor) -> Tensor:
+    """Return for each flag whether it is true on any rank; every rank must call it."""
+    if trainer.world_size == 1:
+        return flags
+    total = trainer.strategy.reduce(flags.float(), reduce_op="sum")
+    assert isinstance(total, torch.Tensor)
+    return total > 0

@@ -1,0 +1,164 @@
+"""Constructor arguments: which values they may have, readable errors, and a ``repr`` that shows them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The numbers that an argument may be, and the way an error message writes them.
+
+    Args:
+        low: The smallest number.
+        high: The largest number.
+        open_low: Whether ``low`` itself is excluded.
+        open_high: Whether ``high`` itself is excluded.
+
+    Example:
+        >>> PROBABILITY.check("p", 0.5)
+        0.5
+        >>> PROBABILITY.check("p", 1.5)
+        Traceback (most recent call last):
+        ValueError: p must be a number in [0, 1], got 1.5
+    """
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def __str__(self) -> str:
+        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below
+
+    def check(self, what: str, number: Any) -> float:
+        """Return ``number`` as a float if it is in the interval.
+
+        Args:
+            what: The name of the argument, for the error message.
+            number: The value to check. NaN is in no interval.
+
+        Raises:
+            TypeError: If it is not a real number.
+            ValueError: If it is not in the interval.
+        """
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{what} must be a number in {self}, got {number!r} of type {type(number).__name__}")
+        if float(number) not in self:
+            raise ValueError(f"{what} must be a number in {self}, got {number!r}")
+        return float(number)
+
+
+NON_NEGATIVE = Interval(0.0, math.inf, open_high=True)
+POSITIVE = Interval(0.0, math.inf, open_low=True)
+PROBABILITY = Interval(0.0, 1.0)
+
+
+def check_integer(what: str, number: Any, low: int, below: int | None = None) -> int:
+    """Return an integer if it is in range.
+
+    Args:
+        what: The name of the argument, for the error message.
+        number: The value to check.
+        low: The smallest integer allowed.
+        below: The smallest integer above ``low`` that is not allowed; any integer from ``low`` on is allowed by default.
+
+    Raises:
+        ValueError: If it is not an integer, or out of range.
+
+    Example:
+        >>> check_integer("patience", 2.5, 1)
+        Traceback (most recent call last):
+        ValueError: patience must be an integer ≥ 1, got 2.5
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < low or (below is not None and number >= below):
+        expected = f"≥ {low}" if below is None else f"in [{low}, {below})"
+        raise ValueError(f"{what} must be an integer {expected}, got {number!r}")
+    return number
+
+
+def check_seed(what: str, seed: Any) -> int:
+    """Return a seed if it is an integer in [0, 2^31).
+
+    Raises:
+        ValueError: If it is not.
+    """
+    return check_integer(what, seed, 0, 2**31)
+
+
+def check_choice(what: str, value: Any, choices: Sequence[Any], other: str | None = None) -> None:
+    """Raise an error if a value is not one of the choices.
+
+    Args:
+        what: The name of the argument, for the error message.
+        value: The value to check.
+        choices: The allowed values.
+        other: A description of the callables that are allowed too, if any are.
+
+    Raises:
+        ValueError: If it is not one of them.
+
+    Example:
+        >>> check_choice("scope", "modle", ("model", "tensor"))
+        Traceback (most recent call last):
+        ValueError: scope must be 'model' or 'tensor', got 'modle'
+    """
+    if value in choices or (other and callable(value)):
+        return
+    *names, last = [*map(repr, choices), *([other] if other else [])]
+    raise ValueError(f"{what} must be {', '.join(names)} or {last}, got {value!r:.80}")
+
+
+class SignatureRepr:
+    """A ``repr`` that shows the constructor's arguments, without those at their default.
+
+    Each argument must be stored as an attribute of the same name.
+    """
+
+    def __repr__(self) -> str:
+        shown = []
+        for parameter in constructor_arguments(type(self)):
+            value = self._repr_value(parameter.name)
+            if parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+                shown.append(_readable(value))
+            elif value != parameter.default:
+                shown.append(f"{parameter.name}={_readable(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _repr_value(self, argument: str) -> Any:
+        return getattr(self, argument)
+
+
+def constructor_arguments(cls: type) -> list[inspect.Parameter]:
+    """Return the arguments of a class' constructor that have a name: neither ``*args`` nor ``**kwargs``."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [parameter for parameter in inspect.signature(cls).parameters.values() if parameter.kind not in variadic]
+
+
+def close_matches(wanted: str, names: Iterable[str], limit: int = 5) -> str:
+    """List the names closest to one that was not found, for an error message.
+
+    Example:
+        >>> close_matches("encodr.weight", ["encoder.weight", "head.bias"])
+        'encoder.weight'
+    """
+    known = list(dict.fromkeys(names))
+    close = get_close_matches(wanted.strip("!*"), known, n=limit, cutoff=0.4) or known[:limit]
+    return ", ".join(close) + (", …" if len(known) > len(close) and close == known[:limit] else "")
+
+
+def _readable(value: Any) -> str:
+    return getattr(value, "__name__", repr(value)) if callable(value) and inspect.isroutine(value) else repr(value)

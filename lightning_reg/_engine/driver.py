@@ -1,0 +1,304 @@
+"""Calls the techniques of a fit at the right time, in an order that does not depend on the callback list.
+
+The first regularizer in the trainer's list owns the driver; the others only hold their configuration. Techniques of one phase
+are sorted by class and name, so that even sums of floats are equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import LBFGS
+
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.plan import Step
+from lightning_reg._tensors.shards import full_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from lightning_reg._engine.plan import Plan
+    from lightning_reg._engine.technique import Technique
+
+_METHODS = ("before_forward", "should_step", "gradients", "before_update", "weights", "epoch_end", "reproject")
+
+
+class Driver:
+    """The techniques of one fit, in the order in which they act.
+
+    Args:
+        trainer: The trainer of the fit.
+        pl_module: The module that is trained.
+        techniques: Its techniques, in any order.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, techniques: Sequence[Technique]) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.techniques = sorted(techniques, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
+        self._acting = {method: [cb for cb in self.techniques if cb.overrides(method)] for method in _METHODS}
+        self._adding: list[Technique] = []
+        self._automatic = pl_module.automatic_optimization
+        self._scaler: torch.amp.GradScaler | None = None
+        self._plan: Plan | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._logging = False
+        self._penalized = False  # whether the loss of this step contains its terms
+        self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
+        self._trained = False  # whether the epoch has had a step
+        self._in_training_step = False
+        self._in_forward: list[Technique] = []  # those that have changed weights for the current forward pass
+        self._stepped: set[Optimizer] = set()
+        self._about_to_step: set[Optimizer] = set()
+        self._skipped: set[Optimizer] = set()
+        self._steps_in_batch = 0
+
+    # The fit --------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Attach every technique to the module, and follow the optimizers' steps."""
+        for technique in self.techniques:
+            technique.has_logger = bool(self.trainer.loggers)
+            technique.attach(self.trainer, self.pl_module)
+        self._adding = [technique for technique in self.techniques if technique.adds_to_loss]
+        self._scaler = _lightning.grad_scaler(self.trainer)
+        for optimizer in self.trainer.optimizers:
+            self._hook(optimizer.register_step_post_hook(self._after_step))
+            if self._scaler is not None:  # it has run the closure before it calls the optimizer
+                self._hook(optimizer.register_step_pre_hook(self._before_update))
+            if isinstance(optimizer, LBFGS):
+                self._hook(optimizer.register_step_pre_hook(self._penalize_closure))
+            if self._acting["before_forward"]:  # a step of manual optimization, within the training step
+                self._hook(optimizer.register_step_pre_hook(self._undo_forward))
+        if self._acting["before_forward"]:
+            undo = _lightning.wrap_training_step(self.trainer, self._enter_training_step, self._leave_training_step)
+            self._undo.append(undo)
+
+    def stop(self) -> None:
+        """Leave no trace in the module, the optimizers and the strategy."""
+        self._undo_forward()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        for technique in self.techniques:
+            technique.detach()
+
+    def plan(self) -> None:
+        """Resolve the schedules, once the length of the fit is known."""
+        self._plan = _lightning.plan_of(self.trainer)
+        for technique in self.techniques:
+            technique.resolve(self._plan)
+
+    def _hook(self, handle: Any) -> None:
+        self._undo.append(handle.remove)
+
+    # The forward and backward pass ----------------------------------------------------------------------------------
+
+    def before_batch(self, batch_idx: int) -> None:
+        """Set every value to that of the progress at which the current optimizer step began."""
+        assert self._plan is not None, "Lightning calls on_train_start before the first batch"
+        self._steps_in_batch = 0
+        self._check_steps_are_seen()
+        if _lightning.begins_step(self.trainer, batch_idx):
+            self._has_gradients = not self._automatic
+        progress = self._plan.progress(_lightning.batches_at_step_start(self.trainer, batch_idx))
+        self._logging = _lightning.logs_this_step(self.trainer)
+        for technique in self.techniques:
+            technique.logging = self._logging
+            technique.update(progress)
+
+    def _enter_training_step(self) -> None:
+        self._in_training_step = True
+        self._before_forward()
+
+    def _leave_training_step(self, output: Any) -> None:
+        """Undo the changes for the forward pass if no backward pass follows: a skipped batch, manual optimization, an error."""
+        self._in_training_step = False
+        if output is None or not self._automatic:
+            self._undo_forward()
+
+    def _before_forward(self) -> None:
+        """Let techniques change the weights for a forward and backward pass."""
+        self._undo_forward()  # if no backward pass followed the last one
+        step = self._step()
+        with torch.no_grad():
+            for technique in self._acting["before_forward"]:
+                self._in_forward.append(technique)
+                technique.before_forward(step)
+
+    def after_backward(self) -> None:
+        """Undo the changes for the forward pass; in manual optimization only before the step.
+
+        Until then other backward passes may follow, which need the weights of the forward pass.
+        """
+        if self._automatic:
+            self._undo_forward()
+
+    def _undo_forward(self, *_: Any) -> None:
+        """Undo the changes for the forward pass, in reverse order."""
+        with torch.no_grad():
+            while self._in_forward:
+                self._in_forward.pop().after_backward()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Add to the loss what belongs there."""
+        self._has_gradients = True
+        if self._adding:
+            optimizer, self._penalized = self.trainer.optimizers[0], not _lightning.accumulates(self.trainer)
+            for technique in self._adding:
+                if term := technique.loss_term(optimizer, self._penalized):
+                    _add_(loss, *term, self._scaler)
+
+    # The optimizer step ---------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Let every technique change the gradients of the optimizer that is about to step."""
+        if not self._has_gradients:
+            return
+        self._about_to_step.add(optimizer)
+        self._skipped.discard(optimizer)
+        self._undo_forward()
+        acting = [cb for cb in self._acting["gradients"] if not (self._penalized and cb.adds_to_loss)]
+        if acting or self._acting["should_step"]:
+            step = self._step()
+            with torch.no_grad():
+                if not self._should_step(optimizer, step):
+                    self._skip(optimizer)
+                    return
+                for technique in acting:
+                    if params := technique.parameters_of(optimizer):
+                        technique.gradients(params, optimizer, step)
+        if self._scaler is None:
+            self._before_update(optimizer)
+
+    def _should_step(self, optimizer: Optimizer, step: Step) -> bool:
+        """Ask every guard, since each counts."""
+        asked = [(cb, cb.parameters_of(optimizer)) for cb in self._acting["should_step"]]
+        answers = [cb.should_step(params, optimizer, step) for cb, params in asked if params]
+        return all(answers)
+
+    def _skip(self, optimizer: Optimizer) -> None:
+        """Remove the gradients: without them an optimizer changes neither parameters nor its state."""
+        self._skipped.add(optimizer)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
+        """Let every technique decay the weights; not called in a step that a loss scaler skips."""
+        if self._acting["before_update"] and self._is_step(optimizer):
+            with torch.no_grad():
+                for technique in self._acting["before_update"]:
+                    if params := technique.parameters_of(optimizer):
+                        technique.before_update(params, optimizer)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Let every technique change the weights that an optimizer has just updated."""
+        if not self._is_step(optimizer):
+            self._about_to_step.discard(optimizer)
+            return
+        self._stepped.add(optimizer)
+        if self._acting["weights"]:
+            step = self._step()
+            with torch.no_grad():
+                for technique in self._acting["weights"]:
+                    if params := technique.parameters_of(optimizer):
+                        technique.weights(params, optimizer, step)
+        self._steps_in_batch += 1
+        if optimizer not in self._about_to_step:
+            rank_zero_warn(
+                f"{type(optimizer).__name__} stepped without Lightning's knowledge, so no penalty was added to its gradients "
+                "and nothing clipped them: use self.optimizers() without use_pl_optimizer=False"
+            )
+        self._about_to_step.discard(optimizer)
+        if self._in_training_step and not self._automatic:
+            self._before_forward()  # another forward pass may follow in this training step
+
+    def _is_step(self, optimizer: Optimizer) -> bool:
+        """Return whether there was something to step with, and no guard has skipped the step."""
+        return self._has_gradients and optimizer not in self._skipped
+
+    def _step(self) -> Step:
+        """Return the number of the current optimizer step."""
+        if self._automatic:
+            return Step(self.trainer.global_step)
+        return Step(self.trainer.fit_loop.total_batch_idx, self._steps_in_batch)
+
+    def _check_steps_are_seen(self) -> None:
+        """Raise an error if an optimizer does not run its step hooks, unless a loss scaler may have skipped the step."""
+        if self._about_to_step and self._scaler is None:
+            names = ", ".join(type(optimizer).__name__ for optimizer in self._about_to_step)
+            raise RuntimeError(
+                f"{names} does not run the hooks of its steps, so nothing could act on the updated weights: make it a subclass "
+                "of torch.optim.Optimizer that calls super().__init__"
+            )
+        self._about_to_step.clear()
+
+    def _penalize_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Give an optimizer that searches along a line the objective that its gradient belongs to."""
+        closure = kwargs.get("closure")
+        if closure is None:
+            return args, kwargs
+
+        def penalized() -> Any:
+            loss = closure()
+            with torch.no_grad():
+                terms = [technique.objective(optimizer) for technique in self.techniques]
+            return loss if loss is None else sum((term for term in terms if term is not None), loss)
+
+        return args, {**kwargs, "closure": penalized}
+
+    # The end of the batch and the epoch -----------------------------------------------------------------------------
+
+    def after_batch(self) -> None:
+        """End the epoch after its last batch, and log."""
+        self._trained |= self._has_gradients
+        if self._trained and _lightning.ends_epoch(self.trainer):
+            self._trained = False
+            self._end_epoch()
+        if self._logging and not _lightning.accumulates(self.trainer):
+            metrics = {f"reg/{cb.name}/{key}": value for cb in self.techniques for key, value in cb.collect_metrics()}
+            _lightning.log_metrics(self.trainer, dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True)))
+
+    def _end_epoch(self) -> None:
+        """Let techniques act at the epoch's end, and then reproject, since constraints may be violated."""
+        assert self._plan is not None, "a batch has been trained"
+        progress = self._plan.progress(_lightning.batches_done(self.trainer))
+        with torch.no_grad():
+            for technique in self._acting["epoch_end"]:
+                technique.update(progress)
+                technique.epoch_end(self._all_parameters(technique), self._step())
+            for technique in self._acting["reproject"] if self._acting["epoch_end"] else ():
+                for optimizer in self.trainer.optimizers:
+                    if optimizer in self._stepped and (params := technique.parameters_of(optimizer)):
+                        technique.reproject(params)
+
+    def _all_parameters(self, technique: Technique) -> list[Parameter]:
+        return list(dict.fromkeys(p for optimizer in self.trainer.optimizers for p in technique.parameters_of(optimizer)))
+
+
+def _add_(loss: Tensor, value: Tensor, factor: float, scaler: torch.amp.GradScaler | None) -> None:
+    """Add a value times a factor to a loss in place, multiplied by the loss scale if there is one."""
+    if value.device != loss.device:
+        value = value.to(loss.device)
+    if scaler:
+        value = scaler.scale(value)
+    if value.dtype == loss.dtype:
+        loss.add_(value, alpha=factor)
+    else:  # the factor must not be rounded to the loss' precision
+        loss.add_((factor * value).to(loss.dtype))
+
+
+def _to_numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """Return values as Python numbers, with a single transfer from the device."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    numbers = [full_tensor(tensor.detach()).to(tensors[0].device, torch.float32) for tensor in tensors]
+    fetched = iter(torch.stack(numbers).tolist() if numbers else [])
+    return [next(fetched) if isinstance(value, torch.Tensor) else value for value in values]

@@ -1,0 +1,177 @@
+"""Techniques that act on selected parameters: which parameters these are, and which of them an optimizer holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.parameter import is_lazy
+
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.regularizer import Regularizer
+from lightning_reg._engine.selection import Params, lookup, nothing_selected_message, owners, selection_mask
+from lightning_reg._tensors.units import Units, units_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+
+class ParameterRegularizer(Regularizer):
+    """Base of callbacks that act on selected parameters.
+
+    The selection is made by name before the fit, while modules still have their shapes. The tensors are looked up when the fit
+    starts, since a strategy may have replaced them by then.
+
+    Args:
+        params: The parameters to act on, see :func:`lightning_reg.select_parameters`.
+        name: What metrics and the checkpoint call it.
+
+    Raises:
+        TypeError: For ``params`` of another type.
+        ValueError: In ``setup`` or when the fit starts, if nothing is selected.
+    """
+
+    params: Params
+    needs_full_tensors: ClassVar[bool] = False
+    """Whether it cannot act on the shards of a tensor."""
+    supports_fsdp1: ClassVar[bool] = True
+    """Whether it works without the shapes of tensors, which FSDP1 flattens."""
+
+    def __init__(self, params: Params, name: str | None) -> None:
+        globs = [params] if isinstance(params, str) else params
+        if not callable(params) and not (isinstance(globs, list) and all(isinstance(glob, str) for glob in globs)):
+            raise TypeError(
+                f"{type(self).__name__}: params must be 'weights', 'all', a glob, a list of these, or a callable "
+                f"(name, parameter, module) -> bool, got {params!r:.80}"
+            )
+        self.params = params
+        super().__init__(name)
+        self.tensors: dict[str, Parameter] = {}
+        self._selected: dict[str, bool] = {}
+        self._names: dict[int, str] = {}
+        self._units: dict[int, Units] = {}
+        self._held: dict[int, tuple[int, list[Parameter]]] = {}
+        self._optimizers: list[Optimizer] = []
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Select by name, as far as the modules exist."""
+        try:
+            self._selected = self._select(pl_module)
+        except ValueError:
+            self._selected = {}
+            if not _lightning.builds_modules_later(pl_module):
+                raise
+
+    def _select(self, pl_module: LightningModule) -> dict[str, bool]:
+        try:
+            selected = selection_mask(pl_module, self.params)
+            if not any(selected.values()):
+                raise ValueError(nothing_selected_message(pl_module, self.params))
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}: {error}") from None
+        return selected
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look up the parameters."""
+        now = selection_mask(pl_module, self.params) if self._selected else self._select(pl_module)
+        self._selected = {**now, **self._selected}
+        self.tensors = lookup(pl_module, [name for name, selected in self._selected.items() if selected])
+        self._names = {id(p): name for name, p in self.tensors.items()}
+        self._units = {key: units_of(owner) for key, owner in owners(pl_module).items()}
+        self._held.clear()
+        self._optimizers = list(trainer.optimizers)
+        self._check_trainable(trainer)
+        self._check_supported(trainer)
+
+    def _check_supported(self, trainer: Trainer) -> None:
+        """Raise an error for parameters on which it cannot act."""
+        complex_names = [name for name, p in self.tensors.items() if p.is_complex()]
+        if complex_names:
+            raise ValueError(f"{self.name} needs real parameters, got complex {', '.join(complex_names)}: exclude them")
+        if not self.supports_fsdp1 and _lightning.uses_fsdp1(trainer):
+            raise ValueError(
+                f"{self.name} does not work with the flattened parameters of FSDPStrategy: use ModelParallelStrategy (FSDP2) "
+                "or DDP"
+            )
+        if self.needs_full_tensors and _lightning.has_shards(trainer, self.tensors.values()):
+            raise ValueError(f"{self.name} does not work with sharded parameters: use DDP")
+
+    def detach(self) -> None:
+        """Release the tensors."""
+        self.tensors.clear()
+        self._names.clear()
+        self._units.clear()
+        self._held.clear()
+
+    def name_of(self, p: Tensor) -> str:
+        """Return the name of a selected parameter."""
+        return self._names[id(p)]
+
+    def units(self, params: Sequence[Tensor]) -> list[Units]:
+        """Return where each parameter has its output units."""
+        return [self._units.get(id(p), Units()) for p in params]
+
+    def optimizer_index(self, optimizer: Optimizer) -> int:
+        """Return the index of an optimizer in the trainer's list; each optimizer has state of its own."""
+        return self._optimizers.index(optimizer)
+
+    def label(self, key: str, optimizer: Optimizer) -> str:
+        """Return the name of a metric, which ends in the index of the optimizer if there are several."""
+        return f"{key}_{self.optimizer_index(optimizer)}" if len(self._optimizers) > 1 else key
+
+    def _check_trainable(self, trainer: Trainer) -> None:
+        """Warn if nothing that is selected is trained for now; a callback may unfreeze it later."""
+        frozen = not any(p.requires_grad for p in self.tensors.values())
+        if frozen and self.params == "weights":
+            raise ValueError(f"{type(self).__name__}: params='weights' selects no parameter: all weights are frozen")
+        if frozen or not any(self.parameters_of(optimizer) for optimizer in trainer.optimizers):
+            reason = "frozen" if frozen else "not in any optimizer"
+            rank_zero_warn(f"{self.name} has no effect for now: all {len(self.tensors)} selected parameters are {reason}")
+
+    def require_unscaled_gradients(self, trainer: Trainer) -> None:
+        """Raise an error for an optimizer that unscales float16 gradients only in its step, after every hook."""
+        for optimizer in trainer.optimizers:
+            if _lightning.unscales_in_step(trainer, optimizer):
+                raise ValueError(
+                    f"{self.name} acts before the optimizer step, but the fused {type(optimizer).__name__} unscales its "
+                    "float16 gradients only in the step: create the optimizer with fused=False, or set precision='bf16-mixed'"
+                )
+
+    def parameters_of(self, optimizer: Optimizer) -> list[Parameter]:
+        """Return the selected parameters of an optimizer that require a gradient now."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        known_size, parameters = self._held.get(id(optimizer), (-1, []))
+        if known_size != size:  # the first time, or a callback such as BaseFinetuning has added parameters
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._names]
+            self._held[id(optimizer)] = (size, parameters)
+        return [p for p in parameters if p.requires_grad]
+
+    def by_group(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Parameter]]]:
+        """Yield each parameter group of an optimizer, which has its own learning rate, with those parameters that it holds."""
+        wanted = {id(p) for p in params}
+        for group in optimizer.param_groups:
+            held = [p for p in group["params"] if id(p) in wanted]
+            if held:
+                yield group, held
+
+    def warn_of_second_decay(self, trainer: Trainer) -> None:
+        """Warn if the optimizer decays the selected parameters too."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups if group.get("weight_decay")]
+        decays = {group["weight_decay"] for group in groups if any(id(p) in self._names for p in group["params"])}
+        if decays:
+            rank_zero_warn(
+                f"{self.name} acts on parameters that the optimizer decays too (weight_decay={', '.join(map(str, decays))}): "
+                f"both shrink them. Set weight_decay=0, or remove {type(self).__name__}."
+            )
+
+    def acts_on(self) -> str:
+        """Count the selected tensors and parameters that are not frozen."""
+        trained = [p for p in self.tensors.values() if p.requires_grad]
+        count = sum(p.numel() for p in trained if not is_lazy(p))
+        later = " and those of lazy modules" if any(is_lazy(p) for p in trained) else ""
+        return f"{len(trained)} tensor{'s' if len(trained) > 1 else ''}, {count:,} parameters{later}"

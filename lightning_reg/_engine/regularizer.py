@@ -1,0 +1,154 @@
+"""A technique as a Lightning callback: it passes Lightning's hooks on to the driver of the fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.driver import Driver
+from lightning_reg._engine.summary import print_line, print_summary
+from lightning_reg._engine.technique import Technique
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+class Regularizer(Technique, Callback):
+    """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
+
+    Args:
+        name: What metrics and the checkpoint call it. By default the class, with the selection where that is not the default.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__(name)
+        self._driver: Driver | None = None
+        self._state_key = self._generate_state_key(name=self.name)
+        self._was_set_up = False
+
+    @property
+    def state_key(self) -> str:
+        """The key of its state in a checkpoint."""
+        return self._state_key if self._was_set_up else _NewStateKey(self._state_key, self)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the configuration against the run."""
+        self._was_set_up = True
+        if stage == "fit":
+            self._check_fit(trainer)
+            self.running.reset()
+            if self.resets_each_fit:  # a checkpoint is loaded later
+                self.reset()
+        if stage == "fit" or (stage == "predict" and self.overrides("start_predict")):
+            self.prepare(trainer, pl_module)
+
+    def _check_fit(self, trainer: Trainer) -> None:
+        if self.deepspeed_alternative and _lightning.uses_deepspeed(trainer):
+            raise ValueError(f"{type(self).__name__} does not work with DeepSpeed: {self.deepspeed_alternative}")
+        if _lightning.is_endless(trainer):
+            self.refuse_endless()
+        if sum(cb.name == self.name for cb in regularizers_of(trainer)) > 1:
+            raise ValueError(_same_name(self.name))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the driver of the fit, which the first regularizer of the list owns, and print the summary."""
+        regularizers = regularizers_of(trainer)
+        if regularizers[0] is self:
+            self._driver = Driver(trainer, pl_module, regularizers)
+            self._driver.start()
+            print_summary(trainer, self._driver.techniques)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Resolve the schedules, now that the data are loaded."""
+        if self._driver:
+            self._driver.plan()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set every value to that of the current progress."""
+        if self._driver:
+            self._driver.before_batch(batch_idx)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Add the penalties to the loss."""
+        if self._driver:
+            self._driver.before_backward(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Undo what was changed for the forward pass."""
+        if self._driver:
+            self._driver.after_backward()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Change the gradients."""
+        if self._driver:
+            self._driver.before_step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log."""
+        if self._driver:
+            self._driver.after_batch()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what there is to say about the whole fit."""
+        if line := self.fit_summary():
+            print_line(trainer, f"{self.name}: {line}")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change what predictions need."""
+        self.start_predict(trainer, pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the model as it was."""
+        self.stop_predict()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was."""
+        self._stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was."""
+        self._stop()
+
+    def _stop(self) -> None:
+        self.stop_predict()
+        if self._driver:
+            self._driver.stop()
+            self._driver = None
+
+
+class _NewStateKey(str):
+    """The state key of a callback that no Trainer has set up yet: it raises an error if it equals another callback's.
+
+    Lightning compares the keys of a new Trainer's callbacks, and its own error does not say that ``name=`` sets the key.
+    """
+
+    def __new__(cls, key: str, owner: Regularizer) -> _NewStateKey:
+        self = super().__new__(cls, key)
+        self.owner = owner
+        return self
+
+    owner: Regularizer
+
+    def __eq__(self, other: object) -> bool:
+        if str.__eq__(self, other) is not True:
+            return False
+        if isinstance(other, _NewStateKey) and other.owner is not self.owner:
+            raise ValueError(_same_name(self.owner.name))
+        return True
+
+    __hash__ = str.__hash__
+
+
+def _same_name(name: str) -> str:
+    return f"two callbacks are called {name!r}: give one of them a name of its own, name='…', for metrics and checkpoints"
+
+
+def regularizers_of(trainer: Trainer) -> list[Regularizer]:
+    """Return the regularizers among a trainer's callbacks."""
+    return [cb for cb in trainer.callbacks if isinstance(cb, Regularizer)]  # type: ignore[attr-defined]

@@ -1,0 +1,338 @@
+"""What a technique is: a name, a phase of the step, values that may be scheduled, metrics, state, and methods to override.
+
+A technique subclasses :class:`~lightning_reg.custom.Regularizer` or one of its bases for selected parameters and modules. It
+says its ``phase`` and the ``valid_ranges`` of its values, and overrides the one or two methods that do something. The driver
+(:mod:`lightning_reg._engine.driver`) calls them at the right time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments
+from lightning_reg._engine.metrics import RunningMetrics
+from lightning_reg._tensors.shards import full_tensor
+from lightning_reg.schedules import Schedule, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from lightning_reg._engine.plan import Plan, Step
+
+STATE_LAYOUT = 1
+"""The layout of a technique's state in a checkpoint. Raise it whenever an older state could be misread."""
+
+
+class Phase(IntEnum):
+    """The order in which techniques act within one optimizer step, whatever the order of the callback list."""
+
+    FORWARD = 0
+    DROPOUT = 1
+    GUARD = 2
+    PENALTY = 3
+    PEAK_DROPPING = 4
+    CENTRALIZATION = 5
+    NOISE = 6
+    VALUE_CLIPPING = 7
+    NORM_CLIPPING = 8
+    DECAY = 9
+    SOFT_THRESHOLD = 10
+    SHRINKAGE = 11
+    NON_NEGATIVE = 12
+    CONSTRAINT = 13
+    PRUNING = 14
+
+
+class Technique(SignatureRepr, ABC):
+    """A technique with values at the current progress, metrics, and state.
+
+    A subclass stores every argument of its constructor as an attribute of the same name, and then calls this constructor.
+
+    Args:
+        name: What metrics and the checkpoint call it. By default the class, with the selection where that is not the default.
+
+    Raises:
+        TypeError: If an argument of the constructor is not stored under its own name. When a subclass is defined: if its
+            ``valid_ranges`` leave out one of the parent's values that its constructor takes.
+    """
+
+    phase: ClassVar[Phase]
+    """When it acts in the optimizer step."""
+    valid_ranges: ClassVar[Mapping[str, Interval]] = {}
+    """The constructor's arguments that may be scheduled, each with the numbers that it may be."""
+    accept_mappings: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that may be a mapping from glob to value too. Each glob has a value of its own, such as ``p/encoder.*``."""
+    selector: ClassVar[str] = "params"
+    """The constructor's argument that selects what it acts on."""
+    deepspeed_alternative: ClassVar[str | None] = "use DDP or FSDP2"
+    """What DeepSpeed users can do instead, since its engine hides gradients and weights; ``None`` if the technique works."""
+    state_entries: ClassVar[tuple[str, ...]] = ()
+    """The entries of ``self.state``, each a dictionary that checkpoints keep: by optimizer index or by parameter name."""
+    resets_each_fit: ClassVar[bool] = True
+    """Whether a new fit starts with empty state."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _check_inherited_ranges(cls)
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name or ""
+        self._check_arguments_are_stored()
+        self.name = name or self._default_name()
+        self.current = {key: self._check_value(key, valid, value) for key, valid, value in self._values_given()}
+        self.has_logger = False  # whether the fit has a logger
+        self.logging = False  # whether this step is logged
+        self.running = RunningMetrics()  # update them only if there is a logger
+        self.state: dict[str, dict[Any, Any]] = {entry: {} for entry in self.state_entries}
+        self._applied: dict[str, float] | None = None
+        self._schedules: dict[str, Callable[[float], float]] = {}
+        self._step_metrics: dict[str, float | Tensor] = {}
+
+    # Methods that a technique overrides -----------------------------------------------------------------------------
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what can be checked before the fit; called in ``setup``."""
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look up what it acts on; called when the fit starts, once the modules and the optimizers exist."""
+
+    def detach(self) -> None:
+        """Undo :meth:`attach`; called when the fit is over, also after an exception."""
+
+    def values_changed(self) -> None:
+        """Apply new values in ``self.current``; called before the first batch that they apply to."""
+
+    def before_forward(self, step: Step) -> None:
+        """Change the weights for one forward and backward pass; called before each forward pass of a training step."""
+
+    def after_backward(self) -> None:
+        """Undo :meth:`before_forward`; called after the backward pass, and before anything else sees the gradients.
+
+        Several techniques are undone in reverse order.
+        """
+
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether it adds :meth:`loss_term` to the loss in this fit."""
+        return False
+
+    def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
+        """Return a value to add to a batch's loss and its factor, or ``None``; ``last`` if the optimizer steps after it."""
+        return None
+
+    def objective(self, optimizer: Optimizer) -> Tensor | None:
+        """Return what it adds to the objective, for an optimizer that reads the objective's value."""
+        return None
+
+    def should_step(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
+        """Return whether the step may happen. The answer must be equal on every rank. Nothing else has acted on the step."""
+        return True
+
+    def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Change the gradients of the stepping optimizer's selected parameters; called after unscaling, before the update.
+
+        Not called if the loss of this step contains its :meth:`loss_term`.
+        """
+
+    def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
+        """Change the selected parameters between the backward pass and an update that is certain to happen."""
+
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Change the stepping optimizer's selected parameters right after the update of this step."""
+
+    def epoch_end(self, params: list[Parameter], step: Step) -> None:
+        """Change all optimizers' selected parameters after the last batch of an epoch, before its validation."""
+
+    def reproject(self, params: list[Parameter]) -> None:
+        """Enforce again what :meth:`weights` enforces, after other techniques have acted at the end of an epoch."""
+
+    def fit_summary(self) -> str | None:
+        """Return a line about the whole fit, to print when it ends; ``None`` for nothing."""
+        return None
+
+    def start_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Change what predictions need; called when ``trainer.predict`` starts."""
+
+    def stop_predict(self) -> None:
+        """Undo :meth:`start_predict`; called when ``trainer.predict`` ends, also after an exception."""
+
+    def parameters_of(self, optimizer: Optimizer) -> list[Parameter]:
+        """Return the selected parameters that an optimizer holds, in its order."""
+        return []
+
+    @abstractmethod
+    def acts_on(self) -> str:
+        """Describe what it acts on, for the summary."""
+
+    @abstractmethod
+    def route(self) -> str:
+        """Describe when it acts, for the summary."""
+
+    @classmethod
+    def overrides(cls, method: str) -> bool:
+        """Return whether the class overrides a method of this one."""
+        return getattr(cls, method) is not getattr(Technique, method)
+
+    # Metrics --------------------------------------------------------------------------------------------------------
+
+    def log_metrics(self, **metrics: float | Tensor) -> None:
+        """Log metrics of this step as ``reg/<name>/<metric>``; call it only if ``self.logging``."""
+        self._step_metrics.update(metrics)
+
+    def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
+        """Yield the names and values to log, and start again."""
+        yield from self.current.items()
+        yield from self._step_metrics.items()
+        yield from self.running.compute_and_reset()
+        self._step_metrics.clear()
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget what earlier fits have left in the state and the running metrics."""
+        self.running.reset()
+        for entry in self.state.values():
+            entry.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint; empty if there is none. With sharded parameters every rank must call it."""
+        metrics, state = self.running.state_dict(), self.pack_state()
+        return {"layout": STATE_LAYOUT, "metrics": metrics, "state": state} if metrics or state else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of the run that is resumed.
+
+        Raises:
+            ValueError: If the state has another layout.
+        """
+        if state_dict.get("layout") != STATE_LAYOUT:
+            found = f"layout {state_dict['layout']}" if "layout" in state_dict else f"the keys {sorted(map(str, state_dict))}"
+            raise ValueError(
+                f"{self.name}: the checkpoint's state of this callback has {found}, expected layout {STATE_LAYOUT}: another "
+                "version of lightning_reg saved it. Resume with that version, or start a new fit from the checkpoint's weights "
+                "(model.load_state_dict(checkpoint['state_dict']))"
+            )
+        self.running.load_state_dict(state_dict["metrics"])
+        self.unpack_state(state_dict["state"])
+
+    def pack_state(self) -> dict[str, Any]:
+        """Return the state as full tensors and plain numbers; empty if there is none."""
+        packed = {name: {key: _packed(value) for key, value in entry.items()} for name, entry in self.state.items()}
+        return packed if any(packed.values()) else {}
+
+    def unpack_state(self, packed: dict[str, Any]) -> None:
+        """Take over what :meth:`pack_state` returned."""
+        for name, entry in self.state.items():
+            entry.clear()
+            entry.update(packed.get(name, {}))
+
+    # Values ---------------------------------------------------------------------------------------------------------
+
+    def resolve(self, plan: Plan) -> None:
+        """Resolve the markers of schedules, once the length of the fit is known."""
+        self._applied = None
+        self._schedules.clear()
+        self._step_metrics.clear()
+        for key, valid, value in self._values_given():
+            if isinstance(value, Schedule):
+                self._schedules[key] = value.resolve(plan)
+            elif callable(value) and math.isinf(plan.total):
+                raise ValueError(f"{self.name}: {key}={value!r} is a function of progress, but {plan.why_no_end()}")
+            elif callable(value):
+                self._schedules[key] = value
+            else:
+                self.current[key] = self._check_value(key, valid, value)
+
+    def update(self, progress: float) -> None:
+        """Set the scheduled values to those at a progress."""
+        for key, valid, value in self._values_given() if self._schedules else ():
+            if key in self._schedules:
+                number = self._schedules[key](progress)
+                if type(number) is not float or number not in valid:  # building the message costs more than the rest
+                    number = valid.check(f"{self.name}: {key}={value!r} at progress {progress:g}", number)
+                self.current[key] = number
+        if self.current != self._applied:
+            self._applied = dict(self.current)
+            self.values_changed()
+
+    def refuse_endless(self) -> None:
+        """Raise an error if a value needs to know when the fit ends; for a fit without an end."""
+        for key, _, value in self._values_given():
+            if (isinstance(value, Schedule) and value.needs_end) or (callable(value) and not isinstance(value, Schedule)):
+                raise ValueError(
+                    f"{self.name}: {key}={value!r} depends on the fraction of training, but the run has no end "
+                    "(max_epochs=-1): set max_epochs or max_steps, or use epochs or steps, as in until='3ep' or '500st'"
+                )
+
+    def _values_given(self) -> Iterator[tuple[str, Interval, Value]]:
+        """Yield the key, the valid range and the constructor's argument for each value that may be scheduled."""
+        for key, valid in self.valid_ranges.items():
+            given: Value | Mapping[str, Value] = getattr(self, key)
+            if isinstance(given, Mapping) and key in self.accept_mappings:
+                yield from ((f"{key}/{glob}", valid, value) for glob, value in given.items())
+            else:
+                yield key, valid, cast("Value", given)
+
+    def _check_value(self, key: str, valid: Interval, value: Value) -> float:
+        """Check a value that the constructor was given; return it, or a placeholder until its schedule starts."""
+        what = f"{type(self).__name__}: {key}"
+        if isinstance(value, Schedule):
+            extremes = [valid.check(f"{what}={value!r}", extreme) for extreme in value.extremes]
+            return extremes[0]
+        if callable(value):
+            return math.nan
+        return valid.check(what, value)
+
+    # Arguments and names --------------------------------------------------------------------------------------------
+
+    def _check_arguments_are_stored(self) -> None:
+        """Raise an error if a subclass has not stored an argument of its constructor, which ``repr`` and schedules read."""
+        missing = [argument.name for argument in constructor_arguments(type(self)) if not hasattr(self, argument.name)]
+        if missing:
+            stored = "; ".join(f"self.{name} = {name}" for name in missing)
+            raise TypeError(
+                f"{type(self).__name__}.__init__ must store each argument under its own name before it calls "
+                f"super().__init__: add {stored}"
+            )
+
+    def _repr_value(self, argument: str) -> Any:
+        """Return a constructor's argument for ``repr``: a generated name is as good as none."""
+        is_generated = argument == "name" and self.name == self._default_name()
+        return None if is_generated else super()._repr_value(argument)
+
+    def _default_name(self) -> str:
+        arguments = (
+            argument for cls in type(self).__mro__ if issubclass(cls, Technique) for argument in constructor_arguments(cls)
+        )
+        argument = next((found for found in arguments if found.name == self.selector), None)
+        selection = getattr(self, self.selector, None)
+        if argument is None or selection == argument.default:
+            return type(self).__name__
+        parts = selection if isinstance(selection, list) else [getattr(selection, "__name__", str(selection))]
+        return "-".join([type(self).__name__, *(re.sub(r"\W+", "_", part).strip("_") for part in parts)])
+
+
+def _check_inherited_ranges(cls: type[Technique]) -> None:
+    """Raise an error if a class redefines ``valid_ranges`` and forgets a parent's value that its constructor still takes."""
+    inherited = {key: parent for parent in reversed(cls.__mro__[1:]) for key in vars(parent).get("valid_ranges", ())}
+    arguments = {argument.name for argument in constructor_arguments(cls)}
+    forgotten = {key: parent for key, parent in inherited.items() if key in arguments and key not in cls.valid_ranges}
+    for key, parent in forgotten.items():
+        raise TypeError(
+            f"{cls.__name__}.valid_ranges leaves out {key!r} of {parent.__name__}, which its constructor takes: write "
+            f"valid_ranges = {{**{parent.__name__}.valid_ranges, …}}"
+        )
+
+
+def _packed(value: Any) -> Any:
+    return full_tensor(value).cpu() if hasattr(value, "cpu") else value

@@ -1,0 +1,56 @@
+"""Sharded parameters: what this rank holds, what all ranks hold, and reductions over the shards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this rank holds. It shares memory with the tensor, and is all of it unless sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of several tensors that this rank holds, sharing their memory."""
+    return [local_tensor(tensor) for tensor in tensors] if is_sharded(tensors) else list(tensors)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its shards, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Return whether any of the tensors is divided among ranks."""
+    return DTensor in set(map(type, tensors))  # one set is cheaper than an isinstance check for each tensor
+
+
+def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
+    """Shard a full tensor, equal on every rank, in the same way as another tensor of its shape."""
+    if not isinstance(sharded, DTensor):
+        return tensor
+    replicated = DTensor.from_local(tensor, sharded.device_mesh, [Replicate()] * sharded.device_mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=sharded.placements)
+
+
+def sum_over_shards(part: Tensor, sharded: Tensor) -> Tensor:
+    """Return the sum over ranks of what each computed from its shard of a tensor; ``part`` itself if it is not sharded."""
+    if not isinstance(sharded, DTensor):
+        return part
+    placements = [Partial("sum") if placement.is_shard() else Replicate() for placement in sharded.placements]
+    return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False).full_tensor()
+
+
+def min_over_shards(number: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return the minimum of a number, which must not be NaN, over the ranks among which the tensors are divided."""
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor))  # same order on all ranks
+    for mesh in meshes:
+        number = DTensor.from_local(number, mesh, [Partial("min")] * mesh.ndim, run_check=False).full_tensor()
+    return number

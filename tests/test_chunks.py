@@ -1,0 +1,32 @@
+"""Chunks cover every entry of every tensor once, whatever the shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_reg._tensors import chunks
+from lightning_reg._tensors.chunks import batched_chunks
+
+
+@pytest.fixture
+def tensors():
+    """Return small and large tensors, in order and not, of few long rows and of several dtypes."""
+    torch.manual_seed(0)
+    shapes = [(3, 4), (70, 3), (1, 200), (2, 100), (), (0, 5), (64,), (65,), *[(5,)] * 40]
+    plain = [torch.randn(shape) for shape in shapes]
+    return [*plain, torch.randn(30, 10).t(), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), plain[1].half()]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_each_entry_is_in_one_chunk_with_its_counterpart(tensors, accumulate, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 64)
+    others = [tensor.clone() for tensor in tensors]
+    for source, buffer, views, chunk_others in batched_chunks(tensors, others, accumulate=accumulate):
+        assert source.numel() <= 64 or not source.is_contiguous()
+        dtype = chunk_others[0].dtype
+        assert buffer.dtype == (torch.promote_types(dtype, torch.float32) if accumulate else dtype)
+        torch.mul(source, 2, out=buffer)
+        for view, other in zip(views, chunk_others, strict=True):
+            other.add_(view)
+    assert all(torch.equal(other, 3 * tensor) for other, tensor in zip(others, tensors, strict=True))
