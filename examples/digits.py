@@ -20,6 +20,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import matplotlib.pyplot as plt
+import numpy as np
 import rich
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
@@ -47,28 +48,42 @@ OUTPUT = Path("runs/digits")
 
 
 class Digits(LightningDataModule):
-    """1797 images of 8 by 8 pixels in ten classes, few of them for training; each pixel is standardised.
+    """1797 images of 8 by 8 pixels in ten classes, few of them for training; each pixel is standardized.
+
+    The labels of the validation and test images are always right.
 
     Args:
-        train_samples: Images to train on; 300 others are for validation, the rest for the test.
-        batch_size: Images in a training batch.
-        seed: Which images are which.
+        train_samples: Number of training images. 300 others are for validation, and the rest for testing.
+        label_noise: Fraction of the training labels to replace by classes drawn at random, from all ten.
+        batch_size: Number of images in a training batch.
+        seed: Seed of the split and of the label noise.
+
+    Raises:
+        ValueError: If ``train_samples`` is not in [10, 1487] or ``label_noise`` is not in [0, 1].
     """
 
-    def __init__(self, train_samples: int = 200, batch_size: int = 40, seed: int = 0) -> None:
+    def __init__(self, train_samples: int = 300, label_noise: float = 0.3, batch_size: int = 40, seed: int = 0) -> None:
         super().__init__()
+        if not 10 <= train_samples <= 1487:  # the split needs an image of each class to train on, and one to test on
+            raise ValueError(f"Digits: train_samples must be in [10, 1487], got {train_samples}")
+        if not 0 <= label_noise <= 1:
+            raise ValueError(f"Digits: label_noise must be in [0, 1], got {label_noise}")
         self.train_samples = train_samples
+        self.label_noise = label_noise
         self.batch_size = batch_size
         self.seed = seed
 
     def setup(self, stage: str) -> None:
-        """Split the images, each class in its share, and standardise them by the training images."""
+        """Split the images, stratified by class; standardize them by the training images; replace training labels."""
         digits = load_digits()
         images, labels = torch.tensor(digits.images, dtype=torch.float32), torch.tensor(digits.target)
         train, rest = train_test_split(
             range(len(labels)), train_size=self.train_samples, stratify=labels, random_state=self.seed
         )
         val, test = train_test_split(rest, train_size=300, stratify=labels[rest], random_state=self.seed)
+        random = np.random.default_rng(self.seed)
+        noisy = random.choice(train, round(self.label_noise * len(train)), replace=False)
+        labels[noisy] = torch.from_numpy(random.integers(10, size=len(noisy)))
         std, mean = torch.std_mean(images[train], dim=0)
         data = TensorDataset((images - mean) / std.where(std > 0, 1), labels)
         self.training, self.validation, self.testing = Subset(data, train), Subset(data, val), Subset(data, test)
@@ -82,7 +97,7 @@ class Digits(LightningDataModule):
         return DataLoader(self.validation, batch_size=512)
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """Return the test images and, to see the gap, the training images."""
+        """Return the test images and, to see what was memorized, the training images."""
         return [DataLoader(self.testing, batch_size=2048), DataLoader(self.training, batch_size=2048)]
 
 

@@ -33,7 +33,8 @@ CRITERIA: tuple[Criterion, ...] = ("magnitude", "random")
 def accuracy(share: float, criterion: Criterion, seed: int, epochs: int) -> float:
     """Train with gradual pruning, over the first 70 % of training, and return the accuracy on the test images."""
     seed_everything(seed, verbose=False)
-    model, data = DigitsClassifier(hidden=64), Digits(train_samples=600, batch_size=100, seed=seed)
+    model = DigitsClassifier(hidden=64)
+    data = Digits(train_samples=600, label_noise=0.0, batch_size=100, seed=seed)
     pruning = WeightPruning(Cubic(0.0, share, until=0.7), criterion=criterion, scope="layer")
     trainer = Trainer(
         max_epochs=epochs,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 
+import digits
 import matplotlib.image
 import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
 from processes import HERE, run_script
+from sklearn.datasets import load_digits
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,48 @@ def test_it_shows_its_progress_and_what_acts(job):
     assert "Epoch 99" in job[1]
     assert job[1].count("Regularization") == 1
     assert "DropoutInjection-ReLU" in job[1]
+
+
+def labels_of(data):
+    """Return the labels that the data module gives, and whether each is for training."""
+    data.setup("fit")
+    trained = torch.zeros(1797, dtype=torch.bool)
+    trained[data.training.indices] = True
+    return data.training.dataset.tensors[1], trained
+
+
+def test_label_noise_changes_training_labels_only():
+    right = torch.tensor(load_digits().target)
+    labels, trained = labels_of(digits.Digits(seed=1))
+    assert trained.sum() == 300
+    assert torch.equal(labels[~trained], right[~trained])
+    assert 70 <= (labels != right).sum() <= 90  # of the 90 that are drawn, one in ten is right by chance
+    assert torch.equal(labels, labels_of(digits.Digits(seed=1))[0])
+    assert not torch.equal(labels, labels_of(digits.Digits(seed=2))[0])
+    assert torch.equal(labels_of(digits.Digits(label_noise=0.0))[0], right)
+
+
+def test_data_of_every_allowed_size():
+    for samples in (10, 1487):
+        data = digits.Digits(train_samples=samples)
+        data.setup("fit")
+        assert (len(data.training), len(data.validation), len(data.testing)) == (samples, 300, 1497 - samples)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("label_noise=1.5", r"Digits: label_noise must be in \[0, 1\], got 1.5"),
+        ("label_noise=-0.1", r"Digits: label_noise must be in \[0, 1\], got -0.1"),
+        ("label_noise=.nan", r"Digits: label_noise must be in \[0, 1\], got nan"),
+        ("train_samples=9", r"Digits: train_samples must be in \[10, 1487\], got 9"),
+        ("train_samples=1488", r"Digits: train_samples must be in \[10, 1487\], got 1488"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter is intended")
+def test_bad_values_of_the_data_are_refused(flag, message):
+    with pytest.raises(ValueError, match=message):
+        LightningCLI(digits.DigitsClassifier, digits.Digits, args=[f"--data.{flag}"], run=False, seed_everything_default=0)
 
 
 def test_schedules_of_dropout_are_compared(tmp_path):
