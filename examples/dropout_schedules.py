@@ -9,16 +9,13 @@ It prints the accuracy on the training and the test images, and draws the rate a
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from pathlib import Path
 from statistics import mean
 
 import matplotlib.pyplot as plt
 import rich
 import torch
-from digits import Digits, DigitsClassifier, History, percent
-from lightning.fabric.utilities.warnings import PossibleUserWarning
+from digits import Digits, DigitsClassifier, History, percent, silence_notices
 from lightning.pytorch import Trainer, seed_everything
 from rich.table import Table
 
@@ -41,7 +38,7 @@ def schedules() -> dict[str, Steps | float]:
 def train(p: Steps | float, seed: int, epochs: int) -> tuple[float, float, list[dict[str, float]]]:
     """Train with a schedule and a seed; return the accuracy in training and test, and what each epoch measured."""
     seed_everything(seed, verbose=False)
-    model, data, history = DigitsClassifier(), Digits(seed=seed), History()
+    model, data, history = DigitsClassifier(), Digits(train_samples=200, label_noise=0.0, seed=seed), History()
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -98,9 +95,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60, help="how many epochs each model is trained for")
     parser.add_argument("--seeds", type=int, default=4, help="how many times, at least 2")
     arguments = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)  # the data are too small for worker processes
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, of no concern here
+    silence_notices()
     compare(arguments.epochs, arguments.seeds)
 
 

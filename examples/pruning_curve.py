@@ -8,16 +8,13 @@ trains a network for each share, criterion and seed (one or two minutes), prints
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal, TypeAlias
 
 import matplotlib.pyplot as plt
 import rich
-from digits import Digits, DigitsClassifier, percent
-from lightning.fabric.utilities.warnings import PossibleUserWarning
+from digits import Digits, DigitsClassifier, percent, silence_notices
 from lightning.pytorch import Trainer, seed_everything
 from rich.table import Table
 
@@ -33,7 +30,8 @@ CRITERIA: tuple[Criterion, ...] = ("magnitude", "random")
 def accuracy(share: float, criterion: Criterion, seed: int, epochs: int) -> float:
     """Train with gradual pruning, over the first 70 % of training, and return the accuracy on the test images."""
     seed_everything(seed, verbose=False)
-    model, data = DigitsClassifier(hidden=64), Digits(train_samples=600, batch_size=100, seed=seed)
+    model = DigitsClassifier(hidden=64)
+    data = Digits(train_samples=600, label_noise=0.0, batch_size=100, seed=seed)
     pruning = WeightPruning(Cubic(0.0, share, until=0.7), criterion=criterion, scope="layer")
     trainer = Trainer(
         max_epochs=epochs,
@@ -80,9 +78,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="trainings for each share and criterion, at least 2")
     parser.add_argument("--output", type=Path, default=Path("runs/pruning"), help="the folder for the curve")
     given = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=PossibleUserWarning)  # the data are too small for worker processes
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning's own, of no concern here
+    silence_notices()
     curves: Curves = {
         criterion: {share: [accuracy(share, criterion, seed, given.epochs) for seed in range(given.seeds)] for share in SHARES}
         for criterion in CRITERIA

@@ -3,48 +3,155 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
+import digits
 import matplotlib.image
 import pytest
-from processes import HERE, run_script
+import torch
+from lightning.pytorch.cli import LightningCLI
+from processes import HERE, environment, run_script
+from scipy.stats import ttest_rel
+from sklearn.datasets import load_digits
+
+TECHNIQUES = ["L1Penalty", "L2Penalty", "DropoutInjection", "GradientNormClipping", "WeightClipping"]
+NOTICES = ["available:", "Tip:", "many workers", "deprecated", "Warning", "fit` stopped", "Seed set"]
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Run the example and return the folder and what it printed."""
+    """Run the example in a terminal of 80 columns and return the folder and all that it printed."""
     folder = tmp_path_factory.mktemp("job")
-    return folder, run_script(str(HERE.parent / "examples" / "digits.py"), folder=folder, threads=2, columns=200)
+    command = [sys.executable, str(HERE.parent / "examples" / "digits.py")]
+    with (folder / "printed").open("w") as printed:
+        done = subprocess.run(
+            command, env=environment(columns=80), cwd=folder, stdout=printed, stderr=subprocess.STDOUT, timeout=600, check=False
+        )
+    text = (folder / "printed").read_text()
+    assert done.returncode == 0, text[-3000:]
+    return folder, text
 
 
-def test_regularization_helps(job):
-    """As a mean over the seeds: a smaller gap, and at least the test accuracy of the plain model."""
-    figures = {
-        line.split("│")[1].strip(): [float(number) for number in re.findall(r"([\d.]+)% ±", line)]
-        for line in job[1].splitlines()
-        if line.startswith(("│ plain", "│ regularized"))
-    }
-    (plain_train, plain_test, plain_gap, _), (train, test, gap, _) = figures["plain"], figures["regularized"]
-    assert plain_gap == pytest.approx(plain_train - plain_test, abs=0.11)
-    assert gap == pytest.approx(train - test, abs=0.11)
-    assert gap < plain_gap
-    assert test >= plain_test
+def rows(printed):
+    """Return the cells of the table of results, by the name of the candidate."""
+    lines = [line.split("│")[1:-1] for line in printed.rpartition("random labels, mean")[2].splitlines()]
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines if len(cells) == 5}
 
 
-def test_it_leaves_curves_and_logs_and_says_where(job):
+def numbers(cell):
+    return [float(number) for number in re.findall(r"[+-]?\d+\.\d+", cell)]
+
+
+def test_regularization_gains_ten_points(job):
+    results = rows(job[1])
+    points, low, high = numbers(results["all five"][1])
+    assert points >= 10
+    assert 5 < low < points < high
+    assert points == pytest.approx(numbers(results["all five"][0])[0] - numbers(results["plain"][0])[0], abs=0.11)
+    assert numbers(results["plain"][2])[0] > 99  # it has memorized the wrong labels
+    assert numbers(results["all five"][2])[0] < 90
+
+
+def test_every_technique_has_a_row(job):
+    results = rows(job[1])
+    assert list(results) == ["plain", *TECHNIQUES, "all five"]
+    assert results.pop("plain")[1] == ""
+    for cells in results.values():
+        points, low, high = numbers(cells[1])
+        assert low < points < high
+
+
+def test_the_table_fits_80_columns(job):
+    assert max(map(len, job[1].splitlines())) <= 80
+    assert "…" not in job[1]
+
+
+def test_it_says_where_the_figure_and_the_logs_are(job):
     folder, printed = job
-    assert "Curves: runs/digits/curves.png" in printed
+    assert "Figure: runs/digits/digits.png" in printed
     assert "tensorboard --logdir runs/digits" in printed
-    image = matplotlib.image.imread(folder / "runs/digits/curves.png")
+    image = matplotlib.image.imread(folder / "runs/digits/digits.png")
     assert image[..., :3].std() > 0.05  # something is drawn
-    for kind in ("plain", "regularized"):
-        logs = (folder / "runs/digits" / kind).glob("seed_*/events.out.tfevents.*")
-        assert {log.parent.name for log in logs} == {f"seed_{seed}" for seed in range(5)}
+    logs = {log.parent.relative_to(folder / "runs/digits") for log in folder.rglob("events.out.tfevents.*")}
+    assert {str(log) for log in logs} == {"plain/version_0", "all_five/version_0"}
+    assert sorted(path.name for path in folder.iterdir()) == ["printed", "runs"]
+    assert not list(folder.rglob("*.ckpt"))
 
 
-def test_it_shows_its_progress_and_what_acts(job):
-    assert "Epoch 99" in job[1]
+def test_it_shows_progress_and_the_callbacks_once(job):
+    assert [int(done) for done in re.findall(r"Trained (\d+) of 70 models", job[1])] == [10, 20, 30, 40, 50, 60, 70]
     assert job[1].count("Regularization") == 1
-    assert "DropoutInjection-ReLU" in job[1]
+    assert "clip_value=0.1" in job[1]
+
+
+def test_lightning_is_silent(job):
+    assert [notice for notice in NOTICES if notice in job[1]] == []
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    accuracies, plain = torch.tensor([[0.88, 0.86, 0.91, 0.87], [0.75, 0.77, 0.74, 0.70]]).double()
+    runs = [[digits.Run(test, 0.0, 0.0, []) for test in tests.tolist()] for tests in (accuracies, plain)]
+    points, low, high = digits.gain(*runs)
+    expected = ttest_rel(100 * accuracies, 100 * plain).confidence_interval(0.95)
+    assert points == pytest.approx(100 * (accuracies - plain).mean())
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    narrow = ttest_rel(accuracies, plain).confidence_interval(0.8)
+    found = digits.mean_interval((accuracies - plain).tolist(), level=0.8)
+    assert found[1:] == pytest.approx((narrow.low, narrow.high))
+    assert digits.mean_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
+
+
+def test_a_run_depends_on_its_seed_alone(monkeypatch):
+    """Not on what the process trained before, as workers and order would have it."""
+    monkeypatch.setattr(digits, "EPOCHS", 2)
+    alone = digits.train("all five", 3)
+    others = [digits.train("DropoutInjection", 3), digits.train("all five", 4)]
+    again = digits.train("all five", 3)
+    assert (again.test, again.train, again.history) == (alone.test, alone.train, alone.history)
+    assert all(other.history != alone.history for other in others)
+
+
+def labels_of(data):
+    """Return the labels that the data module gives, and whether each is for training."""
+    data.setup("fit")
+    trained = torch.zeros(1797, dtype=torch.bool)
+    trained[data.training.indices] = True
+    return data.training.dataset.tensors[1], trained
+
+
+def test_label_noise_changes_training_labels_only():
+    right = torch.tensor(load_digits().target)
+    labels, trained = labels_of(digits.Digits(seed=1))
+    assert trained.sum() == 300
+    assert torch.equal(labels[~trained], right[~trained])
+    assert 70 <= (labels != right).sum() <= 90  # of the 90 that are drawn, one in ten is right by chance
+    assert torch.equal(labels, labels_of(digits.Digits(seed=1))[0])
+    assert not torch.equal(labels, labels_of(digits.Digits(seed=2))[0])
+    assert torch.equal(labels_of(digits.Digits(label_noise=0.0))[0], right)
+
+
+def test_data_of_every_allowed_size():
+    for samples in (10, 1487):
+        data = digits.Digits(train_samples=samples)
+        data.setup("fit")
+        assert (len(data.training), len(data.validation), len(data.testing)) == (samples, 300, 1497 - samples)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("label_noise=1.5", r"Digits: label_noise must be in \[0, 1\], got 1.5"),
+        ("label_noise=-0.1", r"Digits: label_noise must be in \[0, 1\], got -0.1"),
+        ("label_noise=.nan", r"Digits: label_noise must be in \[0, 1\], got nan"),
+        ("train_samples=9", r"Digits: train_samples must be in \[10, 1487\], got 9"),
+        ("train_samples=1488", r"Digits: train_samples must be in \[10, 1487\], got 1488"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter is intended")
+def test_bad_values_of_the_data_are_refused(flag, message):
+    with pytest.raises(ValueError, match=message):
+        LightningCLI(digits.DigitsClassifier, digits.Digits, args=[f"--data.{flag}"], run=False, seed_everything_default=0)
 
 
 def test_schedules_of_dropout_are_compared(tmp_path):
