@@ -1,0 +1,246 @@
+"""Every example in the README and in ``docs/`` runs, every table is complete, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import defaultdict
+
+import pytest
+from helpers import Classifier, Memory, fit
+from lightning.pytorch import Callback
+from processes import HERE, run_script
+from table import ROWS
+from test_laws import Gan
+
+import lightning_reg
+from lightning_reg import DropoutScheduler
+
+ROOT = HERE.parent
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *GUIDES]}
+README = PAGES["README.md"]
+LINKED = {**PAGES, "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text()}
+
+
+def blocks(page, language):
+    """Return the blocks of code on a page that are marked as some language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def prose(text):
+    """Return a page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def rows(page, heading):
+    """Return the cells of the rows in the section under a heading, without the header of the table."""
+    section = re.split(r"^#+ ", PAGES[page].split(f"\n{heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+# Code ---------------------------------------------------------------------------------------------------------------
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+WITH_YAML = [page for page in PAGES if blocks(page, "yaml")]
+COMMANDS = [
+    words[1:]
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for words in (shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines())
+    if words and words[0] == ".venv/bin/python" and words[1].startswith("examples/")
+]
+BARE = {words[0] for words in COMMANDS if len(words) == 1}
+WITH_FLAGS = [words for words in COMMANDS if len(words) > 1]
+SHORT = ["--trainer.max_epochs=1", "--trainer.default_root_dir=."]
+
+
+@pytest.fixture
+def _scratch(tmp_path, monkeypatch):
+    """Work in an empty folder, and forget what an example registers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    registered = dict(lightning_reg.DROPOUT_ATTRIBUTES)
+    yield
+    lightning_reg.DROPOUT_ATTRIBUTES.clear()
+    lightning_reg.DROPOUT_ATTRIBUTES.update(registered)
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+@pytest.mark.usefixtures("_scratch")
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=WITH_PYTHON)
+def test_python_examples_run(page):
+    """One after the other, in one namespace."""
+    namespace = {"__name__": "documentation"}
+    for code in blocks(page, "python"):
+        exec(compile(code, page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("words", WITH_FLAGS, ids=list(map(" ".join, WITH_FLAGS)))
+def test_commands_run(words, tmp_path):
+    script, *flags = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
+    short = [] if "help" in " ".join(flags) else SHORT
+    run_script(script, *flags, *short, folder=tmp_path)
+
+
+def test_scripts_without_flags_run_in_the_tests_of_the_examples():
+    tested = (HERE / "test_example.py").read_text()
+    assert all(script.removeprefix("examples/") in tested for script in BARE)
+
+
+@pytest.mark.parametrize("page", WITH_YAML, ids=WITH_YAML)
+def test_yaml_examples_run(page, tmp_path):
+    for number, text in enumerate(blocks(page, "yaml")):
+        (tmp_path / f"{number}.yaml").write_text(text)
+        flags = ["fit", "--config", f"{number}.yaml", *SHORT]
+        run_script(str(ROOT / "examples" / "digits.py"), *flags, folder=tmp_path)
+
+
+def test_there_are_examples_to_run():
+    """The patterns above find what they look for."""
+    assert {"README.md", "docs/dropout.md", "docs/pruning.md", "docs/custom.md"} <= set(WITH_PYTHON)
+    assert WITH_YAML == ["docs/command-line.md"]
+    assert sorted(BARE) == ["examples/dropout_schedules.py", "examples/pruning_curve.py"]
+    assert {words[0] for words in WITH_FLAGS} == {"examples/digits.py"}
+
+
+# The README ---------------------------------------------------------------------------------------------------------
+
+
+def cells(text):
+    """Return the cells of the printed summary, whatever the widths of its columns."""
+    table = text.split("Regularization\n", 1)[-1].split("└", 1)[0]
+    return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in table.splitlines() if line[:1] in ("│", "┃")]
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+@pytest.mark.usefixtures("_scratch")
+def test_the_summary_shown_is_the_summary_printed(capsys):
+    exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), {"__name__": "documentation"})
+    printed = re.sub(r"Regularization +\n", "Regularization\n", capsys.readouterr().out)
+    assert cells(README) == cells(printed)
+    assert len(cells(README)) == 4
+
+
+def test_the_readme_is_short():
+    lines = [line for line in prose(README).splitlines() if not line.startswith("|")]
+    assert sum(len(line.split()) for line in lines) <= 1200
+
+
+def test_every_callback_is_in_the_readme():
+    listed = [name for _, callbacks, _ in rows("README.md", "## All techniques") for name in re.findall(r"`(\w+)`", callbacks)]
+    assert sorted(listed) == sorted([*ROWS, "Penalty"])
+
+
+def test_every_callback_has_its_formula():
+    """In the tables on techniques, whose first cells are calls."""
+    first = [
+        row[0]
+        for heading in re.findall(r"^## .*$", PAGES["docs/techniques.md"], re.MULTILINE)
+        for row in rows("docs/techniques.md", heading)
+    ]
+    listed = {name for cell in first for name in re.findall(r"^`(\w+)", cell)}
+    assert {*ROWS, "Penalty"} - {"WeightPruning"} <= listed
+
+
+def test_first_values_to_try_are_valid():
+    """Each one is a call that makes a callback."""
+    table = rows("README.md", "## Which technique should I use?")
+    calls = [call for _, _, values in table for call in re.findall(r"`(.+?)`", values)]
+    assert all(isinstance(eval(call, vars(lightning_reg)), Callback) for call in calls)
+    assert len(calls) > 20
+
+
+def test_the_wheel_has_its_name():
+    assert f"lightning_reg-{lightning_reg.__version__}-py3-none-any.whl" in README
+
+
+def test_ci_runs_the_test_command():
+    """Taken from the README, so that the two cannot differ."""
+    assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
+    (commands,) = re.findall(r"<!-- test command -->\n```bash\n(.*?)\n```", README, re.DOTALL)
+    assert commands.endswith(".venv/bin/python -m pytest")
+    assert commands.count("\n") == 0
+
+
+# Metrics ------------------------------------------------------------------------------------------------------------
+
+
+def logged_keys(callback, model):
+    """Return the keys that a callback logs in a short fit, without their prefix."""
+    logger, prefix = Memory(), f"reg/{callback.name}/"
+    fit([callback], model, max_epochs=1, logger=logger, log_every_n_steps=1)
+    found = {key for metrics in logger.steps.values() for key in metrics}
+    assert all(key.startswith(prefix) for key in found)
+    return {re.sub("^p/.*", "p/<pattern>", key.removeprefix(prefix)) for key in found}
+
+
+def documented_keys(column):
+    """Return the callbacks that log each documented key, and what another column says about it."""
+    headings = ("### Current values", "### Penalties", "### Gradients", "### Weights", "### Dropout")
+    table = [row for heading in headings for row in rows("docs/metrics.md", heading)]
+    return {re.findall("`(.+?)`", row[0])[0]: (set(re.findall(r"`(\w+)`", row[1])), row[column]) for row in table}
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists():
+    found = defaultdict(set)
+    for name, row in ROWS.items():
+        for callback in filter(None, (row.active(), row.scheduled and row.scheduled())):
+            for key in logged_keys(callback, Classifier(**row.options)):
+                found[key].add(name)
+    for key in logged_keys(DropoutScheduler({"net.3": 0.2}), Classifier()):
+        found[key].add("DropoutScheduler")
+    assert {key: callbacks for key, (callbacks, _) in documented_keys(3).items()} == found
+
+
+def test_keys_of_several_optimizers_are_documented():
+    found = defaultdict(set)
+    for name, row in ROWS.items():
+        if "several_optimizers" not in row.exempt:
+            for key in logged_keys(row.active(), Gan(**row.options)):
+                found[key].add(name)
+    expected = defaultdict(set)
+    for key, (callbacks, number) in documented_keys(3).items():
+        for name in callbacks - {"ActivityPenalty"}:
+            for suffix in ("_0", "_1") if number == "per optimizer" else ("",):
+                expected[key + suffix].add(name)
+    del expected["p/<pattern>"]
+    assert found == expected
+
+
+# Links --------------------------------------------------------------------------------------------------------------
+
+
+def anchors(text):
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+LINKS = [
+    (page, target)
+    for page, text in LINKED.items()
+    for target in re.findall(r"\[(?:[^\[\]]|!\[[^\]]*\])*\]\(([^)\s]+)\)", prose(text))
+    if not target.startswith(("http://", "https://"))
+]
+
+
+@pytest.mark.parametrize(("page", "target"), LINKS, ids=[f"{page} to {target}" for page, target in LINKS])
+def test_links_lead_somewhere(page, target):
+    path, _, anchor = target.partition("#")
+    found = (ROOT / page).parent / path if path else ROOT / page
+    assert found.exists()
+    assert not anchor or anchor in anchors(found.read_text())
+
+
+def test_every_guide_is_linked():
+    guides = {path.name for path in GUIDES} - {"index.md"}
+    assert {target for page, target in LINKS if page == "docs/index.md"} - {"../README.md"} == guides
+    assert {f"docs/{name}" for name in guides} <= {target.partition("#")[0] for page, target in LINKS if page == "README.md"}
+
+
+def test_files_named_in_the_text_exist():
+    named = {name for text in PAGES.values() for name in re.findall(r"`((?:tests|examples)/[\w/.]+)`", text)}
+    assert "tests/table.py" in named
+    assert not [name for name in named if not (ROOT / name).exists()]
