@@ -168,13 +168,6 @@ def test_two_of_a_kind_act_on_their_own_parts(row):
     assert same(both, fit([row.parts()[1]], Branches())) is not changes(row)
 
 
-@every_callback
-def test_two_of_the_same_name_are_refused(row):
-    # Lightning itself says so where the two have state
-    with pytest.raises((ValueError, RuntimeError), match=r"two callbacks are called '.*': give one of them a name of its own"):
-        fit([row.active(), row.active()], model(row))
-
-
 class Recorder(Callback):
     """Compares the state of the module before and after evaluation."""
 

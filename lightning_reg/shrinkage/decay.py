@@ -153,6 +153,10 @@ class WeightDecayScheduler(Regularizer):
         super().__init__(name)
         self._own: list[tuple[Optimizer, int, float]] = []
 
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a second scheduler, which would set the same values."""
+        self.refuse_others(trainer, "both set the weight_decay of the same parameter groups: keep one of them")
+
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the groups that decay: by their number, since a checkpoint replaces them."""
         self._own = [
