@@ -88,7 +88,9 @@ class Row:
 
 
 DENSE = {"sparse_gradients": "what it does to a gradient needs all of its entries"}
+DEVICES = {"devices": "each device has a random generator of its own"}
 MASKS = {
+    **DEVICES,
     "accumulation": "its masks are drawn anew for each micro-batch; test_dropout.py tests that the rate is that of the step",
     "tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does",
 }
@@ -140,7 +142,7 @@ ROWS = {
         inactive=lambda: GradientNoise(0.0),
         scheduled=lambda: GradientNoise(Linear(0.0, 0.2)),
         parts=lambda: [GradientNoise(0.1, params="net.0.*"), GradientNoise(0.2, params="net.4.*")],
-        exempt=DENSE,
+        exempt={**DENSE, **DEVICES},
     ),
     "GradientNormClipping": Row(
         active=lambda: GradientNormClipping(0.1),
@@ -263,7 +265,7 @@ ROWS = {
         inactive=lambda: RandomShrinkage(0.0),
         scheduled=lambda: RandomShrinkage(Linear(0.0, 0.2)),
         parts=lambda: [RandomShrinkage(0.1, params="net.0.*"), RandomShrinkage(0.2, params="net.4.*")],
-        exempt={"sharded": "its numbers are drawn for whole tensors; it refuses shards"},
+        exempt={**DEVICES, "sharded": "its numbers are drawn for whole tensors; it refuses shards"},
     ),
     "SoftThresholding": Row(
         active=lambda: SoftThresholding(0.05),
