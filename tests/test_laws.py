@@ -321,7 +321,7 @@ def test_awkward_parameters_are_handled(row):
     options = {"momentum": 0.0}  # torch's SGD has neither momentum nor weight decay for sparse gradients
     trained = Awkward(**options, **row.options)
     if "sparse_gradients" in row.exempt:
-        with pytest.raises((ValueError, RuntimeError), match=r"make sparse with sparse=False|add\(sparse, dense\)"):
+        with pytest.raises((ValueError, RuntimeError), match=r"create sparse with sparse=False|add\(sparse, dense\)"):
             fit([row.active()], trained)
         trained = Awkward(**options, **row.options)
         trained.sparse.sparse = False
