@@ -101,7 +101,7 @@ def test_only_the_watched_parameters_count():
             self.net[4].bias.register_hook(lambda grad: grad * math.nan)
 
     guarded = fit([NonFiniteGradientGuard(params="net.0.*")], OneBadLayer(), batches(1.0, 1.0), max_epochs=1)
-    assert guarded.net[4].bias.isnan().all()  # not logging_norms
+    assert guarded.net[4].bias.isnan().all()  # not watched
     guarded = fit([NonFiniteGradientGuard()], OneBadLayer(), batches(1.0, 1.0), max_epochs=1)
     assert same(guarded, OneBadLayer())
 

@@ -21,7 +21,7 @@ class Regularizer(Technique, Callback):
     """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
 
     Args:
-        name: What metrics and the checkpoint call it. By default the class, with the selection where that is not the default.
+        name: The name in metrics and checkpoints. By default the class, with the selection where that is not the default.
     """
 
     def __init__(self, name: str | None) -> None:
