@@ -44,7 +44,7 @@ def accuracy(share: float, criterion: Criterion, seed: int, epochs: int) -> floa
         enable_model_summary=False,
     )
     trainer.fit(model, data)
-    assert abs(sparsity(model).share - share) < 1e-3, "each layer's share is exact up to rounding"
+    assert abs(sparsity(model).fraction - share) < 1e-3, "each layer's share is exact up to rounding"
     tested, _ = trainer.test(model, data, verbose=False)
     return float(tested["test/accuracy/dataloader_idx_0"])
 

@@ -92,7 +92,9 @@ class Plan:
 
     def _epochs(self, marker: str, number: float) -> float:
         if math.isinf(self.per_epoch):
-            raise ValueError(f"the marker {marker!r} counts epochs, but the length of an epoch is unknown; count steps, as in '500st'")
+            raise ValueError(
+                f"the marker {marker!r} counts epochs, but the length of an epoch is unknown; count steps, as in '500st'"
+            )
         return number * self.per_epoch
 
     def _fraction(self, fraction: float) -> float:
