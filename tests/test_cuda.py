@@ -15,7 +15,7 @@ from table import ROWS, everything
 from test_laws import changes, distance, model
 from torch.testing import assert_close
 
-from tests.benchmarks.cuda import reached, waits
+from tests.benchmarks.cuda import count_syncs, measure_bandwidth
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 every_callback = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
@@ -55,7 +55,7 @@ def test_a_gpu_trains_as_the_cpu_does(row):
 @every_callback
 def test_no_step_makes_the_host_wait_for_the_gpu(row):
     def counted(callbacks, batches):
-        return waits(lambda: fit(callbacks, model(row), loader(16 * batches), max_epochs=1, accelerator="cuda"))
+        return count_syncs(lambda: fit(callbacks, model(row), loader(16 * batches), max_epochs=1, accelerator="cuda"))
 
     plain, ours = (counted(made(), 8) - counted(made(), 4) for made in (list, lambda: [row.active()]))
     assert (ours > plain) is ("waits" in row.exempt)
@@ -83,6 +83,6 @@ def test_two_ranks_on_one_device_stay_identical(tmp_path):
 
 
 def test_what_is_measured_on_a_gpu_runs_anywhere():
-    found = reached("cuda" if torch.cuda.is_available() else "cpu", millions=4, seconds=0.05)
+    found = measure_bandwidth("cuda" if torch.cuda.is_available() else "cpu", millions=4, seconds=0.05)
     assert len(found) == 4
-    assert all(row.share > 0 for row in found)
+    assert all(row.fraction > 0 for row in found)

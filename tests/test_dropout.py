@@ -139,7 +139,7 @@ def test_variants_of_dropout_are_driven():
 def test_a_model_without_dropout_is_pointed_to_injection():
     model = Classifier()
     model.net[3] = nn.Identity()
-    with pytest.raises(ValueError, match=r"DropoutScheduler: the model has no dropout to drive; .* use DropoutInjection"):
+    with pytest.raises(ValueError, match=r"DropoutScheduler: the model has no dropout to schedule; .* use DropoutInjection"):
         fit([DropoutScheduler(0.1)], model)
 
 
@@ -178,9 +178,12 @@ class Recurrent(Classifier):
     [
         (
             DropoutInjection(0.1, after="pair"),
-            r"dropout cannot follow 'pair' \(Pair\): it returns tuple, expected one float tensor",
+            r"cannot drop the output of 'pair' \(Pair\): it returns tuple, expected one float tensor",
         ),
-        (DropoutInjection(0.1, after="ids"), r"cannot follow 'ids' \(Identity\): it returns a tensor of torch.int64"),
+        (
+            DropoutInjection(0.1, after="ids"),
+            r"cannot drop the output of 'ids' \(Identity\): it returns a tensor of torch.int64",
+        ),
     ],
 )
 def test_outputs_that_cannot_be_dropped_are_refused(callback, message):
@@ -191,7 +194,7 @@ def test_outputs_that_cannot_be_dropped_are_refused(callback, message):
 def test_channels_need_a_dimension():
     layer = nn.Identity()
     inject_dropout({"layer": layer}, 0.5, channelwise=True)
-    with pytest.raises(TypeError, match=r"'layer' \(Identity\): channels are in dimension 1, but its output has shape \(3,\)"):
+    with pytest.raises(TypeError, match=r"'layer' \(Identity\): channels are in dimension 1, but the output has shape \(3,\)"):
         layer(torch.ones(3))
 
 
@@ -211,7 +214,7 @@ def test_channels_need_a_dimension():
         ),
         (
             lambda: fit([DropoutScheduler(0.1, modules="nett.*")]),
-            r"DropoutScheduler: no dropout is in a module that matches 'nett.\*'; close matches: net.3",
+            r"DropoutScheduler: no module with dropout has a name or class that matches 'nett.\*'; close matches: net.3",
         ),
     ],
 )

@@ -209,7 +209,7 @@ class Attention(Shown):
 @pytest.mark.parametrize(("schedule", "warns"), [(Linear(0.0, 0.5), True), (0.3, False)])
 def test_attributes_that_are_part_of_the_graph_are_warned_of(schedule, warns, recwarn):
     fit([DropoutScheduler(schedule)], Attention())
-    said = [str(w.message) for w in recwarn if "compiles the model anew" in str(w.message)]
+    said = [str(w.message) for w in recwarn if "compiles the model again" in str(w.message)]
     assert bool(said) is warns
     assert all("MultiheadAttention 0.1: attention: torch compiles" in message for message in said)
 

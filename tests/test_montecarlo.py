@@ -169,7 +169,9 @@ def test_predict_of_a_module_that_is_compiled_as_a_whole():
 
 
 def test_rates_of_zero_are_warned_of():
-    with pytest.warns(UserWarning, match="MonteCarloDropout: all rates are 0, so every prediction will be the same: Dropout"):
+    with pytest.warns(
+        UserWarning, match="MonteCarloDropout: all dropout rates are 0, so all predictions of a batch will be equal: Dropout"
+    ):
         predict([MonteCarloDropout(samples=2)], Predicts(0.0))
 
 
@@ -191,7 +193,7 @@ class Bare(LightningModule):
         (lambda: MonteCarloDropout(samples=2.0), "samples must be an integer ≥ 1, got 2.0"),
         (
             lambda: predict([MonteCarloDropout(samples=2)], Iterates()),
-            r"predict_step\(dataloader_iter\) takes its batches itself",
+            r"predict_step\(dataloader_iter\) fetches its batches itself",
         ),
         (
             lambda: predict([MonteCarloDropout(samples=2)], Bare()),
@@ -199,7 +201,7 @@ class Bare(LightningModule):
         ),
         (
             lambda: predict([MonteCarloDropout(samples=2), DropoutInjection(Linear(0.0, 0.5), after="ReLU")]),
-            r"the rate of DropoutInjection-ReLU is not known, since no fit has followed p=Linear\(0.0, 0.5\) yet",
+            r"the rate of DropoutInjection-ReLU is unknown, because no fit has used its schedule p=Linear\(0.0, 0.5\) yet",
         ),
     ],
 )

@@ -165,7 +165,7 @@ def test_two_of_each_four_keep_the_largest_sum():
 
 
 def test_two_of_four_refuses_other_shares_and_shapes():
-    with pytest.raises(ValueError, match=r"sparsity must be 0\.5, or 0 before, got 0\.6"):
+    with pytest.raises(ValueError, match=r"sparsity must be 0 or 0\.5, got 0\.6"):
         pruning_masks([torch.zeros(4, 4)], 0.6, structure="2:4")
     with pytest.raises(ValueError, match=r"multiple of 4, got shape \(4, 3\)"):
         pruning_masks([torch.zeros(4, 3)], 0.5, structure="2:4")
@@ -185,7 +185,7 @@ def test_random_masks_are_uniform_and_depend_on_the_seed():
 def test_scores_of_the_wrong_shape_or_not_finite_are_refused():
     with pytest.raises(ValueError, match=r"scores of shape \(3,\), expected \(4,\)"):
         pruning_masks([torch.zeros(4)], 0.5, criterion=[torch.zeros(3)])
-    with pytest.raises(ValueError, match="1 scores that are not finite"):
+    with pytest.raises(ValueError, match="1 scores that are infinite or NaN"):
         pruning_masks([torch.zeros(2)], 0.5, criterion=[torch.tensor([0.0, torch.nan])])
 
 
@@ -272,9 +272,9 @@ def test_sparsity_counts_the_zeros_of_each_parameter_and_of_all():
         model[0].bias.zero_()
     found = lightning_reg.sparsity(model)
     assert found.parameters == {"0.weight": (6, 12), "2.weight": (0, 6)}
-    assert (found.total, found.share) == ((6, 18), 6 / 18)
+    assert (found.total, found.fraction) == ((6, 18), 6 / 18)
     assert str(found).splitlines() == ["0.weight   50.00%  6 of 12", "2.weight    0.00%  0 of 6", "total      33.33%  6 of 18"]
-    assert lightning_reg.sparsity(model, "all").parameters["0.bias"].share == 1.0
+    assert lightning_reg.sparsity(model, "all").parameters["0.bias"].fraction == 1.0
     with pytest.raises(ValueError, match="selects no parameter"):
         lightning_reg.sparsity(nn.ReLU())
 

@@ -163,8 +163,8 @@ def test_a_fraction_of_an_endless_run_is_refused(schedule):
 
 def test_a_fraction_of_an_epoch_of_unknown_length_is_refused():
     with pytest.raises(
-        ValueError, match=r"the fraction 1 of training means nothing here: the length .* count steps, as in '500st'"
+        ValueError, match=r"the marker 1 is a fraction of training, but the length .* count steps, as in '500st'"
     ):
         Linear(0.0, 1.0).resolve(Plan(total=math.inf))
-    with pytest.raises(ValueError, match="the epoch's length is unknown; count steps, as in '500st'"):
+    with pytest.raises(ValueError, match="the length of an epoch is unknown; count steps, as in '500st'"):
         Linear(0.0, 1.0, until="3ep").resolve(Plan(total=math.inf))

@@ -325,7 +325,7 @@ def test_an_optimizer_with_state_from_the_start_is_reset_to_it():
 
 @pytest.mark.parametrize("step", [5, 7])
 def test_a_step_after_the_first_pruning_cannot_be_rewound_to(step):
-    with pytest.raises(ValueError, match=rf"rewind_to_step={step} lies after the first pruning, which comes after 4 batches"):
+    with pytest.raises(ValueError, match=rf"rewind_to_step={step} is after the first pruning, which happens after 4 batches"):
         train([WeightPruning(0.5, rewind_to_step=step)])
     train([WeightPruning(Steps([0.0, 0.5], at=["2ep"]), rewind_to_step=step)])
 
@@ -344,7 +344,7 @@ def test_metrics_and_the_line_at_the_end(capsys):
     ]
     assert reached == pytest.approx([0, 0, 0, 0.4, 0.4, 0.4, 0.4, 0.8], abs=1 / TOTAL)
     assert asked == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.4, 0.5, 0.6, 0.8])
-    assert "WeightPruning: 79.98% of 1,184 weights are pruned, 80.00% asked for" in capsys.readouterr().out
+    assert "WeightPruning: 79.98% of 1,184 weights are pruned (target: 80.00%)" in capsys.readouterr().out
     train([WeightPruning(0.8)], max_epochs=1)
     assert "are pruned" not in capsys.readouterr().out
 
@@ -400,16 +400,14 @@ def test_functions_that_fall_are_refused_when_it_comes_where_the_length_is_unkno
 
 
 def test_a_layer_is_never_emptied():
-    message = (
-        r"sparsity=0\.97 would leave no unit of net\.0\.weight, net\.4\.weight: ask for less, or leave such layers out, as in"
-    )
+    message = r"sparsity=0\.97 would prune every unit of net\.0\.weight, net\.4\.weight: lower the sparsity, or exclude"
     with pytest.raises(ValueError, match=message):
         train([WeightPruning(Linear(0.0, 0.97), structure="unit", scope="layer")])
     model = Watch()
     nn.init.constant_(model.net[0].weight, 1e-6)
     before = weights(model)
     model.lr = 0.0
-    with pytest.raises(ValueError, match=r"sparsity=0\.9 would leave no weight of net\.0\.weight"):
+    with pytest.raises(ValueError, match=r"sparsity=0\.9 would prune every weight of net\.0\.weight"):
         train([WeightPruning(0.9)], model)
     assert_close(weights(model), before, rtol=0.0, atol=0.0)  # refused before anything is changed
 
@@ -420,10 +418,10 @@ def test_two_of_four_is_refused_where_it_cannot_be():
             super().__init__()
             self.extra = nn.Conv2d(4, 4, 3)
 
-    with pytest.raises(ValueError, match=r"multiple of 4, got extra\.weight of shape \(4, 4, 3, 3\): leave it out"):
+    with pytest.raises(ValueError, match=r"multiple of 4, got extra\.weight of shape \(4, 4, 3, 3\): exclude such layers"):
         train([WeightPruning(0.5, structure="2:4")], Narrow())
     for share in (0.6, Linear(0.0, 0.5), Steps([0.25, 0.5], at=[0.5])):
-        with pytest.raises(ValueError, match=r"sparsity must be 0\.5, or 0 before as in Steps"):
+        with pytest.raises(ValueError, match=r"sparsity must be 0\.5, or step from 0 to 0\.5 as in Steps"):
             WeightPruning(share, structure="2:4")
 
 
@@ -434,7 +432,7 @@ def test_two_of_four_is_refused_where_it_cannot_be():
             lambda name, p: p.sum(1),
             r"for 'net\.0\.weight' .* got scores of shape \(16,\), expected \(16, 64\)",
         ),
-        (lambda name, p: p * torch.nan, r"for 'net\.0\.weight' .* got 1024 scores that are not finite"),
+        (lambda name, p: p * torch.nan, r"for 'net\.0\.weight' .* got 1024 scores that are infinite or NaN"),
         (lambda name, p: 3.0, r"for 'net\.0\.weight' .* got 3\.0 of type float"),
     ],
 )
@@ -574,7 +572,9 @@ def test_an_epoch_whose_last_batch_has_no_loss_ends_with_a_pruning():
 
 
 def test_a_share_that_is_not_reached_is_said():
-    with pytest.warns(UserWarning, match=r"reaches 53.33% only, not the 80.00% .*: it prunes last after 4 of 6"):
+    with pytest.warns(
+        UserWarning, match=r"reaches a sparsity of only 53.33%, not the final 80.00% .*: the last pruning is after 4 of 6"
+    ):
         fit([WeightPruning(Linear(0.0, 0.8))], max_epochs=-1, max_steps=6)
 
 
@@ -583,7 +583,7 @@ def test_masks_of_another_structure_are_refused(tmp_path):
     trainer.fit(Classifier(), loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = Trainer(**{**QUIET, "max_epochs": 2}, callbacks=[WeightPruning(0.5, structure="unit")])
-    with pytest.raises(ValueError, match="masks are of structure='element', got structure='unit': resume with the same"):
+    with pytest.raises(ValueError, match="masks have structure='element', got structure='unit': resume with the same"):
         again.fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 

@@ -1,4 +1,4 @@
-"""The parameters and modules that a technique acts on. All techniques select by the same rules."""
+"""Selection of the parameters and modules that a technique acts on. All techniques use the same rules."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _BIAS_NAME = re.compile(r"(^|_)bias($|_)|^b$")
 def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str, nn.Parameter]:
     """Return the selected parameters, by name.
 
-    A tied parameter counts once, under its first name: it is selected if one of its names is and none is excluded.
+    A tied parameter counts once, under its first name. It is selected if any of its names is selected and none is excluded.
 
     Args:
         module: The module whose parameters are selected.
         params: ``"weights"`` (everything but biases, parameters of normalization layers, and other parameters with fewer than
             two dimensions), ``"all"``, a glob on qualified names such as ``"encoder.*"`` (``*`` also matches dots), a list
-            of these where a leading ``!`` excludes, or a callable ``(name, parameter, module) -> bool``.
+            of these in which a leading ``!`` excludes, or a callable ``(name, parameter, module) -> bool``.
 
     Returns:
         The parameters in the module's order, by names without the prefixes of wrappers such as ``_orig_mod.``. Frozen
@@ -65,6 +65,9 @@ def select_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
         module: The module whose submodules are selected; it is never selected itself.
         patterns: Globs on qualified names (``"encoder.layers.*"``) or names of classes (``"ReLU"``).
 
+    Returns:
+        The modules in the order of the model. A module with several names counts once, under its first selected name.
+
     Raises:
         ValueError: If a pattern matches nothing; the message suggests close names.
 
@@ -87,15 +90,15 @@ def select_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.M
 
 
 def class_name(module: nn.Module) -> str:
-    """Return the name of a module's class before sharding or a parametrization replaced it by a subclass.
+    """Return the name of a module's class. If sharding or a parametrization has subclassed it, the name of the original class.
 
     Example:
         >>> class_name(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
         'Linear'
     """
     names = [cls.__name__ for cls in type(module).__mro__]
-    made = {f"{prefix}{name}": name for name in names for prefix in ("FSDP", "Parametrized")}
-    return made.get(names[0], names[0])
+    originals = {f"{prefix}{name}": name for name in names for prefix in ("FSDP", "Parametrized")}
+    return originals.get(names[0], names[0])
 
 
 def canonical_name(name: str) -> str:
@@ -109,21 +112,21 @@ def canonical_name(name: str) -> str:
 
 
 def lookup(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Return the parameters that have these names now; a tied one has the first of its names."""
+    """Return the parameters that have these names now. A tied parameter has only its first name."""
     wanted = set(names)
     return {name: p for name, p, _ in _first_names(module) if name in wanted}
 
 
 def owners(module: nn.Module) -> dict[int, nn.Module]:
-    """Return the module that holds each parameter, under its first name, by the parameter's ``id``."""
+    """Return the module that each parameter belongs to under its first name, keyed by the parameter's ``id``."""
     return {id(parameter): owner for _, parameter, owner in _first_names(module)}
 
 
 def selection_mask(module: nn.Module, params: Params) -> dict[str, bool]:
-    """Return for each parameter, by its first name, whether it is selected.
+    """Return whether each parameter is selected, keyed by its first name.
 
     Raises:
-        ValueError: If a glob matches nothing although there are parameters.
+        ValueError: If a glob matches nothing although the module has parameters.
     """
     rules = [params] if isinstance(params, str) else params
     if not callable(rules):
@@ -141,7 +144,7 @@ def selection_mask(module: nn.Module, params: Params) -> dict[str, bool]:
 
 
 def nothing_selected_message(module: nn.Module, params: Params) -> str:
-    """Return the message for a selection that selects nothing, with close names."""
+    """Return the error message for a selection that selects nothing; it suggests close names."""
     rules = [] if callable(params) else [params] if isinstance(params, str) else params
     wanted = next((rule for rule in rules if rule not in _KEYWORDS), "")
     shown = getattr(params, "__name__", repr(params)) if callable(params) else repr(params)
@@ -156,7 +159,7 @@ def _covers(rule: str, name: str, parameter: nn.Parameter, owner: nn.Module) -> 
 
 
 def is_weight(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
-    """Return whether a parameter is a weight: not a bias or part of a normalization layer, and of two or more dimensions."""
+    """Return whether a parameter is a weight: not a bias, not in a normalization layer, and with at least two dimensions."""
     if _BIAS_NAME.search(name.rpartition(".")[2]):
         return False
     if isinstance(owner, _NORMS) or _NORM_NAME.search(type(owner).__name__):
@@ -181,13 +184,14 @@ def _matches(name: str, glob: str) -> bool:
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Yield every name of every parameter, with the module that owns it under this name."""
+    """Yield every name of every parameter, with the parameter and the module that it belongs to under this name."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             yield canonical_name(f"{prefix}.{name}" if prefix else name), parameter, owner
 
 
 def _first_names(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Yield the first name of every parameter, with the parameter and its module."""
     seen: set[int] = set()
     for name, parameter, owner in _named(module):
         if id(parameter) not in seen:

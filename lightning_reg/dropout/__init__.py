@@ -1,4 +1,4 @@
-"""Dropout: injected into a finished model, scheduled, and kept on for predictions."""
+"""Dropout: added to an existing model, scheduled, or kept on for predictions."""
 
 from lightning_reg.dropout.injection import DropoutInjection
 from lightning_reg.dropout.montecarlo import MonteCarloDropout

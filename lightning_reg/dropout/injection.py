@@ -1,4 +1,4 @@
-"""Dropout put into a finished model by rule."""
+"""Dropout that is added after modules of an existing model."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.schedules import Value
 
-_OUTPUT_FIRST = (nn.RNNBase, nn.MultiheadAttention)  # they return their output and something else
+_OUTPUT_FIRST = (nn.RNNBase, nn.MultiheadAttention)  # these return a tuple that starts with their output
 
 
 class InjectedDropout:
-    """Dropout behind a module, through a forward hook.
+    """Dropout after a module, through a forward hook.
 
     Args:
-        name: The module's qualified name.
+        name: The qualified name of the module.
         module: The module.
-        rate: The rate that it reads in every forward pass.
-        channelwise: Whether whole channels are dropped.
-        samplewise: Whether whole samples are dropped.
-        always: Whether it drops in eval mode too.
+        rate: The rate, which every forward pass reads.
+        channelwise: Drop whole channels.
+        samplewise: Drop whole samples.
+        always: Drop in eval mode too.
     """
 
     kind = "DropoutInjection"
@@ -52,37 +52,37 @@ class InjectedDropout:
     ) -> None:
         self.name, self.module, self.rate = name, module, rate
         self.channelwise, self.samplewise, self.always = channelwise, samplewise, always
-        self._own = rate
+        self._original_rate = rate
         self._handle: RemovableHandle | None = None
 
     @property
     def own(self) -> float:
-        """The rate that it was injected with."""
-        return self._own.number
+        """The original rate."""
+        return self._original_rate.number
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells it apart from every other site."""
-        return id(self.module), f"injected {id(self._own)}"
+        """A key that is unique among the sites of a model."""
+        return id(self.module), f"injected {id(self._original_rate)}"
 
     def take(self, rate: Rate) -> None:
-        """Read another rate than its own."""
+        """Use a scheduled rate instead of the original one."""
         self.rate = rate
 
     def set(self, p: float) -> None:
-        """Nothing: it reads the rate itself."""
+        """Do nothing: the forward pass reads the scheduled rate directly."""
 
     def release(self) -> None:
-        """Read its own rate again."""
-        self.rate = self._own
+        """Use the original rate again."""
+        self.rate = self._original_rate
 
     def insert(self) -> None:
-        """Put the dropout in, behind the hooks that the module has."""
+        """Register the forward hook, after the hooks that the module already has."""
         self._handle = self.module.register_forward_hook(ForwardHook(self._drop))
-        swap_class_(self.module)  # for graphs that were compiled without the hook
+        swap_class_(self.module)  # graphs that were compiled before would ignore the hook
 
     def remove(self) -> None:
-        """Take the dropout out again."""
+        """Remove the forward hook."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -97,16 +97,16 @@ class InjectedDropout:
 
     def _dropped(self, output: Any) -> Tensor:
         if not isinstance(output, torch.Tensor) or not output.is_floating_point() or (self.channelwise and output.ndim < 2):
-            raise TypeError(self._misfit(output))
+            raise TypeError(self._wrong_output_message(output))
         return dropout(output, self.rate.p, self.channelwise, self.samplewise)
 
-    def _misfit(self, output: Any) -> str:
-        what = f"dropout cannot follow {self.name!r} ({type(self.module).__name__})"
+    def _wrong_output_message(self, output: Any) -> str:
+        what = f"cannot drop the output of {self.name!r} ({type(self.module).__name__})"
         if not isinstance(output, torch.Tensor):
-            return f"{what}: it returns {type(output).__name__}, expected one float tensor; name a module inside it"
+            return f"{what}: it returns {type(output).__name__}, expected one float tensor; select a module inside it"
         if not output.is_floating_point():
             return f"{what}: it returns a tensor of {output.dtype}, expected a float tensor"
-        return f"{what}: channels are in dimension 1, but its output has shape {tuple(output.shape)}"
+        return f"{what}: channels are in dimension 1, but the output has shape {tuple(output.shape)}"
 
 
 def inject_dropout(
@@ -116,20 +116,24 @@ def inject_dropout(
     samplewise: bool = False,
     always: bool = False,
 ) -> list[InjectedDropout]:
-    """Drop parts of the outputs of modules while these are in training mode, through forward hooks: no key is renamed.
+    """Add dropout after modules: yᵢ = xᵢ · mᵢ / (1 − p) with mᵢ ~ Bernoulli(1 − p), while they are in training mode.
 
-    It also works in a model that has been compiled, and run, before. Of what an RNN or ``nn.MultiheadAttention`` returns, the
-    output is dropped, not the states or the attention weights.
+    It uses forward hooks, so no key of the state dict is renamed. It also works in a model that has already been compiled and
+    run. For recurrent modules and ``nn.MultiheadAttention``, only the output is dropped, not the hidden states or the attention
+    weights.
 
     Args:
-        modules: The modules, by a name for error messages.
-        rate: The probability of a zero, in [0, 1], or a :class:`Rate` that may be changed later.
-        channelwise: Whether whole channels (dimension 1) are dropped.
-        samplewise: Whether whole samples (dimension 0) are dropped.
-        always: Whether to drop in eval mode too.
+        modules: The modules, by the names that error messages use.
+        rate: The probability of a zero, in [0, 1], or a ``Rate`` that can be changed later.
+        channelwise: Drop whole channels (dimension 1).
+        samplewise: Drop whole samples (dimension 0).
+        always: Drop in eval mode too.
 
     Returns:
-        What was injected; ``remove()`` takes it out again.
+        The injected dropout of each module. Call ``remove()`` on it to remove it.
+
+    Raises:
+        TypeError: In the forward pass, if a module returns anything but one float tensor.
 
     Example:
         >>> layer = nn.Linear(4, 8)
@@ -145,38 +149,36 @@ def inject_dropout(
 
 
 class DropoutInjection(ModuleRegularizer):
-    r"""Put dropout behind modules of a finished model: :math:`y_i = x_i\,m_i / (1 - p)`.
+    """Add dropout after modules of an existing model: yᵢ = xᵢ · mᵢ / (1 − p) with mᵢ ~ Bernoulli(1 − p).
 
-    Here :math:`m_i \sim \mathrm{Bernoulli}(1 - p)`, drawn anew for every entry, channel or sample.
+    Runs in: the forward pass of each matched module in training mode. The rate is set in ``on_train_batch_start``.
 
-    Runs in: the forward pass of each matched module while it is in training mode; the rate is set in ``on_train_batch_start``.
-
-    A forward hook does it, so no state-dict key is renamed, and it is gone after the fit: a checkpoint taken under it loads
-    into the plain model. Under ``torch.compile`` all values of p share one graph. Of what an RNN or ``nn.MultiheadAttention``
-    returns, the output is dropped. Masks are drawn from torch's global generator, as those of ``nn.Dropout`` are: ranks that
-    were seeded alike (``seed_everything`` does so) draw the same ones, each for its own samples.
-
-    Behind the branch of a residual block ``samplewise=True`` is stochastic depth.
+    The dropout is a forward hook, so no key of the state dict is renamed, and checkpoints load into the plain model.
+    The hook is removed after the fit.
+    Under ``torch.compile``, all values of p share one graph.
+    For recurrent modules and ``nn.MultiheadAttention``, only the output is dropped.
+    Masks come from torch's global generator, as with ``nn.Dropout``. ``seed_everything`` seeds all ranks alike, so all ranks
+    draw the same masks, each for its own samples.
 
     Args:
-        p: The probability of a zero, in [0, 1], or a schedule.
-        after: Name globs (``"encoder.layers.?"``; ``*`` matches dots too) or class names (``"ReLU"``) of modules that return
-            one float tensor.
-        channelwise: Whether whole channels (dimension 1) are dropped.
-        samplewise: Whether whole samples (dimension 0) are dropped.
-        name: What metrics and the checkpoint call it.
+        p: The probability of a zero, in [0, 1], or a schedule. Srivastava et al. recommend 0.5 after hidden layers.
+        after: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). Each
+            module must return one float tensor.
+        channelwise: Drop whole channels (dimension 1) instead of single entries.
+        samplewise: Drop whole samples (dimension 0). After the branch of a residual block, this is stochastic depth.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For p outside [0, 1], an ``after`` that matches nothing, or both ``channelwise`` and ``samplewise``.
-        TypeError: In the first forward pass, for a module that returns something else than a float tensor.
+        ValueError: If p is outside [0, 1], ``after`` matches nothing, or both ``channelwise`` and ``samplewise`` are set.
+        TypeError: In the first forward pass, if a module returns anything but one float tensor.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[DropoutInjection(0.2, after="ReLU")], logger=False)
 
     Reference:
-        N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", 2014; samples: G. Huang et
-        al., "Deep Networks with Stochastic Depth", 2016.
+        N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", 2014.
+        G. Huang et al., "Deep Networks with Stochastic Depth", 2016 (samples).
     """
 
     phase = Phase.DROPOUT
@@ -197,7 +199,7 @@ class DropoutInjection(ModuleRegularizer):
         if not after:
             raise ValueError("DropoutInjection: after must name modules or classes, as in after=['ReLU'], got nothing")
         if channelwise and samplewise:
-            raise ValueError("DropoutInjection: it drops either channels or samples, got channelwise=True and samplewise=True")
+            raise ValueError("DropoutInjection: set either channelwise or samplewise, got channelwise=True and samplewise=True")
         self.p = p
         self.after = after
         self.channelwise = channelwise
@@ -207,30 +209,30 @@ class DropoutInjection(ModuleRegularizer):
         self._rate = Rate(self.current["p"])
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        """Return the modules behind which it drops."""
+        """Return the modules whose outputs are dropped."""
         return self.matching(pl_module, self.after)
 
     @property
     def rate_is_known(self) -> bool:
-        """Whether p is a number, or a schedule that a fit has followed: the rate is then the last one."""
+        """Whether p is a number, or a schedule that a fit has used, so that the last rate is known."""
         return not callable(self.p) or self._applied is not None
 
     def sites(self, pl_module: LightningModule) -> list[InjectedDropout]:
-        """Return what it has injected, or would inject if there is no fit yet."""
+        """Return the injected dropout, or before the fit, the dropout that it will inject."""
         return self.injected or [
             InjectedDropout(name, module, self._rate, self.channelwise, self.samplewise)
             for name, module in self.find(pl_module).items()
         ]
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Register the hooks."""
+        """Find the modules, and add dropout after them."""
         super().attach(trainer, pl_module)
         self.inject(pl_module)
 
     def inject(self, pl_module: LightningModule, always: bool = False) -> None:
-        """Put the dropout in."""
+        """Add dropout after the modules, with ``always`` in eval mode too."""
         self._rate.to(pl_module.device)
-        self._rate.set(self.current["p"] if self.rate_is_known else 0.0)  # until the first batch
+        self._rate.set(self.current["p"] if self.rate_is_known else 0.0)  # the rate until the first batch
         self.injected = inject_dropout(self.find(pl_module), self._rate, self.channelwise, self.samplewise, always)
 
     def values_changed(self) -> None:
@@ -238,25 +240,25 @@ class DropoutInjection(ModuleRegularizer):
         self._rate.set(self.current["p"])
 
     def update(self, progress: float) -> None:
-        """Move the rate to a progress, and log where training is."""
+        """Set the rate to that at a progress, and log the progress."""
         super().update(progress)
         if self.logging:
             self.log_metrics(progress=progress)
 
     def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
-        """Yield its rate, unless a scheduler drives all of it and shows it."""
-        driven = bool(self.injected) and all(site.rate is not self._rate for site in self.injected)
-        yield from ((key, value) for key, value in super().collect_metrics() if key != "p" or not driven)
+        """Yield the metrics; the rate only if it is used, and not replaced by a scheduler that logs its own."""
+        is_replaced = bool(self.injected) and all(site.rate is not self._rate for site in self.injected)
+        yield from ((key, value) for key, value in super().collect_metrics() if key != "p" or not is_replaced)
 
     def detach(self) -> None:
-        """Take the dropout out."""
+        """Remove the dropout."""
         super().detach()
         for site in self.injected:
             site.remove()
         self.injected = []
 
     def acts_on(self) -> str:
-        """List the modules behind which it drops."""
+        """List the modules whose outputs are dropped."""
         return f"after {abbreviate([site.name for site in self.injected])}"
 
 

@@ -1,4 +1,4 @@
-"""Dropout that stays on for predictions, whose spread then shows how uncertain they are."""
+"""Dropout that stays on in predictions, so that their spread shows how uncertain they are."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ if TYPE_CHECKING:
 
 
 def sample_predictions(predict: Callable[[], Any], samples: int) -> Any:
-    """Predict several times, and stack what comes.
+    """Predict several times, and stack the results.
 
     Args:
-        predict: A function whose results have the same structure each time.
-        samples: How many times, at least 1.
+        predict: A function that returns the same structure of tensors each time.
+        samples: The number of calls, at least 1.
 
     Returns:
-        That structure: in place of each tensor one with a dimension more, the samples, in front; in place of anything else but
-        ``None`` a list.
+        The same structure. Tensors are stacked in a new dimension 0. ``None`` stays ``None``, and anything else becomes a list.
 
     Example:
         >>> layer = torch.nn.Dropout(0.5)
@@ -46,26 +45,28 @@ def sample_predictions(predict: Callable[[], Any], samples: int) -> Any:
 
 
 class MonteCarloDropout(Regularizer):
-    r"""Leave dropout on in ``trainer.predict``: :math:`y^{(s)} = f(x, m^{(s)})` with masks m of their own for each sample s.
+    """Keep dropout on in ``trainer.predict``: yₛ = f(x, mₛ), with new masks mₛ for each sample s.
 
-    Runs in: ``on_predict_start`` to ``on_predict_end``; it does nothing in the fit.
+    Runs in: ``on_predict_start`` to ``on_predict_end``, around each ``predict_step``. It does nothing during the fit.
 
-    Only dropout is in training mode, never a whole model: batch normalisation keeps its statistics. What
-    :class:`DropoutScheduler` could drive drops with its own rate. What a :class:`DropoutInjection` of the same trainer injects
-    in the fit is injected for predictions too: with its p, or with what its schedule came to in the last fit. Afterwards every
-    module is in the mode that it was found in.
-
-    With n samples the mean and the spread of a batch's predictions are those over dimension 0; they take n times the time and
-    the memory.
+    Only dropout is in training mode, so batch normalization uses its stored statistics.
+    Dropout modules use their original rates.
+    A ``DropoutInjection`` in the same trainer is active in predictions too. If its rate follows a schedule, predictions use the
+    last rate of the fit.
+    After the predictions, all modules are in the same mode as before.
+    The mean over dimension 0 is the prediction, and the spread shows how uncertain it is.
+    Time and memory grow with ``samples``.
 
     Args:
-        samples: How many predictions of each batch are stacked, in a new first dimension; ``None`` for one that is not stacked.
-            What is no tensor comes as a list of as many.
-        attributes: Other places of rates, class name to attribute, as in ``{"Attention": "attention_dropout"}``.
-        name: What the checkpoint calls it.
+        samples: The number of predictions of each batch, ≥ 1. They are stacked in a new dimension 0; anything but tensors
+            becomes a list. ``None`` predicts once and does not stack.
+        attributes: The attribute with the dropout rate in further classes of modules, by the name of the class, as in
+            ``{"Attention": "attention_dropout"}``.
+        name: The name in checkpoints. By default it is the name of the class.
 
     Raises:
-        ValueError: For fewer samples than 1, a model without dropout, or an injection whose schedule no fit has followed.
+        ValueError: If ``samples`` is not an integer ≥ 1, the model has no dropout, or a ``DropoutInjection`` has a schedule
+            that no fit has used yet.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -89,52 +90,54 @@ class MonteCarloDropout(Regularizer):
         self._undo: list[Callable[[], None]] = []
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is something to drop, and refuse a second one, which would sample the samples."""
+        """Check that the model has dropout, and refuse a second callback, which would sample the samples."""
         self.refuse_others(trainer, "both repeat the predictions of each batch: keep one of them")
         if not _lightning.builds_modules_later(pl_module):
             self._check(trainer, pl_module)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sites(trainer, pl_module):
-            raise ValueError("MonteCarloDropout: the model has no dropout; to put some in, use DropoutInjection beside it")
+            raise ValueError(
+                "MonteCarloDropout: the model has no dropout; to add some, use DropoutInjection in the same trainer"
+            )
 
     def start_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch dropout on, and predict each batch several times."""
         self._check(trainer, pl_module)
         if self.samples and "dataloader_iter" in inspect.signature(pl_module.predict_step).parameters:
             raise ValueError(
-                "MonteCarloDropout: predict_step(dataloader_iter) takes its batches itself, so a batch cannot be predicted "
-                f"{self.samples} times: let it take a batch"
+                "MonteCarloDropout: predict_step(dataloader_iter) fetches its batches itself, so a batch cannot be predicted "
+                f"{self.samples} times: write predict_step(batch, batch_idx) instead"
             )
         for callback in injections_of(regularizers_of(trainer)):
             if not callback.rate_is_known:
                 raise ValueError(
-                    f"{self.name}: the rate of {callback.name} is not known, since no fit has followed p={callback.p!r} "
-                    "yet: for predictions alone give it a number"
+                    f"{self.name}: the rate of {callback.name} is unknown, because no fit has used its schedule "
+                    f"p={callback.p!r} yet: fit first, or set p to a number"
                 )
             self._undo.append(callback.detach)
             callback.inject(pl_module, always=True)
         self._warn_of_rates_of_zero(self._sites(trainer, pl_module))
         for site in find_dropout(pl_module, self.attributes):
             self._undo.append(partial(setattr, site.module, "training", site.module.training))
-            site.module.training = True  # not train(), which would also switch its children
-        # A transformer in eval mode takes a fast path without dropout.
+            site.module.training = True  # not train(), which would also change the mode of its children
+        # In eval mode, a transformer layer takes a fast path that skips dropout.
         self._undo.append(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
         torch.backends.mha.set_fastpath_enabled(False)
         if self.samples:
             self._undo.append(_lightning.wrap_method(pl_module, "predict_step", partial(_sampled, samples=self.samples)))
 
     def stop_predict(self) -> None:
-        """Leave everything as it was."""
+        """Restore the modes, the forward hooks, and ``predict_step``."""
         while self._undo:
             self._undo.pop()()
 
     def acts_on(self) -> str:
-        """Say when it acts."""
+        """Return that it acts on predictions only."""
         return "predictions only"
 
     def route(self) -> str:
-        """Say that it acts in the forward pass."""
+        """Return that it acts in the forward pass."""
         return "forward pass"
 
     def _sites(self, trainer: Trainer, pl_module: LightningModule) -> list[DropoutSite]:
@@ -143,7 +146,9 @@ class MonteCarloDropout(Regularizer):
 
     def _warn_of_rates_of_zero(self, sites: list[DropoutSite]) -> None:
         if not any(site.own for site in sites):
-            rank_zero_warn(f"{self.name}: all rates are 0, so every prediction will be the same: {describe(sites)}")
+            rank_zero_warn(
+                f"{self.name}: all dropout rates are 0, so all predictions of a batch will be equal: {describe(sites)}"
+            )
 
 
 def _sampled(predict_step: Callable[..., Any], samples: int) -> Callable[..., Any]:

@@ -1,8 +1,9 @@
-"""A rate of dropout that compiled code reads without a recompilation, and how modules are made to read it.
+"""Dropout rates that change without recompiling, and the subclasses that make modules read them.
 
-A graph that was compiled before the fit does not see a hook that comes later: torch does not guard that there is none. It does
-guard the classes of modules, so a module whose dropout is driven gets, for as long, a class of its own: a subclass of its
-class, with the same name. Copies and pickles of it are of the plain class and have the module's own rate.
+A graph that was compiled before the fit ignores forward hooks that are registered later, because torch does not guard on them.
+But torch does guard on the classes of modules. So while the dropout of a module is scheduled or injected, its class is replaced
+by a subclass with the same name, and torch compiles a new graph. Copies and pickles of the module have the original class and
+the original rate.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from lightning_reg.dropout.functions import alpha_dropout, dropout
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_STATE = "_driven_dropout"
+_STATE = "_swapped_class"  # the attribute of a module with a swapped class that holds its state
 
 
 class Rate:
-    """A probability of dropout that may be changed at any time, in compiled code too.
+    """A dropout rate that can be changed at any time, in compiled code too.
 
     Args:
         p: The probability of a zero, in [0, 1].
-        device: Where the forward pass runs; a rate elsewhere is right as well, but copied in every pass.
+        device: The device of the forward pass. A rate on another device works too, but is copied in every pass.
 
     Example:
         >>> rate = Rate(0.5)
@@ -44,7 +45,7 @@ class Rate:
 
     @property
     def p(self) -> float | Tensor:
-        """The number, for torch's own kernels; in code that is being compiled the tensor, whose value is not in the graph."""
+        """A number for torch's own kernels, or a tensor while code is compiled, so that its value is not part of the graph."""
         return self.tensor if is_compiling() else self.number
 
     def set(self, p: float) -> None:
@@ -53,81 +54,89 @@ class Rate:
         self.tensor.fill_(p)
 
     def to(self, device: torch.device | str | None) -> None:
-        """Move the tensor to where the forward pass runs."""
-        with torch.inference_mode(False):  # one that predictions have made could not be changed in a fit
+        """Move the tensor to the device of the forward pass."""
+        with torch.inference_mode(False):  # a tensor made during predictions could not be changed in a fit
             self.tensor = torch.tensor(self.number, dtype=torch.float32, device=device)
 
 
 @dataclass
-class _Driven:
-    """What a module with a class of its own keeps: both classes, how many need the made one, and the rate that it reads."""
+class _SwappedClass:
+    """The state of a module whose class has been replaced by a subclass.
 
-    plain: Any
-    made: Any
+    Args:
+        original: The original class.
+        subclass: Its subclass.
+        users: The number of callers that need the subclass.
+        original_rates: The original rates, by attribute.
+        rate: The rate that compiled code reads.
+    """
+
+    original: Any
+    subclass: Any
     users: int = 0
-    own: dict[str, float] = field(default_factory=dict)
+    original_rates: dict[str, float] = field(default_factory=dict)
     rate: Rate | None = None
 
 
 def swap_class_(module: nn.Module, attribute: str | None = None, rate: Rate | None = None) -> None:
-    """Give a module a class of its own, so that graphs compiled earlier are not used for it.
+    """Replace the class of a module by a subclass, so that torch does not use graphs that were compiled earlier.
 
     Args:
-        module: Any module; its forward pass stays what it is in eager code.
-        attribute: Where it keeps the rate that is driven, if it does.
-        rate: What a dropout module of torch's reads instead in compiled code.
+        module: Any module. In eager code, its forward pass stays the same.
+        attribute: The attribute with the rate that is scheduled, if there is one.
+        rate: The rate that compiled code reads instead, if the module is one of torch's dropout modules.
     """
-    state: _Driven | None = vars(module).get(_STATE)
+    state: _SwappedClass | None = vars(module).get(_STATE)
     if state is None:
-        plain: Any = type(module)
-        state = _Driven(plain, _class_of_its_own(plain))
+        original: Any = type(module)
+        state = _SwappedClass(original, _subclass_of(original))
         setattr(module, _STATE, state)
-        module.__class__ = state.made
+        module.__class__ = state.subclass
     state.users += 1
     if attribute:
-        state.own[attribute], state.rate = getattr(module, attribute), rate
+        state.original_rates[attribute], state.rate = getattr(module, attribute), rate
 
 
 def restore_class_(module: nn.Module, attribute: str | None = None) -> None:
-    """Undo one :func:`swap_class_`: the rate is the module's own again, after the last one the class too."""
-    state: _Driven | None = vars(module).get(_STATE)
-    if state is None:  # the fit failed before it was driven
+    """Undo one ``swap_class_``: restore the rate, and after the last one the class too."""
+    state: _SwappedClass | None = vars(module).get(_STATE)
+    if state is None:  # the fit failed before the class was swapped
         return
     state.users -= 1
     if attribute:
-        setattr(module, attribute, state.own.pop(attribute))
+        setattr(module, attribute, state.original_rates.pop(attribute))
         state.rate = None
     if not state.users:
         delattr(module, _STATE)
-        if type(module) is state.made:  # nobody has changed it since
-            module.__class__ = state.plain
+        if type(module) is state.subclass:  # no one else has changed the class since
+            module.__class__ = state.original
 
 
 def reads_tensor(module: nn.Module) -> bool:
-    """Return whether compiled code reads the driven rate of a module from a tensor, so that no value is part of its graph."""
-    state: _Driven | None = vars(module).get(_STATE)
-    return state is not None and state.plain.forward in _COMPILED
+    """Return whether compiled code reads the scheduled rate of a module from a tensor, so that all values share one graph."""
+    state: _SwappedClass | None = vars(module).get(_STATE)
+    return state is not None and state.original.forward in _COMPILED
 
 
-@lru_cache(maxsize=256)  # the same class each time, so that a second fit finds the graph of the first
-def _class_of_its_own(plain: Any) -> Any:
-    body: dict[str, Any] = {key: getattr(plain, key) for key in ("__module__", "__qualname__", "__doc__")}
-    body["__reduce_ex__"] = _reduce_to_plain
-    if plain.forward in _COMPILED:
-        body["forward"] = _forward_of(plain)
-    made = type(plain)(plain.__name__, (nn.Module,), body)
-    made.__bases__ = (plain,)  # only now: a base that keeps a register of its subclasses need not hear of this one
-    return made
+@lru_cache(maxsize=256)  # the same subclass each time, so that a second fit reuses the graph of the first
+def _subclass_of(original: Any) -> Any:
+    body: dict[str, Any] = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
+    body["__reduce_ex__"] = _reduce_as_original
+    if original.forward in _COMPILED:
+        body["forward"] = _forward_of(original)
+    subclass = type(original)(original.__name__, (nn.Module,), body)
+    subclass.__bases__ = (original,)  # set afterwards, so that a class that registers its subclasses does not see it
+    return subclass
 
 
-def _forward_of(plain: Any) -> Callable[[Any, Tensor], Tensor]:
-    """Return a forward pass that is the plain one in eager code, and in compiled code reads the rate from a tensor."""
-    drop, eager = _COMPILED[plain.forward], plain.forward
+def _forward_of(original: Any) -> Callable[[Any, Tensor], Tensor]:
+    """Return a forward pass that reads the rate from a tensor in compiled code, and is the original one in eager code."""
+    drop, eager = _COMPILED[original.forward], original.forward
 
-    def forward(self: Any, input: Tensor) -> Any:  # noqa: A002  torch calls it so
+    def forward(self: Any, input: Tensor) -> Any:  # noqa: A002  the name in torch
         if not is_compiling() or not self.training:
             return eager(self, input)
-        state: _Driven | None = vars(self).get(_STATE)
+        state: _SwappedClass | None = vars(self).get(_STATE)
         if state is None or state.rate is None:
             return eager(self, input)
         dropped = drop(input, state.rate.p)
@@ -136,27 +145,27 @@ def _forward_of(plain: Any) -> Callable[[Any, Tensor], Tensor]:
     return forward
 
 
-def _reduce_to_plain(self: Any, protocol: Any) -> Any:
-    """Copy and pickle as the plain module with its own rate."""
+def _reduce_as_original(self: Any, protocol: Any) -> Any:
+    """Copy or pickle a module as one of the original class with the original rates."""
     reduced: Any = super(type(self), self).__reduce_ex__(protocol)
-    state: _Driven | None = vars(self).get(_STATE)
-    if state is None or len(reduced) < 3 or not isinstance(reduced[2], dict):  # a class that says itself how it is copied
+    state: _SwappedClass | None = vars(self).get(_STATE)
+    if state is None or len(reduced) < 3 or not isinstance(reduced[2], dict):  # the class defines how it is copied
         return reduced
-    kept = {**{key: value for key, value in reduced[2].items() if key != _STATE}, **state.own}
-    return copyreg._reconstructor, (state.plain, object, None), kept  # type: ignore[attr-defined]
+    attributes = {**{key: value for key, value in reduced[2].items() if key != _STATE}, **state.original_rates}
+    return copyreg._reconstructor, (state.original, object, None), attributes  # type: ignore[attr-defined]
 
 
-def _drop_channels(x: Tensor, p: float | Tensor, batched: int) -> Tensor:
-    """Drop channels of a batch, or of a single sample, which has a dimension less."""
-    return dropout(x, p, channelwise=True) if x.ndim >= batched else dropout(x.unsqueeze(0), p, channelwise=True).squeeze(0)
+def _drop_channels(x: Tensor, p: float | Tensor, batch_ndim: int) -> Tensor:
+    """Drop channels of a batch, or of a single sample, which has one dimension less."""
+    return dropout(x, p, channelwise=True) if x.ndim >= batch_ndim else dropout(x.unsqueeze(0), p, channelwise=True).squeeze(0)
 
 
 _Drop: TypeAlias = "Callable[[Tensor, float | Tensor], Tensor]"
-# by the forward pass, not by the class: a subclass that has one of its own drops in its own way
+# Keyed by forward pass, not by class: a subclass that overrides the forward pass drops in its own way.
 _COMPILED: dict[Any, _Drop] = {
     nn.Dropout.forward: dropout,
     nn.Dropout1d.forward: lambda x, p: _drop_channels(x, p, 3),
-    nn.Dropout2d.forward: lambda x, p: dropout(x, p, channelwise=True),  # torch takes the first dimension for the batch
+    nn.Dropout2d.forward: lambda x, p: dropout(x, p, channelwise=True),  # torch always takes dimension 0 as the batch
     nn.Dropout3d.forward: lambda x, p: _drop_channels(x, p, 5),
     nn.AlphaDropout.forward: alpha_dropout,
     nn.FeatureAlphaDropout.forward: lambda x, p: alpha_dropout(x, p, channelwise=True),

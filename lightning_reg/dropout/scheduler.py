@@ -1,4 +1,4 @@
-"""Dropout whose rate changes over training."""
+"""Dropout rates that change during training."""
 
 from __future__ import annotations
 
@@ -28,37 +28,42 @@ if TYPE_CHECKING:
 
 
 class DropoutScheduler(ModuleRegularizer):
-    r"""Drive the rates of dropout that a model has: :math:`p \leftarrow p(t)` at progress t.
+    """Schedule the dropout rates that a model already has: p ← p(t) at progress t.
 
     Runs in: ``on_train_batch_start``, whenever the scheduled value has changed.
 
-    It drives what :data:`~lightning_reg.dropout.DROPOUT_ATTRIBUTES` lists: ``nn.Dropout`` and its variants for channels,
-    ``nn.AlphaDropout`` and ``nn.FeatureAlphaDropout``, ``nn.MultiheadAttention``, RNNs of several layers, ``DropPath`` and
-    ``StochasticDepth``; classes of your own by ``attributes``. What :class:`DropoutInjection` put in is driven too, unless
-    it has a schedule itself: name it by its class (``modules="DropoutInjection"``) or by the module that it follows. All have
-    their own rates back after the fit. Under ``torch.compile`` torch's dropout modules and injected dropout need one graph for
-    all values; a float attribute of another module is part of the graph, which is compiled anew for each value: a warning
-    says so. Masks are drawn from torch's global generator, which ``seed_everything`` seeds alike on all ranks.
+    It sets the rates of ``nn.Dropout`` and its variants, ``nn.AlphaDropout`` and ``nn.FeatureAlphaDropout``,
+    ``nn.MultiheadAttention``, recurrent modules with several layers, ``DropPath``, and ``StochasticDepth`` (see
+    ``lightning_reg.DROPOUT_ATTRIBUTES``), and of your own classes through ``attributes``.
+    It also sets the rate of dropout that a ``DropoutInjection`` has added, unless that has its own schedule. Select it by
+    ``modules="DropoutInjection"`` or by the name of the module that it follows.
+    The original rates are restored after the fit.
+    Under ``torch.compile``, all values share one graph for torch's dropout modules and injected dropout. In other modules, the
+    rate is a plain float that is part of the graph, so torch compiles again for each value. A warning says so.
+    Masks come from torch's global generator, which ``seed_everything`` seeds alike on all ranks.
 
-    Recipes, the first three with the rates published for 300 epochs (ViT-T; its stochastic depth; that of ViT-B):
+    Recipes. The first three have the published rates for 300 epochs (of ViT-T, of ViT-T, and of ViT-B):
 
-    - early dropout: ``Linear(0.1, 0.0, until="50ep")``, or constant and then off ``Steps([0.1, 0.0], at=["50ep"])``;
-    - early stochastic depth: ``Linear(0.5, 0.0, until="50ep")`` with ``modules="DropPath"``;
-    - late stochastic depth: ``Steps([0.0, 0.4], at=["50ep"])``, and late dropout alike;
-    - linear decay over all of training: ``Linear(0.5, 0.0)``;
-    - curriculum dropout, which approaches 0.5 as 1 - exp(-10 t) does 1: ``lambda t: 0.5 * (1 - math.exp(-10 * t))``;
-    - a depth profile: ``{"encoder.layers.0.*": 0.0, "encoder.layers.1.*": Linear(0.0, 0.2)}``.
+    - early dropout: ``Linear(0.1, 0.0, until="50ep")``, or constant and then off, ``Steps([0.1, 0.0], at=["50ep"])``
+    - early stochastic depth: ``Linear(0.5, 0.0, until="50ep")`` with ``modules="DropPath"``
+    - late stochastic depth: ``Steps([0.0, 0.4], at=["50ep"])``, and late dropout in the same way
+    - linear decay over all of training: ``Linear(0.5, 0.0)``
+    - curriculum dropout, which rises quickly at first and approaches 0.5: ``lambda t: 0.5 * (1 - math.exp(-10 * t))``
+    - a depth profile: ``{"encoder.layers.0.*": 0.0, "encoder.layers.1.*": Linear(0.0, 0.2)}``
 
     Args:
-        p: The probability of a zero, in [0, 1], or a schedule; or a mapping from globs (or class names) to such values, which
-            leaves alone what no glob matches.
-        modules: Globs on the names of modules, or class names, that it drives; ``"*"`` for all that have dropout.
-        attributes: Other places of rates, class name to attribute, as in ``{"Attention": "attention_dropout"}``.
-        name: What metrics and the checkpoint call it.
+        p: The probability of a zero, in [0, 1], or a schedule. Or a mapping from patterns of module names (or class names) to
+            numbers or schedules; modules that match no pattern keep their rates.
+        modules: Patterns of module names (``"encoder.*"``; ``*`` also matches dots) or class names (``"DropPath"``) of the
+            modules to schedule. ``"*"`` selects all modules with dropout.
+        attributes: The attribute with the dropout rate in further classes of modules, by the name of the class, as in
+            ``{"Attention": "attention_dropout"}``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For p outside [0, 1], a model or glob without dropout, or a rate that two schedulers drive.
-        TypeError: For an attribute that holds no number.
+        ValueError: If p is outside [0, 1], the model has no dropout, a pattern matches no dropout, or another callback sets the
+            same rate.
+        TypeError: If an attribute is missing or is not a number.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -66,7 +71,8 @@ class DropoutScheduler(ModuleRegularizer):
         >>> trainer = Trainer(callbacks=[DropoutScheduler(Linear(0.0, 0.5, until=0.3))], logger=False)
 
     Reference:
-        Z. Liu et al., "Dropout Reduces Underfitting", 2023; P. Morerio et al., "Curriculum Dropout", 2017.
+        Z. Liu et al., "Dropout Reduces Underfitting", 2023.
+        P. Morerio et al., "Curriculum Dropout", 2017.
     """
 
     phase = Phase.DROPOUT
@@ -85,7 +91,7 @@ class DropoutScheduler(ModuleRegularizer):
         name: str | None = None,
     ) -> None:
         if isinstance(p, Mapping) and not p:
-            raise ValueError("DropoutScheduler: p must hold at least one glob, as in p={'encoder.*': 0.1}, got none")
+            raise ValueError("DropoutScheduler: p must have at least one glob, as in p={'encoder.*': 0.1}, got {}")
         self.p = p
         self.modules = modules
         self.attributes = attributes
@@ -95,48 +101,49 @@ class DropoutScheduler(ModuleRegularizer):
         self._regularizers: list[Regularizer] = []
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        """Return the modules whose dropout it drives."""
+        """Return the modules whose dropout rates it sets."""
         assigned = self.assign(pl_module, self._regularizers)
-        self._refuse_second_driver(pl_module, assigned)
+        self._check_conflicts(pl_module, assigned)
         return {site.name: site.module for sites in assigned.values() for site in sites}
 
     def assign(self, pl_module: LightningModule, regularizers: Sequence[Regularizer]) -> dict[str, list[DropoutSite]]:
-        """Return the sites that each of its values drives, by the key of the value.
+        """Return the sites whose rates each value sets, keyed like ``self.current``.
 
         Args:
             pl_module: The model.
-            regularizers: Those of the trainer, among them what injects dropout.
+            regularizers: The regularizers of the trainer, which may inject dropout.
 
         Raises:
-            ValueError: If there is no dropout, a glob matches none, or two globs match the same.
+            ValueError: If there is no dropout, a pattern matches none, or two patterns match the same dropout.
         """
         try:
-            own = find_dropout(pl_module, self.attributes)
+            in_modules = find_dropout(pl_module, self.attributes)
         except (TypeError, ValueError) as error:
             raise type(error)(f"DropoutScheduler: {error}") from None
-        known: list[DropoutSite] = [*own, *(site for cb in injections_of(regularizers) for site in cb.sites(pl_module))]
-        if not known:
+        injected = [site for callback in injections_of(regularizers) for site in callback.sites(pl_module)]
+        sites: list[DropoutSite] = [*in_modules, *injected]
+        if not sites:
             inert = f" ({inert_dropout(pl_module)})" if inert_dropout(pl_module) else ""
             raise ValueError(
-                f"DropoutScheduler: the model has no dropout to drive{inert}; to put some in, use DropoutInjection"
+                f"DropoutScheduler: the model has no dropout to schedule{inert}; to add some, use DropoutInjection"
             )
-        meant = list({site.key: site for glob in _list(self.modules) for site in _matching(known, glob)}.values())
+        selected = list({site.key: site for pattern in _list(self.modules) for site in _matching(sites, pattern)}.values())
         if not isinstance(self.p, Mapping):
-            return {"p": meant}
-        return self._profile(meant, self.p)
+            return {"p": selected}
+        return self._profile(selected, self.p)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is dropout to drive, as far as the modules exist."""
+        """Check that there is dropout to schedule, as far as the modules exist."""
         self._regularizers = regularizers_of(trainer)
         super().prepare(trainer, pl_module)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the rates read from here, and keep the modules' own."""
+        """Let the sites use the scheduled rates."""
         self._regularizers = regularizers_of(trainer)
         super().attach(trainer, pl_module)
         self.sites = self.assign(pl_module, self._regularizers)
         for key, sites in self.sites.items():
-            self._rates[key] = Rate(sites[0].own, pl_module.device)  # until the first batch
+            self._rates[key] = Rate(sites[0].own, pl_module.device)  # the rate until the first batch
             for site in sites:
                 site.take(self._rates[key])
         self._warn_of_recompilation(pl_module)
@@ -150,13 +157,13 @@ class DropoutScheduler(ModuleRegularizer):
             set_dropout_(self.sites[key], self.current[key])
 
     def update(self, progress: float) -> None:
-        """Move the rates to a progress, and log where training is."""
+        """Set the rates to those at a progress, and log the progress."""
         super().update(progress)
         if self.logging:
             self.log_metrics(progress=progress, sites=float(sum(map(len, self.sites.values()))))
 
     def detach(self) -> None:
-        """Give all their own rates back."""
+        """Restore the original rates."""
         super().detach()
         for site in (site for sites in self.sites.values() for site in sites):
             site.release()
@@ -165,21 +172,22 @@ class DropoutScheduler(ModuleRegularizer):
         self._regularizers = []
 
     def acts_on(self) -> str:
-        """List the modules, with the rates of their own."""
+        """List the modules, with their original rates."""
         return describe(site for sites in self.sites.values() for site in sites)
 
-    def _profile(self, sites: Sequence[DropoutSite], globs: Iterable[str]) -> dict[str, list[DropoutSite]]:
-        """Divide sites by the globs of a profile."""
-        profile = {f"p/{glob}": _matching(sites, glob) for glob in globs}
+    def _profile(self, sites: Sequence[DropoutSite], patterns: Iterable[str]) -> dict[str, list[DropoutSite]]:
+        """Return the sites that match each pattern."""
+        profile = {f"p/{pattern}": _matching(sites, pattern) for pattern in patterns}
         first: dict[tuple[int, str], str] = {}
         for key, matching in profile.items():
             for site in matching:
                 other = first.setdefault(site.key, key)
                 if other != key:
-                    raise ValueError(f"DropoutScheduler: the dropout of {site.name} is driven by both {other!r} and {key!r}")
+                    raise ValueError(f"DropoutScheduler: the dropout rate of {site.name} is set by both {other!r} and {key!r}")
         return profile
 
-    def _refuse_second_driver(self, pl_module: LightningModule, assigned: Mapping[str, Sequence[DropoutSite]]) -> None:
+    def _check_conflicts(self, pl_module: LightningModule, assigned: Mapping[str, Sequence[DropoutSite]]) -> None:
+        """Check that no other callback sets the same rates."""
         mine = {site.key: site for sites in assigned.values() for site in sites}
         for callback in self._regularizers:
             if isinstance(callback, DropoutInjection) and callable(callback.p):
@@ -188,24 +196,23 @@ class DropoutScheduler(ModuleRegularizer):
                 theirs = [site.key for sites in callback.assign(pl_module, self._regularizers).values() for site in sites]
             else:
                 continue
-            if twice := [mine[key].name for key in theirs if key in mine]:
+            if shared := [mine[key].name for key in theirs if key in mine]:
                 raise ValueError(
-                    f"the dropout of {', '.join(twice)} is driven by both {self.name} and {callback.name}: say with modules= "
-                    "which of them drives what, or give DropoutInjection a number"
+                    f"the dropout rate of {', '.join(shared)} is set by both {self.name} and {callback.name}: use modules= to "
+                    "select different modules, or give DropoutInjection a number instead of a schedule"
                 )
 
     def _warn_of_recompilation(self, pl_module: LightningModule) -> None:
-        floats = [site for key in self._values_scheduled() for site in self.sites[key] if isinstance(site, ModuleSite)]
-        # torch runs RNNs without compiling them
-        slow = [site for site in floats if not (reads_tensor(site.module) or isinstance(site.module, nn.RNNBase))]
+        """Warn if scheduled rates are part of a compiled graph."""
+        scheduled = [key for key, _, value in self._values_given() if callable(value)]
+        sites = [site for key in scheduled for site in self.sites[key] if isinstance(site, ModuleSite)]
+        # torch runs recurrent modules without compiling them
+        slow = [site for site in sites if not (reads_tensor(site.module) or isinstance(site.module, nn.RNNBase))]
         if slow and _lightning.is_compiled(pl_module):
             rank_zero_warn(
-                f"{self.name}: {describe(slow)}: torch compiles the model anew for each value of such an attribute, and gives "
-                "up after a few; let its schedule take few values (Steps), or leave it out with modules="
+                f"{self.name}: {describe(slow)}: torch compiles the model again for each value of such an attribute, and stops "
+                "compiling after a few: use a schedule with few values (Steps), or exclude these modules with modules="
             )
-
-    def _values_scheduled(self) -> list[str]:
-        return [key for key, _, value in self._values_given() if callable(value)]
 
 
 def _list(patterns: str | list[str]) -> list[str]:
@@ -213,9 +220,11 @@ def _list(patterns: str | list[str]) -> list[str]:
 
 
 def _matching(sites: Sequence[DropoutSite], pattern: str) -> list[DropoutSite]:
-    """Return the sites whose module has a name that matches, or whose kind it is."""
+    """Return the sites that match a pattern by the name of the module, or by its class."""
     matching = [site for site in sites if fnmatchcase(site.name, pattern) or site.kind == pattern]
     if not matching:
         close = close_matches(pattern, [*(site.name for site in sites), *(site.kind for site in sites)])
-        raise ValueError(f"DropoutScheduler: no dropout is in a module that matches {pattern!r}; close matches: {close}")
+        raise ValueError(
+            f"DropoutScheduler: no module with dropout has a name or class that matches {pattern!r}; close matches: {close}"
+        )
     return matching

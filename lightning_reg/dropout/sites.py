@@ -1,4 +1,4 @@
-"""Where a model keeps rates of dropout: in which attribute of which modules, and in what was injected."""
+"""Dropout sites: the attributes of modules, and the injected dropout, that have a dropout rate."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 DROPOUT_ATTRIBUTES: dict[type[nn.Module] | str, str] = {
     _DropoutNd: "p",  # nn.Dropout, nn.Dropout1d to 3d, nn.AlphaDropout, nn.FeatureAlphaDropout
     nn.MultiheadAttention: "dropout",
-    nn.RNNBase: "dropout",  # nn.RNN, nn.LSTM, nn.GRU; between layers, so inert with a single one
-    "DropPath": "drop_prob",  # stochastic depth as timm and many others have it
-    "StochasticDepth": "p",  # torchvision's
+    nn.RNNBase: "dropout",  # nn.RNN, nn.LSTM, nn.GRU: between layers, so without effect in a single layer
+    "DropPath": "drop_prob",  # stochastic depth in timm and many other libraries
+    "StochasticDepth": "p",  # stochastic depth in torchvision
 }
-"""The attribute in which modules of a class, given itself or by its name, keep a float that is their rate of dropout.
+"""The attribute with the dropout rate, a float, for each class of modules: the class itself or its name.
 
-Subclasses count as their bases do. Add your own, or name them to a callback: ``attributes={"Attention": "attention_dropout"}``.
+An entry also covers subclasses. Add your own classes here, or pass them to a callback, as in
+``attributes={"Attention": "attention_dropout"}``.
 """
 
 
 class DropoutSite(Protocol):
-    """A rate of dropout somewhere in a model."""
+    """A place in a model that has a dropout rate."""
 
     name: str
     """The qualified name of the module."""
@@ -39,69 +40,76 @@ class DropoutSite(Protocol):
 
     @property
     def own(self) -> float:
-        """The rate that it has of its own."""
+        """The original rate."""
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells it apart from every other site."""
+        """A key that is unique among the sites of a model."""
 
     def take(self, rate: Rate) -> None:
-        """Read a rate instead of its own."""
+        """Use a scheduled rate instead of the original one."""
 
     def set(self, p: float) -> None:
-        """Take over a new value of the rate."""
+        """Update the site after its scheduled rate has changed."""
 
     def release(self) -> None:
-        """Have its own rate again."""
+        """Use the original rate again."""
 
 
 class ModuleSite:
-    """A float attribute of a module that is its rate of dropout.
+    """A module with a float attribute that is its dropout rate.
 
     Args:
-        name: The module's qualified name.
+        name: The qualified name of the module.
         module: The module.
-        attribute: The attribute.
+        attribute: The name of the attribute.
 
     Raises:
-        TypeError: If it holds no number.
-        ValueError: If it holds no probability.
+        TypeError: If there is no such attribute, or it is not a number.
+        ValueError: If it is not in [0, 1].
     """
 
     def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
         self.name, self.module, self.attribute = name, module, attribute
         self.kind = class_name(module)
-        missing = "nothing of this name"
-        self.own = PROBABILITY.check(f"{name}.{attribute} ({self.kind})", getattr(module, attribute, missing))
+        what = f"{name}.{attribute} ({self.kind})"
+        if not hasattr(module, attribute):
+            raise TypeError(f"{what} must be a number in {PROBABILITY}, but the module has no attribute {attribute!r}")
+        self.own = PROBABILITY.check(what, getattr(module, attribute))
 
     @property
     def key(self) -> tuple[int, str]:
-        """What tells it apart from every other site."""
+        """A key that is unique among the sites of a model."""
         return id(self.module), self.attribute
 
     def take(self, rate: Rate) -> None:
-        """Read a rate instead of its own: compiled code the tensor, if the module is one of torch's dropout modules."""
+        """Use a scheduled rate instead of the original one. In compiled code, torch's dropout modules read it as a tensor."""
         swap_class_(self.module, self.attribute, rate)
 
     def set(self, p: float) -> None:
-        """Write the attribute, which eager code reads."""
+        """Set the attribute, which eager code reads."""
         setattr(self.module, self.attribute, p)
 
     def release(self) -> None:
-        """Have its own rate again."""
+        """Use the original rate again."""
         restore_class_(self.module, self.attribute)
 
 
 def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None) -> list[ModuleSite]:
-    """Return every site of a model that has a rate of dropout, in the model's order.
+    """Return the modules of a model that have a dropout rate, in the order of the model.
+
+    Recurrent modules with a single layer are left out, because their dropout has no effect.
 
     Args:
-        module: The model; it may be such a place itself.
-        attributes: What to look for beside :data:`DROPOUT_ATTRIBUTES`, and before it: class or class name to attribute.
+        module: The model. It may be a dropout module itself.
+        attributes: Further classes or class names, each with its attribute. They take precedence over ``DROPOUT_ATTRIBUTES``.
+
+    Returns:
+        A site for each module, with its name, the attribute, and the original rate ``own``.
 
     Raises:
-        TypeError: If an attribute holds no number.
-        ValueError: If a class in ``attributes`` is that of no module.
+        TypeError: If a module does not have its attribute, or it is not a number.
+        ValueError: If a rate is not in [0, 1], or no module has a class in ``attributes``.
 
     Example:
         >>> model = nn.TransformerEncoderLayer(8, 2, dropout=0.2)
@@ -109,35 +117,35 @@ def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None)
         [('self_attn', 'dropout', 0.2), ('dropout', 'p', 0.2), ('dropout1', 'p', 0.2), ('dropout2', 'p', 0.2)]
     """
     table = {**(attributes or {}), **{cls: name for cls, name in DROPOUT_ATTRIBUTES.items() if cls not in (attributes or {})}}
-    sites, met = [], set()
-    for name, each in module.named_modules():
-        matched = next((cls for cls in table if _is_a(each, cls)), None)
+    sites, used = [], set()
+    for name, submodule in module.named_modules():
+        matched = next((cls for cls in table if _is_a(submodule, cls)), None)
         if matched is not None:
-            met.add(matched)
-            if not _is_inert(each):
-                sites.append(ModuleSite(canonical_name(name), each, table[matched]))
-    if unmet := [cls for cls in attributes or {} if cls not in met]:
-        raise ValueError(f"attributes: no module is of the class {', '.join(map(str, unmet))}")
+            used.add(matched)
+            if not _is_inert(submodule):
+                sites.append(ModuleSite(canonical_name(name), submodule, table[matched]))
+    if unused := [cls for cls in attributes or {} if cls not in used]:
+        raise ValueError(f"attributes: the model has no module of class {', '.join(map(str, unused))}")
     return sites
 
 
 def inert_dropout(module: nn.Module) -> str:
-    """Say which recurrent modules have a rate of dropout that does nothing; nothing where there are none.
+    """Describe the recurrent modules whose dropout rate has no effect. An empty string if there are none.
 
     Example:
         >>> inert_dropout(nn.ModuleDict({"rnn": nn.GRU(2, 2)}))
         'rnn has a single layer, and the dropout of a recurrent module is between its layers'
     """
-    names = [canonical_name(name) for name, each in module.named_modules() if _is_inert(each)]
+    names = [canonical_name(name) for name, submodule in module.named_modules() if _is_inert(submodule)]
     what = f"{abbreviate(names)} {'have' if len(names) > 1 else 'has'} a single layer"
     return f"{what}, and the dropout of a recurrent module is between its layers" if names else ""
 
 
 def set_dropout_(sites: Iterable[DropoutSite], p: float) -> None:
-    """Set the rate of some sites.
+    """Set the dropout rate of sites.
 
     Args:
-        sites: What :func:`find_dropout` returns.
+        sites: What ``find_dropout`` returned.
         p: The probability of a zero, in [0, 1].
 
     Example:
@@ -151,7 +159,7 @@ def set_dropout_(sites: Iterable[DropoutSite], p: float) -> None:
 
 
 def describe(sites: Iterable[DropoutSite], limit: int = 3) -> str:
-    """Return a compact table of sites: kind, own rate and modules.
+    """Describe sites in one line: class, original rate, and names of the modules.
 
     Example:
         >>> describe(find_dropout(nn.TransformerEncoderLayer(8, 2, dropout=0.2)))
@@ -164,7 +172,7 @@ def describe(sites: Iterable[DropoutSite], limit: int = 3) -> str:
 
 
 def abbreviate(names: list[str], limit: int = 3) -> str:
-    """Return the first of some names, and how many more there are.
+    """Join the first names of a list, with the number of further ones.
 
     Example:
         >>> abbreviate(list("abcdefg"))

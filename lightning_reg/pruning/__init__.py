@@ -1,4 +1,4 @@
-"""Pruning: an exact fraction of the weights is set to zero and stays zero while training goes on."""
+"""Pruning: set an exact fraction of the weights to zero during training, and keep them at zero."""
 
 from lightning_reg.pruning.callback import WeightPruning
 from lightning_reg.pruning.report import sparsity

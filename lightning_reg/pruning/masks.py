@@ -1,4 +1,4 @@
-"""What is done with masks: weights, gradients and optimizer state are set to 0 where they say so, stored in bits."""
+"""Masks: set weights, gradients, and optimizer state to 0 where a mask is ``True``, and store masks as bits."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS
 
-from lightning_reg._tensors.shards import local_tensor
+from lightning_reg._engine.selection import lookup
+from lightning_reg._tensors.shards import full_tensor, local_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from torch import nn
     from torch.optim import Optimizer
 
 
 @torch.no_grad()
 def mask_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Set entries to 0, whatever they were: NaN and infinity too.
+    """Set masked entries to 0, even if they are NaN or infinite: θᵢ ← 0 where mᵢ.
 
     Args:
-        params: Tensors, changed in place.
-        masks: For each, ``True`` where it becomes 0; for a sharded one, of the part that this rank holds.
+        params: Tensors to change in place, sharded or not.
+        masks: A mask for each tensor, ``True`` where an entry becomes 0. The mask of a sharded tensor has the shape of this
+            rank's part.
 
     Example:
         >>> theta = torch.tensor([1.0, torch.nan, 3.0])
@@ -36,11 +41,12 @@ def mask_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def mask_gradients_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Set entries of gradients to 0, so that no momentum collects where a weight is pruned.
+    """Set masked entries of the gradients to 0, so that pruned weights build up no momentum: gᵢ ← 0 where mᵢ.
 
     Args:
-        params: Tensors whose ``.grad`` is changed in place; those without one are left out.
-        masks: For each, ``True`` where its gradient becomes 0; for a sharded one, of the part that this rank holds.
+        params: Tensors whose ``.grad`` is changed in place. Tensors without a gradient are skipped; sparse gradients work too.
+        masks: A mask for each tensor, ``True`` where its gradient becomes 0. The mask of a sharded tensor has the shape of this
+            rank's part.
 
     Example:
         >>> theta = torch.zeros(2, requires_grad=True)
@@ -60,14 +66,15 @@ def mask_gradients_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def clear_state_(optimizer: Optimizer, params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Forget what an optimizer remembers of entries: momentum, averages of gradients and of their squares.
+    """Set an optimizer's state of masked entries to 0: momentum, and averages of gradients and of squared gradients.
 
-    An optimizer whose state does not divide among parameters (LBFGS) forgets everything.
+    The state of LBFGS does not divide into entries, so all of it is cleared.
 
     Args:
-        optimizer: The optimizer; what it does not hold is left out.
+        optimizer: The optimizer. Tensors that it does not hold are skipped.
         params: Tensors.
-        masks: For each, ``True`` where its state becomes 0; for a sharded one, of the part that this rank holds.
+        masks: A mask for each tensor, ``True`` where its state becomes 0. The mask of a sharded tensor has the shape of this
+            rank's part.
 
     Example:
         >>> theta = torch.ones(2, requires_grad=True)
@@ -86,8 +93,28 @@ def clear_state_(optimizer: Optimizer, params: Sequence[Tensor], masks: Sequence
                 local_tensor(value).masked_fill_(mask, 0.0)
 
 
+@torch.no_grad()
+def mask_copy_(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set masked parameters of a copy of a module to 0, such as an average of its weights.
+
+    Args:
+        module: A module with parameters of the same names, on any device, sharded or not.
+        masks: Masks by parameter name, sharded like the parameters of the original.
+    """
+    for name, p in lookup(module, list(masks)).items():
+        if not is_lazy(p):
+            mask = masks[name] if isinstance(p, DTensor) else full_tensor(masks[name])
+            mask_([p], [local_tensor(mask).to(p.device)])
+
+
 def pack_bits(mask: Tensor) -> Tensor:
-    """Return a mask as bytes, one bit for each entry.
+    """Pack a mask into bytes, one bit for each entry.
+
+    Args:
+        mask: A boolean tensor of any shape.
+
+    Returns:
+        A flat tensor of bytes. The first entry is the lowest bit of the first byte.
 
     Example:
         >>> pack_bits(torch.tensor([True, False, True]))
@@ -102,7 +129,14 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return a mask of some shape from bytes.
+    """Unpack a mask from bytes.
+
+    Args:
+        packed: What ``pack_bits`` returned.
+        shape: The shape of the mask.
+
+    Returns:
+        A boolean tensor of this shape.
 
     Example:
         >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), (3,))

@@ -1,4 +1,4 @@
-"""How sparse a module is."""
+"""The sparsity of a module: how many of its weights are exactly zero."""
 
 from __future__ import annotations
 
@@ -16,55 +16,60 @@ if TYPE_CHECKING:
 
 
 class ZeroCount(NamedTuple):
-    """How many of some weights are exactly zero."""
+    """The number of zeros among a number of weights.
+
+    Args:
+        zeros: The number of weights that are exactly zero.
+        total: The number of all weights.
+    """
 
     zeros: int
     total: int
 
     @property
-    def share(self) -> float:
-        """The zeros as a share of all; 0 where there is nothing."""
+    def fraction(self) -> float:
+        """The fraction of zeros; 0 if there are no weights."""
         return self.zeros / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        return f"{self.share:7.2%}  {self.zeros:,} of {self.total:,}"
+        return f"{self.fraction:7.2%}  {self.zeros:,} of {self.total:,}"
 
 
 class Sparsity(NamedTuple):
-    """How sparse the parameters of a module are, each and all together; ``print`` shows a table.
+    """The zeros of a module's parameters; ``print`` shows them as a table.
 
     Args:
-        parameters: The zeros of each parameter, by name.
-        total: Those of all.
+        parameters: The count of each parameter, by name.
+        total: The count of all parameters together.
     """
 
     parameters: dict[str, ZeroCount]
     total: ZeroCount
 
     @property
-    def share(self) -> float:
-        """The share of zeros among all weights."""
-        return self.total.share
+    def fraction(self) -> float:
+        """The fraction of zeros among all weights."""
+        return self.total.fraction
 
     def __str__(self) -> str:
         width = max(map(len, [*self.parameters, "total"]))
-        return "\n".join(f"{name:<{width}}  {share}" for name, share in [*self.parameters.items(), ("total", self.total)])
+        return "\n".join(f"{name:<{width}}  {count}" for name, count in [*self.parameters.items(), ("total", self.total)])
 
 
 def sparsity(module: nn.Module, params: Params = "weights") -> Sparsity:
-    r"""Count the exact zeros of a module's parameters: :math:`\#\{i : \theta_i = 0\} / n`.
+    """Count the exact zeros among a module's parameters: #{i : θᵢ = 0} / n.
 
-    Works on any module, pruned by this package or not. For sharded parameters every rank must call it.
+    Works on any module, pruned by this package or not. If parameters are sharded, every rank must call it.
 
     Args:
         module: The module.
-        params: Which parameters, see :func:`lightning_reg._engine.selection.select_parameters`; a tied one counts once.
+        params: Which parameters to count, see ``lightning_reg.select_parameters``. A tied parameter counts once.
 
     Returns:
-        Zeros and sizes, by name and in total; ``.share`` is the share in total.
+        The zeros and sizes by name and in total. ``.fraction`` is the fraction of zeros in total.
 
     Raises:
-        ValueError: If nothing is selected.
+        ValueError: If no parameter is selected.
 
     Example:
         >>> from torch import nn, ones
@@ -73,12 +78,13 @@ def sparsity(module: nn.Module, params: Params = "weights") -> Sparsity:
         >>> print(sparsity(layer))
         weight   62.50%  5 of 8
         total    62.50%  5 of 8
-        >>> sparsity(layer).share
+        >>> sparsity(layer).fraction
         0.625
     """
-    counted = {
+    counts = {
         name: ZeroCount(int(sum_over_shards((local_tensor(p.detach()) == 0).count_nonzero(), p)), p.numel())
         for name, p in select_parameters(module, params).items()
         if not is_lazy(p)
     }
-    return Sparsity(counted, ZeroCount(sum(c.zeros for c in counted.values()), sum(c.total for c in counted.values())))
+    total = ZeroCount(sum(count.zeros for count in counts.values()), sum(count.total for count in counts.values()))
+    return Sparsity(counts, total)

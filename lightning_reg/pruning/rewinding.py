@@ -1,4 +1,4 @@
-"""Going back to the weights of an early step: what the search for a winning ticket does after each pruning."""
+"""Rewinding to the weights of an early step, as the search for a winning lottery ticket does after each pruning."""
 
 from __future__ import annotations
 
@@ -20,52 +20,53 @@ if TYPE_CHECKING:
 
 
 def rewindable(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
-    """Return what rewinding restores: every parameter that is trained, and the running statistics of batch normalisation."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    found: dict[str, Tensor] = {
-        name: p for name, p in select_parameters(module, "all").items() if id(p) in held and p.requires_grad
+    """Return the tensors that rewinding restores, by name: trained parameters and the statistics of batch normalization."""
+    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    tensors: dict[str, Tensor] = {
+        name: p for name, p in select_parameters(module, "all").items() if id(p) in optimized and p.requires_grad
     }
     for prefix, owner in module.named_modules():
         if isinstance(owner, nn.modules.batchnorm._NormBase):
-            found |= {canonical_name(f"{prefix}.{name}"): buffer for name, buffer in owner.named_buffers(recurse=False)}
-    return found
+            tensors |= {canonical_name(f"{prefix}.{name}"): buffer for name, buffer in owner.named_buffers(recurse=False)}
+    return tensors
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies, sharded as the tensors are."""
+    """Return copies of tensors, sharded in the same way."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def restore_(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-    """Give tensors back the values of a snapshot; what was not trained when it was taken is left alone.
+def restore_(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy the values of a snapshot into tensors. Tensors that are not in the snapshot stay as they are.
 
     Raises:
-        ValueError: If one has another shape.
+        ValueError: If a tensor has another shape than in the snapshot.
     """
     for name, tensor in tensors.items():
-        before = kept.get(name)
-        if before is None:
+        value = saved.get(name)
+        if value is None:
             continue
-        if before.shape != tensor.shape:
-            raise ValueError(f"the weights to rewind to have shape {tuple(before.shape)} for {name!r} of {tuple(tensor.shape)}")
-        local_tensor(tensor).copy_(
-            local_tensor(before if isinstance(before, DTensor) else shard_like(before.to(tensor.device), tensor))
-        )
+        if value.shape != tensor.shape:
+            raise ValueError(
+                f"cannot rewind {name!r}: the saved tensor has shape {tuple(value.shape)}, expected {tuple(tensor.shape)}"
+            )
+        sharded = value if isinstance(value, DTensor) else shard_like(value.to(tensor.device), tensor)
+        local_tensor(tensor).copy_(local_tensor(sharded))
 
 
-def started(optimizers: Iterable[Optimizer]) -> dict[int, dict[Any, Any]]:
-    """Return the state that optimizers begin with, by their ``id``: mostly none."""
-    return {id(optimizer): _copied(optimizer.state) for optimizer in optimizers}
+def initial_states(optimizers: Iterable[Optimizer]) -> dict[int, dict[Any, Any]]:
+    """Return a copy of the state of optimizers before their first step, by ``id``. Most optimizers have none yet."""
+    return {id(optimizer): _copy_state(optimizer.state) for optimizer in optimizers}
 
 
-def reset_(optimizers: Iterable[Optimizer], states: Mapping[int, Mapping[Any, Any]]) -> None:
-    """Give optimizers the state that they began with."""
+def reset_optimizers_(optimizers: Iterable[Optimizer], states: Mapping[int, Mapping[Any, Any]]) -> None:
+    """Set optimizers back to the states that ``initial_states`` returned."""
     for optimizer in optimizers:
         optimizer.state.clear()
-        optimizer.state.update(_copied(states.get(id(optimizer), {})))
+        optimizer.state.update(_copy_state(states.get(id(optimizer), {})))
 
 
-def _copied(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Copy an optimizer's state, not the parameters that are its keys."""
-    return {p: deepcopy(of_parameter) for p, of_parameter in state.items()}
+def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Copy an optimizer's state, but not its keys, which are the parameters."""
+    return {p: deepcopy(parameter_state) for p, parameter_state in state.items()}

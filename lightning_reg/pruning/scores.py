@@ -1,4 +1,4 @@
-"""What pruning ranks weights by: scores that are computed chunk by chunk, so that no copy of the weights is needed."""
+"""Scores by which pruning ranks weights. They are computed in chunks, so that no copy of the weights is needed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _UINT32 = 0xFFFFFFFF
 
 
 class Score(ABC):
-    """The scores of one tensor, of which the lowest are pruned first.
+    """The scores of one tensor. The lowest scores are pruned first.
 
     Args:
-        tensor: The tensor that is scored, sharded or not; chunks are ranges of the flattened part that this rank holds.
+        tensor: The tensor, sharded or not. Chunks are ranges of the flattened part that this rank holds.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -35,44 +35,47 @@ class Score(ABC):
         """Return the scores of a range of this rank's part, in float32."""
 
     @abstractmethod
-    def of_units(self, units: Units) -> Tensor:
-        """Return a score for each output unit of the full tensor, in the shape of ``unit_norms``."""
+    def unit_scores(self, units: Units) -> Tensor:
+        """Return the score of each output unit of the full tensor, in the shape of ``unit_norms``."""
 
     def keys(self, begin: int, end: int, buffer: Tensor) -> Tensor:
-        """Return the scores of a range as integers of the same order, which the caller may change, perhaps in a buffer."""
+        """Return the scores of a range as int32 keys in the same order. The result may use the buffer, and may be changed."""
         return order_keys(self.chunk(begin, end))
 
     def full_tensor(self) -> Tensor:
-        """Return all scores of the whole tensor, on every rank."""
+        """Return the scores of the full tensor, on every rank."""
         scores = self.chunk(0, self.flat.numel()).view(self.part.shape)
         return full_tensor(as_shard_of(scores, self.tensor))
 
 
-class Magnitude(Score):
-    """The magnitudes of the entries, and the root mean squares of the units."""
+class MagnitudeScores(Score):
+    """The magnitude of each entry, and the root mean square of each unit."""
 
     def chunk(self, begin: int, end: int) -> Tensor:
         """Return |θ|."""
         return self.flat[begin:end].float().abs()
 
     def keys(self, begin: int, end: int, buffer: Tensor) -> Tensor:
-        """Return the bits of |θ|, which are in order already."""
+        """Return the bits of |θ|, which are already in order because the sign bit is 0."""
         magnitudes, chunk = buffer[: end - begin], self.flat[begin:end]
-        if chunk.dtype == magnitudes.dtype:  # in one go
+        if chunk.dtype == magnitudes.dtype:  # a single pass over the memory
             return torch.abs(chunk, out=magnitudes).view(torch.int32)
         return magnitudes.copy_(chunk).abs_().view(torch.int32)
 
-    def of_units(self, units: Units) -> Tensor:
-        """Return ‖w_u‖₂ / √|u|, so that units of different sizes compare."""
+    def unit_scores(self, units: Units) -> Tensor:
+        """Return ‖w_u‖₂ / √|u|, which makes units of different sizes comparable."""
         return full_tensor(unit_norms(self.tensor.detach(), units)).div(math.sqrt(max(unit_size(self.tensor, units), 1)))
 
 
-class Random(Score):
-    """Numbers that depend on a seed and on the place in the whole tensor alone: the same however it is sharded.
+class RandomScores(Score):
+    """Random numbers that do not depend on how the tensor is sharded.
+
+    A generator would give each shard the same numbers, or need all numbers on every rank. A hash of the seed and the position
+    in the full tensor needs neither.
 
     Args:
-        tensor: The tensor that is scored.
-        seed: Where the numbers come from, in [0, 2^32).
+        tensor: The tensor.
+        seed: The seed, in [0, 2³²).
     """
 
     def __init__(self, tensor: Tensor, seed: int) -> None:
@@ -81,23 +84,23 @@ class Random(Score):
 
     def chunk(self, begin: int, end: int) -> Tensor:
         """Return numbers in [0, 1)."""
-        return _hashed(positions(self.tensor, torch.arange(begin, end, device=self.part.device)), self.seed)
+        return _hashed_uniform(positions(self.tensor, torch.arange(begin, end, device=self.part.device)), self.seed)
 
-    def of_units(self, units: Units) -> Tensor:
-        """Return a number for each unit."""
+    def unit_scores(self, units: Units) -> Tensor:
+        """Return a number in [0, 1) for each unit."""
         norms = unit_norms(torch.empty(self.tensor.shape, device=self.part.device), units)
-        return _hashed(torch.arange(norms.numel(), device=norms.device), self.seed).view(norms.shape)
+        return _hashed_uniform(torch.arange(norms.numel(), device=norms.device), self.seed).view(norms.shape)
 
 
-class Given(Score):
-    """Scores that somebody else has computed.
+class GivenScores(Score):
+    """Scores that the caller has computed.
 
     Args:
-        tensor: The tensor that is scored.
-        scores: Finite scores of its shape, sharded as it is or not at all.
+        tensor: The tensor.
+        scores: Finite scores of the same shape, sharded or not.
 
     Raises:
-        ValueError: For another shape, or scores that are not finite.
+        ValueError: If the scores have another shape or are not finite.
     """
 
     def __init__(self, tensor: Tensor, scores: Tensor) -> None:
@@ -109,36 +112,51 @@ class Given(Score):
         if not isinstance(scores, DTensor):
             scores = shard_like(scores, tensor)
         self.scores = local_tensor(scores.detach()).to(self.part.device, torch.float32).reshape(-1)
-        wrong = int(sum_over_shards(self.scores.isfinite().logical_not_().sum(), tensor))  # alike on every rank
-        if wrong:
-            raise ValueError(f"{wrong} scores that are not finite, expected finite ones")
+        nonfinite = int(sum_over_shards(self.scores.isfinite().logical_not_().sum(), tensor))  # every rank raises, or none
+        if nonfinite:
+            raise ValueError(f"{nonfinite} scores that are infinite or NaN, expected finite scores")
 
     def chunk(self, begin: int, end: int) -> Tensor:
         """Return the scores."""
         return self.scores[begin:end]
 
-    def of_units(self, units: Units) -> Tensor:
+    def unit_scores(self, units: Units) -> Tensor:
         """Return the mean score of each unit."""
         scores = self.full_tensor()
-        kept = unit_norms(torch.empty(scores.shape, device="meta"), units).shape
+        reduced_shape = unit_norms(torch.empty(scores.shape, device="meta"), units).shape
         view = unit_view(scores, units)
-        dims = [dim for dim in range(view.ndim) if kept[dim] != view.shape[dim]]
+        dims = [dim for dim in range(view.ndim) if reduced_shape[dim] != view.shape[dim]]
         return view.mean(dims, keepdim=True) if dims else view
 
 
 def order_keys(scores: Tensor) -> Tensor:
-    """Return integers in the same order as float32 numbers; -0.0 equals 0.0.
+    """Return int32 keys in the same order as float32 numbers, with −0.0 equal to 0.0.
+
+    The bits of positive floats are in order. Those of negative floats are in reverse order, so all but the sign are flipped.
+
+    Args:
+        scores: float32 numbers of any shape.
+
+    Returns:
+        A tensor of the same shape.
 
     Example:
         >>> order_keys(torch.tensor([-1.0, -0.0, 0.0, 2.0])).argsort(stable=True)
         tensor([0, 1, 2, 3])
     """
     bits = (scores + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the more negative, the larger the bits without the sign
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def positions(tensor: Tensor, entries: Tensor) -> Tensor:
-    """Return where entries of this rank's flattened part lie in the whole flattened tensor.
+    """Return the indices in the flattened full tensor of entries of this rank's flattened part.
+
+    Args:
+        tensor: A tensor, sharded or not.
+        entries: Indices into the flattened part that this rank holds.
+
+    Returns:
+        A tensor of the shape of ``entries``.
 
     Example:
         >>> positions(torch.zeros(2, 3), torch.arange(2, 5))
@@ -147,17 +165,17 @@ def positions(tensor: Tensor, entries: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return entries
     part = local_tensor(tensor)
-    rest, found = entries, torch.zeros_like(entries)
+    rest, flat_indices = entries, torch.zeros_like(entries)
     stride = 1
     for dim in reversed(range(tensor.ndim)):
-        rest, place = rest // part.shape[dim], rest % part.shape[dim]
-        found += _held(tensor, dim)[place] * stride
+        rest, index = rest // part.shape[dim], rest % part.shape[dim]
+        flat_indices += _local_indices(tensor, dim)[index] * stride
         stride *= tensor.shape[dim]
-    return found
+    return flat_indices
 
 
 def as_shard_of(part: Tensor, tensor: Tensor) -> Tensor:
-    """Return this rank's part of something that is sharded as a tensor is, as such."""
+    """Wrap this rank's part of a tensor that is sharded like another one; return it as it is if that one is not sharded."""
     if not isinstance(tensor, DTensor):
         return part
     return DTensor.from_local(
@@ -165,17 +183,17 @@ def as_shard_of(part: Tensor, tensor: Tensor) -> Tensor:
     )
 
 
-def _held(tensor: DTensor, dim: int) -> Tensor:
-    """Return which indices of a dimension this rank holds."""
-    every = torch.arange(tensor.shape[dim], device=tensor.to_local().device)
+def _local_indices(tensor: DTensor, dim: int) -> Tensor:
+    """Return the indices of a dimension that this rank holds."""
+    indices = torch.arange(tensor.shape[dim], device=tensor.to_local().device)
     mesh = tensor.device_mesh
-    replicated = DTensor.from_local(every, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    replicated = DTensor.from_local(indices, mesh, [Replicate()] * mesh.ndim, run_check=False)
     placements = [Shard(0) if placement.is_shard(dim) else Replicate() for placement in tensor.placements]
     return replicated.redistribute(placements=placements).to_local()
 
 
-def _hashed(numbers: Tensor, seed: int) -> Tensor:
-    """Return uniform numbers in [0, 1) that look random, a function of whole numbers (two rounds of MurmurHash3's mixer)."""
+def _hashed_uniform(numbers: Tensor, seed: int) -> Tensor:
+    """Hash integers and a seed to uniform numbers in [0, 1), by two rounds of the finalizer of MurmurHash3."""
     mixed = (numbers * 0x9E3779B1 + seed) & _UINT32
     for _ in range(2):
         mixed = ((mixed ^ (mixed >> 16)) * 0x85EBCA6B) & _UINT32

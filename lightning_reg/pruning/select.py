@@ -1,8 +1,9 @@
-"""An exact selection of the lowest of many scores, without a copy of them: a radix select over chunks and shards.
+"""Exact selection of the lowest of many scores: a radix select over chunks and shards.
 
-The order-preserving integer keys of the scores are divided into digits. A histogram of the first digit, summed over chunks,
-tensors and ranks, tells the first digit of the threshold; a histogram of the second digit, over the keys that share the first,
-tells the second; and so on. Nothing but a chunk and a histogram is ever held.
+Sorting would need a copy of all scores on one rank. Instead, the scores become integer keys in the same order, and the keys are
+divided into digits. A histogram of the first digit, summed over chunks, tensors, and ranks, gives the first digit of the
+threshold. A histogram of the second digit over the keys with this first digit gives the second digit, and so on. At any time,
+memory holds only one chunk and one histogram.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_reg._tensors.shards import sum_over_shards
-from lightning_reg.pruning.scores import Given, Score, positions
+from lightning_reg.pruning.scores import GivenScores, Score, positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _CHUNK = 1 << 19
-_WIDTH = 16  # bits of a digit: two passes over 32 bits
-_PRUNED = -(2**31)  # a key below that of every number
+_WIDTH = 16  # bits of a digit: two passes over keys of 32 bits
+_POSITION_BITS = 48  # enough for 2.8e14 entries in a tensor
+_LOWEST_KEY = -(2**31)  # below the key of every score
 
 Keys = Callable[[], Iterator[tuple[int, "Tensor"]]]
-"""Yields chunks of integer keys that may be changed, each with the index of the tensor that it belongs to."""
+"""Yields the index of a tensor and a chunk of its integer keys, which the caller may change."""
 
 
 class _Threshold(NamedTuple):
-    """The key of the last entry that is selected, how many keys are smaller, and how many are equal."""
+    """The largest key to select, with the number of smaller keys and the number of equal keys."""
 
     key: int
     smaller: int
@@ -37,119 +39,132 @@ class _Threshold(NamedTuple):
 
 @torch.no_grad()
 def smallest_entries(scores: Sequence[Tensor], count: int) -> list[Tensor]:
-    """Return masks of the smallest entries of all tensors together: exactly so many.
+    """Return masks of exactly ``count`` entries: the smallest of all tensors together.
 
-    Ties are taken in order: of the tensors, then of the flattened entries of the whole tensor, however it is sharded. Scores
-    are compared in float32.
+    Among equal scores, the first entries are selected: in the order of the tensors, then of the flattened full tensor, however
+    it is sharded. Scores are compared in float32.
 
     Args:
-        scores: Tensors of finite numbers, or shards of such.
-        count: How many entries, from 0 to all of them.
+        scores: Tensors of finite numbers, sharded or not.
+        count: The number of entries to select, from 0 to the number of all entries.
 
     Returns:
-        For each tensor, ``True`` where an entry is among the smallest; of a sharded one, for the part that this rank holds.
+        A mask for each tensor, ``True`` for the selected entries. The mask of a sharded tensor has the shape of this rank's
+        part.
+
+    Raises:
+        ValueError: If scores are infinite or NaN.
 
     Example:
         >>> smallest_entries([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0])], 2)
         [tensor([False,  True]), tensor([ True, False])]
     """
-    return lowest([Given(tensor, tensor) for tensor in scores], count, [None] * len(scores))
+    return lowest_scores([GivenScores(tensor, tensor) for tensor in scores], count, [None] * len(scores))
 
 
-def lowest(scores: Sequence[Score], count: int, pruned: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return masks of the lowest scores: exactly so many, what is pruned already first, ties in order.
+def lowest_scores(scores: Sequence[Score], count: int, pruned: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return masks of exactly ``count`` entries: those already pruned, and then the lowest scores, with ties in order.
 
     Args:
         scores: The scores of each tensor.
-        count: How many entries, no fewer than are pruned already.
-        pruned: For each tensor, ``True`` where it is pruned already, or ``None``.
+        count: The number of entries to select, at least as many as are already pruned.
+        pruned: A mask for each tensor, ``True`` where it is already pruned, or ``None``.
 
     Returns:
-        For each tensor, a mask of the part that this rank holds.
+        A mask for each tensor, of the shape of this rank's part.
     """
     masks = [torch.empty(score.part.shape, dtype=torch.bool, device=score.part.device) for score in scores]
     if not count or not scores:
         return [mask.fill_(False) for mask in masks]
-    of_entries = _keys_of_entries(scores, pruned)
-    threshold = _find([score.tensor for score in scores], of_entries, 32, count, signed=True)
+    keys = _entry_keys(scores, pruned)
+    threshold = _find_threshold([score.tensor for score in scores], keys, 32, count, signed=True)
     ties = count - threshold.smaller
-    limit = threshold.key + (ties == threshold.equal)  # with all of the ties, or none of them for now
-    at = [0] * len(masks)
-    for index, keys in of_entries():
-        torch.lt(keys, limit, out=masks[index].view(-1)[at[index] : at[index] + len(keys)])
-        at[index] += len(keys)
+    limit = threshold.key + (ties == threshold.equal)  # select all ties, or none of them for now
+    filled = [0] * len(masks)
+    for index, chunk in keys():
+        torch.lt(chunk, limit, out=masks[index].view(-1)[filled[index] : filled[index] + len(chunk)])
+        filled[index] += len(chunk)
     if ties < threshold.equal:
-        _take_ties_(masks, scores, pruned, threshold.key, ties)
+        _select_ties_(masks, scores, pruned, threshold.key, ties)
     return masks
 
 
-def _keys_of_entries(scores: Sequence[Score], pruned: Sequence[Tensor | None]) -> Keys:
-    # one buffer for all chunks: memory that is given back and asked for again costs more than the work itself
+def _entry_keys(scores: Sequence[Score], pruned: Sequence[Tensor | None]) -> Keys:
+    """Return the keys of all entries in chunks; those of pruned entries are the lowest."""
+    # One buffer serves all chunks, because allocating memory for each chunk takes longer than the work itself.
     buffers = {device: torch.empty(_CHUNK, device=device) for device in {score.part.device for score in scores}}
 
     def keys() -> Iterator[tuple[int, Tensor]]:
-        for index, (score, dead) in enumerate(zip(scores, pruned, strict=True)):
+        for index, (score, mask) in enumerate(zip(scores, pruned, strict=True)):
             for begin in range(0, score.flat.numel(), _CHUNK):
                 end = min(begin + _CHUNK, score.flat.numel())
-                found = score.keys(begin, end, buffers[score.part.device])
-                yield index, found if dead is None else found.masked_fill_(dead.view(-1)[begin:end], _PRUNED)
+                chunk = score.keys(begin, end, buffers[score.part.device])
+                yield index, chunk if mask is None else chunk.masked_fill_(mask.view(-1)[begin:end], _LOWEST_KEY)
 
     return keys
 
 
-def _take_ties_(
+def _select_ties_(
     masks: Sequence[Tensor], scores: Sequence[Score], pruned: Sequence[Tensor | None], key: int, count: int
 ) -> None:
-    """Mark the first of the entries that share a key."""
-    for mask, score, dead in zip(masks, scores, pruned, strict=True):
+    """Select the first ``count`` entries with a key, in addition to those that the masks select."""
+    for mask, score, known in zip(masks, scores, pruned, strict=True):
         if not count:
             return
-        chunks = [keys == key for _, keys in _keys_of_entries([score], [dead])()]
+        chunks = [keys == key for _, keys in _entry_keys([score], [known])()]
         tied = torch.cat(chunks) if chunks else mask.view(-1)
         total = int(sum_over_shards(tied.count_nonzero(), score.tensor))
         if total > count:
             entries = tied.nonzero().view(-1)
-            places = positions(score.tensor, entries)
-            last = _find([score.tensor], partial(_once, places), 48, count).key
-            tied[entries] = places <= last
+            indices = positions(score.tensor, entries)
+            last = _find_threshold([score.tensor], partial(_single_chunk, indices), _POSITION_BITS, count).key
+            tied[entries] = indices <= last
         mask.view(-1).logical_or_(tied)
         count -= min(count, total)
 
 
-def _once(keys: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _single_chunk(keys: Tensor) -> Iterator[tuple[int, Tensor]]:
     yield 0, keys.clone()
 
 
-def _find(tensors: Sequence[Tensor], keys: Keys, bits: int, count: int, *, signed: bool = False) -> _Threshold:
-    """Return the ``count``-th smallest of integer keys of some bits, over all chunks and shards; ``count`` ≥ 1."""
+def _find_threshold(tensors: Sequence[Tensor], keys: Keys, bits: int, count: int, *, signed: bool = False) -> _Threshold:
+    """Find the ``count``-th smallest key over all chunks and shards, from the first digit to the last.
+
+    Args:
+        tensors: The tensors of the keys, which tell how they are sharded.
+        keys: The integer keys.
+        bits: The number of bits of a key.
+        count: Which key to find, at least 1.
+        signed: Whether keys may be negative; else they are all ≥ 0.
+    """
     prefix, smaller, equal, shift = 0, 0, 0, bits
     while shift:
         width = min(_WIDTH, shift)
         shift -= width
-        lead = -(1 << width >> 1) if signed and shift + width == bits else prefix << width
-        whose = None if shift + width == bits else prefix
-        histogram = _histogram(tensors, keys, shift, width, lead, whose)
-        reached = histogram.cumsum(0)
-        digit = int(torch.searchsorted(reached, count - smaller))
-        prefix, equal = lead + digit, int(histogram[digit])
-        smaller += int(reached[digit]) - equal
+        is_first = shift + width == bits
+        lowest = -(1 << width >> 1) if signed and is_first else prefix << width  # the lowest prefix that this digit can give
+        histogram = _histogram(tensors, keys, shift, width, lowest, None if is_first else prefix)
+        cumulative = histogram.cumsum(0)
+        digit = int(torch.searchsorted(cumulative, count - smaller))
+        prefix, equal = lowest + digit, int(histogram[digit])
+        smaller += int(cumulative[digit]) - equal
     return _Threshold(prefix, smaller, equal)
 
 
-def _histogram(tensors: Sequence[Tensor], keys: Keys, shift: int, width: int, lead: int, prefix: int | None) -> Tensor:
-    """Count by their next digit, over all chunks and shards, the keys that begin with a prefix, or all of them."""
+def _histogram(tensors: Sequence[Tensor], keys: Keys, shift: int, width: int, lowest: int, prefix: int | None) -> Tensor:
+    """Count the keys with a prefix, or all keys, by their next digit over all chunks and shards."""
     counts = {
         _sharding(tensor): (torch.zeros(1 << width, dtype=torch.int64, device=tensor.device), tensor) for tensor in tensors
     }
     for index, chunk in keys():
-        some = chunk if prefix is None else chunk[chunk.bitwise_right_shift(shift + width) == prefix]  # a few of them
-        digits = some.bitwise_right_shift_(shift).sub_(lead)
+        matching = chunk if prefix is None else chunk[chunk.bitwise_right_shift(shift + width) == prefix]
+        digits = matching.bitwise_right_shift_(shift).sub_(lowest)
         counts[_sharding(tensors[index])][0].add_(torch.bincount(digits, minlength=1 << width))
     summed = [sum_over_shards(count, tensor).cpu() for count, tensor in counts.values()]
     return torch.stack(summed).sum(0)
 
 
 def _sharding(tensor: Tensor) -> tuple[object, ...]:
-    """Return what tells tensors apart whose counts are summed over different ranks, or on different devices."""
+    """Return a key that differs between tensors whose counts are on different devices or summed over different ranks."""
     placements = getattr(tensor, "placements", ())
     return (tensor.device, getattr(tensor, "device_mesh", None), tuple(placement.is_shard() for placement in placements))

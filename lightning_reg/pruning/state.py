@@ -1,4 +1,4 @@
-"""What pruning remembers: within a fit, from one fit to the next, and in a checkpoint."""
+"""The state of pruning, kept during a fit, from one fit to the next, and in checkpoints."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class PruningState:
-    """The masks, sharded as the parameters are, and what else a resumed run needs to go on alike.
+    """The masks, and everything else that a resumed run needs to continue exactly.
 
     Args:
-        masks: ``True`` where a weight is pruned, by the parameter's name.
-        start: What is rewound to, by name.
-        trained: The parameters whose optimizer has stepped.
-        steps: How often an optimizer has stepped.
-        target: The share that was asked for last.
-        total: Of how many weights it was.
-        reached: How many of them are pruned.
-        structure: What was pruned: single weights, units or two of each four.
+        masks: Masks by parameter name, ``True`` where a weight is pruned, sharded like the parameters.
+        start: The tensors to rewind to, by name.
+        trained: The names of the parameters whose optimizer has stepped.
+        steps: The number of optimizer steps so far, over all optimizers.
+        target: The sparsity of the last pruning.
+        total: The number of weights that it counted.
+        reached: The number of them that are pruned.
+        structure: What was pruned: single weights, units, or two of every four weights.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -44,48 +44,64 @@ class PruningState:
     structure: Structure = "element"
 
     def packed(self) -> dict[str, Any]:
-        """Return it for a checkpoint, masks in bits and everything whole: every rank must call it."""
+        """Return the state for a checkpoint: masks as bits, and full tensors. Every rank must call it."""
         return {
             **vars(self),
             "masks": {name: (pack_bits(full_tensor(mask)).cpu(), list(mask.shape)) for name, mask in self.masks.items()},
-            "start": {name: full_tensor(before).cpu() for name, before in self.start.items()},
+            "start": {name: full_tensor(value).cpu() for name, value in self.start.items()},
             "trained": sorted(self.trained),
         }
 
     @classmethod
-    def unpacked(cls, packed: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> PruningState:
-        """Lay what a checkpoint holds beside parameters: on their devices, and sharded as they are.
+    def unpacked(
+        cls, packed: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str, structure: Structure
+    ) -> PruningState:
+        """Return the state of a checkpoint, with masks on the devices of the parameters and sharded like them.
+
+        Args:
+            packed: What ``packed`` returned.
+            tensors: The selected parameters by name.
+            what: The name of the callback, for error messages.
+            structure: The structure to prune.
 
         Raises:
-            ValueError: If the masks are of other names or shapes.
+            ValueError: If the masks have another structure, or do not have the names and shapes of the parameters.
         """
         masks = {}
         for name, (bits, shape) in packed["masks"].items():
             p = tensors.get(name)
             if p is None or is_lazy(p) or list(p.shape) != list(shape):
-                found = "is not selected here" if p is None else f"has shape {tuple(p.shape)} here"
+                difference = "is not selected here" if p is None else f"has shape {tuple(p.shape)} here"
                 raise ValueError(
-                    f"{what}: the checkpoint has a mask of shape {tuple(shape)} for {name!r}, which {found}: it is of another "
-                    "model or selection; use the same, or give the callback another name to begin anew"
+                    f"{what}: the checkpoint has a mask of shape {tuple(shape)} for {name!r}, which {difference}: resume with "
+                    "the same model and params, or give the callback another name to start with new masks"
                 )
             masks[name] = shard_like(unpack_bits(bits.to(p.device), shape), p)
+        if masks and packed["structure"] != structure:
+            raise ValueError(
+                f"{what}: the checkpoint's masks have structure={packed['structure']!r}, got structure={structure!r}: resume "
+                "with the same structure, or give the callback another name to start with new masks"
+            )
         return cls(**{**packed, "masks": masks, "trained": set(packed["trained"])})
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether parameters are those that the masks are of: they have their zeros."""
-        alive = 0
+    def matches(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Return whether parameters are 0 where the masks prune them, so that they seem to be those that were pruned.
+
+        A model whose other weights are all zeros would match any masks, so it matches none.
+        """
+        nonzero = 0
         for name, mask in self.masks.items():
             p = tensors.get(name)
             if p is None or is_lazy(p) or p.shape != mask.shape or isinstance(p, DTensor) != isinstance(mask, DTensor):
                 return False
             part = local_tensor(p.detach())
-            dead = local_tensor(mask).to(part.device)
-            if int(sum_over_shards(part[dead].count_nonzero(), p)):
+            pruned = local_tensor(mask).to(part.device)
+            if int(sum_over_shards(part[pruned].count_nonzero(), p)):
                 return False
-            alive += int(sum_over_shards(part[~dead].count_nonzero(), p))
-        return alive > 0  # a model of zeros has anybody's
+            nonzero += int(sum_over_shards(part[~pruned].count_nonzero(), p))
+        return nonzero > 0
 
-    def bound(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Return this rank's parts of the masks, by the parameter's ``id``."""
-        held = {name: mask for name, mask in self.masks.items() if name in tensors}
-        return {id(tensors[name]): local_tensor(mask).to(tensors[name].device) for name, mask in held.items()}
+    def local_masks(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return this rank's parts of the masks, keyed by the ``id`` of the parameter."""
+        masks = [(tensors[name], mask) for name, mask in self.masks.items() if name in tensors]
+        return {id(p): local_tensor(mask).to(p.device) for p, mask in masks}

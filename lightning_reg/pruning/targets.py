@@ -1,4 +1,4 @@
-"""Which shares pruning can be asked for: what is wrong with one is said as early as it can be known."""
+"""Checks of the sparsity that pruning will reach, as early as it is known."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from lightning_reg.pruning.structures import units_in
+from torch.nn.parameter import is_lazy
+
+from lightning_reg.pruning.structures import count_units
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Schedule, Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -23,118 +25,179 @@ _ROUNDING = 1e-9
 
 
 def known_targets(value: Value) -> list[float]:
-    """Return the shares that are known before the fit, in their order where there is one; none for a function."""
+    """Return the sparsities that are known before the fit, in the order of the schedule; none for a function.
+
+    Example:
+        >>> known_targets(Cubic(0.0, 0.9)), known_targets(0.5), known_targets(lambda progress: progress / 2)
+        ([0.0, 0.9], [0.5], [])
+    """
     if isinstance(value, Linear | Cosine | Cubic | Exponential | Steps):
         return list(value.extremes)
     return [] if callable(value) else [float(value)]
 
 
 def check_schedule(what: str, value: Value, structure: Structure) -> None:
-    """Refuse a schedule that falls, and one that 2:4 cannot follow.
+    """Check that a schedule does not fall, and that it has only values that the structure can reach.
+
+    Args:
+        what: The name of the callback, for the error message.
+        value: The sparsity or its schedule.
+        structure: The structure to prune.
 
     Raises:
-        ValueError: With what came, and what would do.
+        ValueError: If the schedule falls, or has values other than 0 and 0.5 for ``"2:4"``.
     """
     targets = known_targets(value)
     check_rising(f"{what}: sparsity={value!r}", targets)
-    between = isinstance(value, Schedule) and not isinstance(value, Steps) and len(set(targets)) > 1
-    if structure == "2:4" and (between or any(target not in (0.0, 0.5) for target in targets)):
+    is_gradual = isinstance(value, Schedule) and not isinstance(value, Steps) and len(set(targets)) > 1
+    if structure == "2:4" and (is_gradual or any(target not in (0.0, 0.5) for target in targets)):
         raise ValueError(
-            f"{what}: structure='2:4' prunes two of each four weights, so sparsity must be 0.5, or 0 before as in "
+            f"{what}: structure='2:4' prunes two of every four weights, so sparsity must be 0.5, or step from 0 to 0.5 as in "
             f"Steps([0.0, 0.5], at=['3ep']), got {value!r}"
         )
 
 
-def check_rising(what: str, targets: list[float]) -> None:
-    """Refuse shares that fall, since a pruned weight does not come back.
+def check_rising(what: str, targets: Sequence[float]) -> None:
+    """Check that sparsities do not fall, since pruned weights do not come back.
+
+    Args:
+        what: What has these values, for the error message.
+        targets: The sparsities in the order in which they are reached.
 
     Raises:
-        ValueError: With the two shares.
+        ValueError: If they fall.
     """
     for earlier, later in pairwise(targets):
         if later < earlier - _ROUNDING:
-            raise ValueError(f"{what} falls from {earlier:g} to {later:g}, but pruned weights do not come back: let it rise")
+            raise ValueError(
+                f"{what} falls from {earlier:g} to {later:g}, but pruned weights do not come back: use a schedule that does "
+                "not fall"
+            )
 
 
-def planned_targets(value: Callable[[float], float], plan: Plan, every_n_epochs: int) -> dict[float, float]:
-    """Return the share that each pruning of a fit is to reach, by the batches before it; none where that is not known."""
+def planned_targets(schedule: Callable[[float], float], plan: Plan, every_n_epochs: int) -> dict[float, float]:
+    """Return the sparsity of each pruning of a fit.
+
+    Args:
+        schedule: The sparsity as a function of progress.
+        plan: The planned length of the fit.
+        every_n_epochs: Pruning happens at the end of each n-th epoch.
+
+    Returns:
+        Sparsities, keyed by the number of batches before the pruning; empty if the length of the fit is unknown.
+    """
     if not plan.per_epoch or math.isinf(plan.per_epoch) or math.isinf(plan.total):
         return {}
     epochs = range(every_n_epochs, int(plan.total / plan.per_epoch) + 1, every_n_epochs)
-    return {epoch * plan.per_epoch: value(plan.progress(epoch * plan.per_epoch)) for epoch in epochs}
+    return {epoch * plan.per_epoch: schedule(plan.progress(epoch * plan.per_epoch)) for epoch in epochs}
 
 
 def check_rewinding(what: str, step: int | None, planned: Mapping[float, float], plan: Plan) -> None:
-    """Refuse to rewind to a step that comes after the first pruning.
+    """Check that the step to rewind to is not after the first pruning.
+
+    Args:
+        what: The name of the callback, for the error message.
+        step: The step to rewind to, or ``None`` for no check.
+        planned: What ``planned_targets`` returned.
+        plan: The planned length of the fit.
 
     Raises:
-        ValueError: With when that is.
+        ValueError: If it is.
     """
     first = next((batches for batches, target in planned.items() if target), None)
     if first is not None and step and plan.steps(step) > first:
-        raise ValueError(
-            f"{what}: rewind_to_step={step} lies after the first pruning, which comes after {first:g} batches: prune later, or "
-            "rewind to an earlier step"
-        )
+        raise ValueError(late_rewinding_message(what, step, f"{first:g} batches"))
 
 
-def schedule_warnings(planned: dict[float, float], final: float, every_n_epochs: int, plan: Plan) -> Iterator[str]:
-    """Say what of a plan cannot be meant: a share that no pruning reaches, and pruning that never comes.
+def late_rewinding_message(what: str, step: int, first: str) -> str:
+    """Return the error message for a step to rewind to that is after the first pruning."""
+    return (
+        f"{what}: rewind_to_step={step} is after the first pruning, which happens after {first}: prune later, or rewind to an "
+        "earlier step"
+    )
+
+
+def schedule_warnings(planned: Mapping[float, float], final: float, every_n_epochs: int, plan: Plan) -> Iterator[str]:
+    """Yield warnings about prunings that the fit is too short for.
 
     Args:
-        planned: The share that each pruning is to reach, by the batches before it.
-        final: The share that the schedule ends with.
-        every_n_epochs: How often it prunes.
-        plan: How long the fit lasts.
+        planned: What ``planned_targets`` returned.
+        final: The sparsity at the end of the schedule.
+        every_n_epochs: Pruning happens at the end of each n-th epoch.
+        plan: The planned length of the fit.
     """
-    reached = next(reversed(planned.values()), final)
-    if reached < final:
+    last = max(planned, default=None)
+    if last is not None and planned[last] < final:
         yield (
-            f"reaches {reached:.2%} only, not the {final:.2%} with which its schedule ends: it prunes last after "
-            f"{max(planned):g} of {plan.total:g} batches; let the schedule end earlier (until=…), or the fit with an epoch in "
+            f"reaches a sparsity of only {planned[last]:.2%}, not the final {final:.2%} of its schedule: the last pruning is "
+            f"after {last:g} of {plan.total:g} batches; end the schedule earlier (until=…), or end the fit with an epoch in "
             "which it prunes"
         )
     if plan.total < every_n_epochs * plan.per_epoch < math.inf:
         yield (
-            f"never prunes: every_n_epochs={every_n_epochs}, but the fit ends before the epoch {every_n_epochs} does: prune "
+            f"never prunes: every_n_epochs={every_n_epochs}, but the fit ends before the end of epoch {every_n_epochs}; prune "
             "more often, or train longer"
         )
 
 
 def check_layers(
-    what: str, target: float, tensors: Mapping[str, Tensor], scope: Scope, structure: Structure, units: Mapping[str, Units]
+    what: str, target: float, tensors: Mapping[str, Tensor], scope: Scope, structure: Structure, units: Sequence[Units]
 ) -> None:
-    """Refuse a share that would leave nothing of a layer, where that is known beforehand.
+    """Check that a sparsity leaves something of each layer, as far as that is known before the fit.
+
+    Args:
+        what: The name of the callback, for the error message.
+        target: The highest sparsity.
+        tensors: The selected parameters by name. Frozen, lazy, and empty ones are not checked.
+        scope: ``"global"`` or ``"layer"``.
+        structure: The structure to prune.
+        units: Where each tensor has its output units.
 
     Raises:
-        ValueError: With the names of the layers; for 2:4 with those that have no groups of four.
+        ValueError: If it would empty a layer. For ``"2:4"``, if a layer cannot be divided into groups of four.
     """
-    odd = [name for name, p in tensors.items() if not p.ndim or p.shape[-1] % 4]
-    if structure == "2:4" and odd:
-        shapes = ", ".join(f"{name} of shape {tuple(tensors[name].shape)}" for name in odd)
-        raise ValueError(f"{what}: structure='2:4' needs a last dimension that is a multiple of 4, got {shapes}: leave it out")
-    if structure == "2:4" or scope == "global":
-        return
-    parts = {name: units_in(p, units[name]) if structure == "unit" else p.numel() for name, p in tensors.items()}
-    check_not_emptied(what, target, {name: (round(target * count), count) for name, count in parts.items()}, structure)
+    layers = {
+        name: (p, unit)
+        for (name, p), unit in zip(tensors.items(), units, strict=True)
+        if p.requires_grad and not is_lazy(p) and p.numel()
+    }
+    if structure == "2:4":
+        _check_groups_of_four(what, {name: p for name, (p, _) in layers.items()})
+    elif scope == "layer":
+        counts = {name: count_units(p, unit) if structure == "unit" else p.numel() for name, (p, unit) in layers.items()}
+        check_not_emptied(what, target, {name: (round(target * count), count) for name, count in counts.items()}, structure)
 
 
 def check_not_emptied(what: str, target: float, counts: Mapping[str, tuple[int, int]], structure: Structure) -> None:
-    """Refuse to prune the whole of a layer.
+    """Check that no layer is pruned as a whole.
 
     Args:
-        what: How the message names the callback.
-        target: The share that is asked for.
-        counts: How many of how many are to be pruned, by name.
+        what: The name of the callback, for the error message.
+        target: The sparsity.
+        counts: The numbers to prune and in total, by name of the layer.
         structure: What is counted.
 
     Raises:
-        ValueError: With the names.
+        ValueError: If one is.
     """
     emptied = [name for name, (pruned, total) in counts.items() if total and pruned >= total]
     if emptied:
-        left = "unit" if structure == "unit" else "weight"
+        kind = "unit" if structure == "unit" else "weight"
         raise ValueError(
-            f"{what}: sparsity={target:g} would leave no {left} of {', '.join(emptied)}: ask for less, or leave such layers "
-            f"out, as in params={['weights', *('!' + name for name in emptied)]}"
+            f"{what}: sparsity={target:g} would prune every {kind} of {', '.join(emptied)}: lower the sparsity, or exclude "
+            f"such layers, as in {_excluding(emptied)}"
         )
+
+
+def _check_groups_of_four(what: str, tensors: Mapping[str, Tensor]) -> None:
+    names = [name for name, p in tensors.items() if not p.ndim or p.shape[-1] % 4]
+    if names:
+        shapes = ", ".join(f"{name} of shape {tuple(tensors[name].shape)}" for name in names)
+        raise ValueError(
+            f"{what}: structure='2:4' needs a last dimension that is a multiple of 4, got {shapes}: exclude such layers, as in "
+            f"{_excluding(names)}"
+        )
+
+
+def _excluding(names: Sequence[str]) -> str:
+    return f"params={['weights', *('!' + name for name in names)]}"

@@ -1,1 +1,1 @@
-"""Speed and memory, each claim side by side with what it is compared to."""
+"""Benchmarks of time and memory, each beside another implementation of the same work."""

@@ -1,4 +1,4 @@
-"""What the gradient route and clipping reach on a GPU: the share of its memory bandwidth, memory, waiting for the device."""
+"""Penalties on the gradients and clipping on a GPU: memory bandwidth, memory, and how often the host waits for the device."""
 
 from __future__ import annotations
 
@@ -16,66 +16,67 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Reached", "reached", "waits"]
 
-
-class Reached(NamedTuple):
-    """What one kind of work reaches.
+class Bandwidth(NamedTuple):
+    """The memory bandwidth of one kind of work.
 
     Args:
-        work: What is done.
-        share: The bytes that it must move, by the time that it takes, as a share of what a copy on the device reaches.
-        megabytes: By how much the allocated memory grows at its peak.
+        work: What is measured.
+        fraction: The bytes that it must move per second, as a fraction of what a copy on the device reaches.
+        megabytes: The peak growth of the allocated memory.
     """
 
     work: str
-    share: float
+    fraction: float
     megabytes: float
 
 
-def reached(device: torch.device | str, millions: int, seconds: float) -> list[Reached]:
-    """Measure work over so many million float32 parameters, in tensors of four million."""
+def measure_bandwidth(device: torch.device | str, millions: int, seconds: float) -> list[Bandwidth]:
+    """Measure work over millions of float32 parameters, in tensors of four million each."""
     params = [torch.randn(2000, 2000, device=device, requires_grad=True) for _ in range(max(millions // 4, 1))]
     for p in params:
         p.grad = torch.randn_like(p)
     size = sum(p.numel() * p.element_size() for p in params)
-    work: dict[str, tuple[int, Callable[[], object]]] = {  # how often all parameters or gradients are read or written
-        "L1, gradient route": (3, partial(add_l1_gradient_, params, 1e-4)),
-        "L2, gradient route": (3, partial(add_l2_gradient_, params, 1e-4)),
+    work: dict[str, tuple[int, Callable[[], object]]] = {  # how often it reads or writes all parameters or gradients
+        "L1 on the gradients": (3, partial(add_l1_gradient_, params, 1e-4)),
+        "L2 on the gradients": (3, partial(add_l2_gradient_, params, 1e-4)),
         "global norm clipping": (3, partial(clip_gradient_norm_, params, 1e3)),
         "adaptive clipping": (4, partial(clip_unit_gradients_, params, 0.01)),
     }
     source = torch.empty(size // 4, device=device)
     target = torch.empty_like(source)
-    contenders = [partial(target.copy_, source), *(act for _, act in work.values())]
-    copy, *times = measure([partial(_finished, act) for act in contenders], seconds)
-    fastest = 2 * size / copy
-    pairs = zip(work.items(), times, strict=True)
-    return [Reached(name, streams * size / took / fastest, _growth(act)) for (name, (streams, act)), took in pairs]
+    functions = [partial(target.copy_, source), *(function for _, function in work.values())]
+    copy_time, *times = measure([partial(_run_and_wait, function) for function in functions], seconds)
+    copy_bandwidth = 2 * size / copy_time
+    rows = zip(work.items(), times, strict=True)
+    return [
+        Bandwidth(name, passes * size / time / copy_bandwidth, _memory_growth(function))
+        for (name, (passes, function)), time in rows
+    ]
 
 
-def waits(step: Callable[[], object]) -> int:
-    """Return how often some work on the GPU makes the host wait for it."""
+def count_syncs(function: Callable[[], object]) -> int:
+    """Return how often a function makes the host wait for the GPU."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            step()
+            function()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def _finished(act: Callable[[], object]) -> None:
-    act()
+def _run_and_wait(function: Callable[[], object]) -> None:
+    function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _growth(act: Callable[[], Tensor | object]) -> float:
+def _memory_growth(function: Callable[[], Tensor | object]) -> float:
     if not torch.cuda.is_available():
         return float("nan")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    act()
+    function()
     return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -1,4 +1,4 @@
-"""Gradient clipping beside torch's and timm's."""
+"""Gradient clipping beside the functions of torch and timm."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ from torch import nn
 
 from lightning_reg import GradientNormClipping
 from lightning_reg.functional import clip_unit_gradients_
-from tests.benchmarks.measuring import Claim
+from tests.benchmarks.measuring import Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-__all__ = ["claims"]
+
+def comparisons(label: str, params: list[Tensor]) -> list[Comparison]:
+    """Return the comparisons of both kinds of clipping for a list of parameters with gradients."""
+    rows = []
+    norm = float(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+    for what, bound, factor in (("each step clipped", norm, 0.9999), ("no step clipped", 2 * norm, 1.0)):
+        bounds = geometric_bounds(bound, factor)
+        clip_by_torch = lambda bounds=bounds: nn.utils.clip_grad_norm_(params, next(bounds)).item()  # noqa: E731
+        rows.append(Comparison(f"global norm clipping, {what}, {label}", logged_clipping(params, bounds), clip_by_torch))
+    if timm_clip := load_timm_clipping():
+        check_equal(timm_clip)
+        ours, other = (lambda clip=clip: clip(params, 0.01) for clip in (clip_unit_gradients_, timm_clip))
+        rows.append(Comparison(f"adaptive clipping, {label}", ours, other))
+    return rows
 
 
-def claims(label: str, params: list[Tensor]) -> list[Claim]:
-    """Return the claims on both kinds of clipping for one set of parameters with gradients."""
-    found = []
-    for what, times, shrink in (("each step clipped", 1.0, 0.9999), ("no step clipped", 2.0, 1.0)):
-        bounds = bounds_from(times * float(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])), shrink)
-        torch_clips = lambda bounds=bounds: nn.utils.clip_grad_norm_(params, next(bounds)).item()  # noqa: E731
-        found.append(Claim(f"global norm clipping, {what}, {label}", logged_clipping(params, bounds), torch_clips, 1))
-    if timm_clips := adaptive_clipping_of_timm():
-        check_equal(timm_clips)
-        ours, theirs = (lambda clip=clip: clip(params, 0.01) for clip in (clip_unit_gradients_, timm_clips))
-        found.append(Claim(f"adaptive clipping, {label}", ours, theirs, 6))
-    return found
-
-
-def bounds_from(bound: float, shrink: float) -> Iterator[float]:
-    """Yield bounds each of which is a share of the one before."""
+def geometric_bounds(bound: float, factor: float) -> Iterator[float]:
+    """Yield bounds that shrink by a factor, so that each step clips gradients that the last one has clipped."""
     while True:
-        bound *= shrink
+        bound *= factor
         yield bound
 
 
 def logged_clipping(params: list[Tensor], bounds: Iterator[float]) -> Callable[[], object]:
-    """Return a step of the callback in which everything is logged."""
+    """Return a function that runs a step of the callback and logs everything."""
     callback = GradientNormClipping(math.inf)
     callback.has_logger = callback.logging = True
     callback._root, callback._optimizers = None, [None]  # as in a fit with one optimizer
@@ -57,8 +56,8 @@ def logged_clipping(params: list[Tensor], bounds: Iterator[float]) -> Callable[[
     return step
 
 
-def adaptive_clipping_of_timm() -> Callable[..., Any] | None:
-    """Return timm's function, or ``None`` without timm; its file is loaded alone, since the package needs torchvision."""
+def load_timm_clipping() -> Callable[..., Any] | None:
+    """Return timm's function, or ``None`` without timm. Only its file is loaded, because the package needs torchvision."""
     package = importlib.util.find_spec("timm")
     if package is None or package.origin is None:
         return None
@@ -71,10 +70,10 @@ def adaptive_clipping_of_timm() -> Callable[..., Any] | None:
     return clip
 
 
-def check_equal(timm_clips: Callable[..., Any]) -> None:
-    """Make sure that both do the same."""
+def check_equal(timm_clip: Callable[..., Any]) -> None:
+    """Check that both functions give the same result."""
     results = []
-    for clip in (clip_unit_gradients_, timm_clips):
+    for clip in (clip_unit_gradients_, timm_clip):
         torch.manual_seed(0)
         params = [torch.randn(shape, requires_grad=True) for shape in [(5, 4), (3, 2, 3, 3), (7,)]]
         for p in params:

@@ -1,4 +1,4 @@
-"""How time and memory are measured: contenders take turns, medians are compared, memory is what the process grows by."""
+"""Measurement of time and memory: functions take turns, times are medians, memory is the peak growth of the process."""
 
 from __future__ import annotations
 
@@ -17,76 +17,75 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Claim(NamedTuple):
-    """That one way is at least some times faster than another.
+class Comparison(NamedTuple):
+    """Two implementations of the same work.
 
     Args:
-        work: What is done.
-        ours: Does it our way.
-        theirs: Does it the other way.
-        at_least: How many times faster ours has to be.
-        once: Whether the other way is so slow that it is run a single time.
+        work: What is measured.
+        ours: The implementation of this package.
+        other: The other implementation.
+        once: Run the other implementation only once, because it is slow.
     """
 
     work: str
     ours: Callable[[], object]
-    theirs: Callable[[], object]
-    at_least: float
+    other: Callable[[], object]
     once: bool = False
 
 
 def shapes_of_124m() -> list[tuple[int, ...]]:
-    """Return the 148 shapes of a decoder of 124 million parameters: embeddings, twelve blocks, a last normalisation."""
+    """Return the 148 shapes of a decoder of 124 million parameters: embeddings, twelve blocks, a last normalization."""
     d = 768
     block = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     return [(50257, d), (1024, d), *(block * 12), (d,), (d,)]
 
 
 def parameters(shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """Return parameters of some shapes, with gradients."""
-    made = [torch.randn(shape).requires_grad_() for shape in shapes]
-    for p in made:
+    """Return random parameters of given shapes, with random gradients."""
+    params = [torch.randn(shape).requires_grad_() for shape in shapes]
+    for p in params:
         p.grad = torch.randn_like(p)
-    return made
+    return params
 
 
-def measure(contenders: list[Callable[[], object]], seconds: float) -> list[float]:
-    """Return the median times of functions that take turns, in seconds; a turn is a block of calls by torch's Timer."""
+def measure(functions: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Return the median times of functions in seconds. They take turns; a turn is a block of calls by torch's Timer."""
     threads = torch.get_num_threads()
-    timers = [Timer("run()", globals={"run": contender}, num_threads=threads) for contender in contenders]
+    timers = [Timer("run()", globals={"run": function}, num_threads=threads) for function in functions]
     calls = [math.ceil(_BLOCK / timer.timeit(1).mean) for timer in timers]
-    times: list[list[float]] = [[] for _ in contenders]
+    times: list[list[float]] = [[] for _ in functions]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 5:
-        for kept, timer, number in zip(times, timers, calls, strict=True):
-            kept.append(timer.timeit(number).mean)
-    return [median(kept) for kept in times]
+        for measured, timer, number in zip(times, timers, calls, strict=True):
+            measured.append(timer.timeit(number).mean)
+    return [median(measured) for measured in times]
 
 
 _BLOCK = 0.02
-"""How many seconds a block of calls takes at least."""
+"""The minimum duration of a block of calls, in seconds."""
 
 
-def both(claim: Claim, seconds: float) -> tuple[list[float], list[float]]:
-    """Return the times of both ways, in seconds, and by how many MB each grows at its peak."""
-    if not claim.once:
-        return measure([claim.ours, claim.theirs], seconds), [peak_growth(claim.ours), peak_growth(claim.theirs)]
-    times = measure([claim.ours], seconds)
-    memory = peak_growth(claim.ours)
+def measure_both(comparison: Comparison, seconds: float) -> tuple[list[float], list[float]]:
+    """Return the times of both implementations in seconds, and their peak memory growth in MB."""
+    ours, other = comparison.ours, comparison.other
+    if not comparison.once:
+        return measure([ours, other], seconds), [peak_growth(ours), peak_growth(other)]
+    times = measure([ours], seconds)
+    memory = peak_growth(ours)
     start = time.perf_counter()
-    peer_memory = peak_growth(claim.theirs, warm=False)
-    return [*times, time.perf_counter() - start], [memory, peer_memory]
+    other_memory = peak_growth(other, warm=False)
+    return [*times, time.perf_counter() - start], [memory, other_memory]
 
 
 def peak_growth(work: Callable[[], object], *, warm: bool = True) -> float:
-    """Return by how many MB the resident size grows at its peak, or NaN where the system does not tell."""
+    """Return the peak growth of the resident memory in MB, or NaN if the system does not report it."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")
     except OSError:
         return float("nan")
     if warm:
-        work()  # a first call fills caches
+        work()  # the first call fills caches
     before = resident(status, "VmRSS")
     reset.write_text("5")
     work()
@@ -94,6 +93,6 @@ def peak_growth(work: Callable[[], object], *, warm: bool = True) -> float:
 
 
 def resident(status: Path, key: str) -> int:
-    """Return a size of the process in kB."""
+    """Return a memory size of the process in kB."""
     line = next(line for line in status.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1])

@@ -1,4 +1,4 @@
-"""Global magnitude pruning beside what ``ModelPruning`` calls."""
+"""Global magnitude pruning beside torch's own, which Lightning's ``ModelPruning`` calls."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lightning_reg.functional import mask_, pruning_masks
-from tests.benchmarks.measuring import Claim
+from tests.benchmarks.measuring import Comparison
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def claim(label: str, params: list[Tensor], share: float, at_least: float) -> Claim:
-    """Return the claim on pruning a share of parameters, whose peer is so slow that it is run once."""
-    values = [p.detach() for p in params]
-    pruned = [value.clone() for value in values]  # those of the other claims stay as they are
+def comparison(label: str, params: list[Tensor], sparsity: float) -> Comparison:
+    """Return the comparison of pruning to a sparsity. torch's function is so slow that it runs only once."""
+    weights = [p.detach() for p in params]
+    pruned = [weight.clone() for weight in weights]  # other comparisons use the weights too
 
     def ours() -> None:
-        mask_(pruned, pruning_masks(values, share))
+        mask_(pruned, pruning_masks(weights, sparsity))
 
-    def theirs() -> None:
-        holders = [nn.ParameterList([value]) for value in values]
-        prune.global_unstructured([(holder, "0") for holder in holders], prune.L1Unstructured, amount=share)
+    def other() -> None:
+        modules = [nn.ParameterList([weight]) for weight in weights]
+        prune.global_unstructured([(module, "0") for module in modules], prune.L1Unstructured, amount=sparsity)
 
-    return Claim(f"prune to {share:.0%}, {label}", ours, theirs, at_least, once=True)
+    return Comparison(f"prune {label} to {sparsity:.0%}", ours, other, once=True)
 
 
-def report_masks(label: str, params: list[Tensor], share: float) -> str:
-    """Say whether the threshold is exact: how many weights are pruned, and how many of these exceed one that is kept."""
-    values = [p.detach() for p in params]
-    masks = pruning_masks(values, share)
+def report_threshold(label: str, params: list[Tensor], sparsity: float) -> str:
+    """Return how many weights are pruned, the largest of them, and the smallest weight that is kept."""
+    weights = [p.detach() for p in params]
+    masks = pruning_masks(weights, sparsity)
     pruned = sum(int(mask.count_nonzero()) for mask in masks)
-    largest = max(float(v[m].abs().max()) for v, m in zip(values, masks, strict=True) if m.any())
-    smallest = min(float(v[~m].abs().min()) for v, m in zip(values, masks, strict=True) if not m.all())
-    asked = round(share * sum(value.numel() for value in values))
+    largest = max(float(w[m].abs().max()) for w, m in zip(weights, masks, strict=True) if m.any())
+    smallest = min(float(w[~m].abs().min()) for w, m in zip(weights, masks, strict=True) if not m.all())
+    target = round(sparsity * sum(weight.numel() for weight in weights))
     return (
-        f"Pruned of {label}: {pruned:,}, asked for {asked:,}; "
-        f"the largest of them {largest!r}, the smallest that is kept {smallest!r}"
+        f"{pruned:,} weights are pruned, of {label} (target: {target:,}). The largest pruned magnitude is {largest!r}, the "
+        f"smallest kept magnitude is {smallest!r}"
     )

@@ -1,4 +1,4 @@
-"""How costs grow with the number of parameters: they must grow in proportion."""
+"""The growth of costs with the number of parameters, which should be in proportion."""
 
 from __future__ import annotations
 
@@ -19,14 +19,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["SIZES", "scaling"]
-
 SIZES = (1, 10, 100)
-"""Millions of parameters, in tensors of a million."""
+"""Numbers of parameters in millions, in tensors of one million each."""
 
 WORK: dict[str, Callable[[list[Tensor]], object]] = {
-    "L1, gradient route": lambda params: add_l1_gradient_(params, 1e-4),
-    "L2, gradient route": lambda params: add_l2_gradient_(params, 1e-4),
+    "L1 on the gradients": lambda params: add_l1_gradient_(params, 1e-4),
+    "L2 on the gradients": lambda params: add_l2_gradient_(params, 1e-4),
     "global norm clipping": lambda params: clip_gradient_norm_(params, 1e3),
     "adaptive clipping": lambda params: clip_unit_gradients_(params, 0.01),
     "max norm": lambda params: project_unit_norms_([p.detach() for p in params], 0.0, 1e3),
@@ -34,11 +32,11 @@ WORK: dict[str, Callable[[list[Tensor]], object]] = {
 
 
 def scaling(seconds: float) -> dict[str, list[float]]:
-    """Return the milliseconds for a million parameters, for each kind of work at each size: the same number if linear."""
-    found: dict[str, list[float]] = {name: [] for name in WORK}
+    """Return the milliseconds per million parameters, for each kind of work at each size."""
+    results: dict[str, list[float]] = {name: [] for name in WORK}
     for size in SIZES:
         params = parameters([(1000, 1000)] * size)
         times = measure([partial(work, params) for work in WORK.values()], seconds)
-        for name, took in zip(WORK, times, strict=True):
-            found[name].append(1e3 * took / size)
-    return found
+        for name, time in zip(WORK, times, strict=True):
+            results[name].append(1e3 * time / size)
+    return results

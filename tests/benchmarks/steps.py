@@ -1,4 +1,4 @@
-"""What a callback adds to a step of a tiny model, where nothing but overhead counts."""
+"""The time that a callback adds to a step of a tiny model, where only overhead counts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,9 @@ from tests.table import ROWS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["added_by_each"]
-
 
 class Tiny(LightningModule):
-    """A model of 100 parameters that notes when each step ends; its layers are named as the table's callbacks ask."""
+    """A model of 100 parameters that records when each step ends. The callbacks of the table select its layers by name."""
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         super().__init__()
@@ -36,7 +34,7 @@ class Tiny(LightningModule):
         return self.net(batch).square().mean()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note the time; callbacks come before."""
+        """Record the time, after the callbacks."""
         self.ends.append(time.perf_counter())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -45,7 +43,7 @@ class Tiny(LightningModule):
 
 
 def step_times(callback: Callback, steps: int, with_logger: bool, **options: float) -> list[float]:
-    """Return how long each step took, none of them logged, with a logger that would take figures or without."""
+    """Return the duration of each step, with or without a logger. No step is logged."""
     model = Tiny(**options)
     trainer = Trainer(
         accelerator="cpu",
@@ -65,7 +63,7 @@ def step_times(callback: Callback, steps: int, with_logger: bool, **options: flo
 
 
 def added(make: Callable[[], Callback], with_logger: bool, rounds: int = 5, steps: int = 220, **options: float) -> float:
-    """Return the seconds that a callback adds to a step beside an empty one, both taking turns."""
+    """Return the seconds per step that a callback takes more than an empty one. The two take turns."""
     differences = []
     for _ in range(rounds):
         empty, ours = (median(step_times(callback, steps, with_logger, **options)) for callback in (Callback(), make()))
@@ -74,7 +72,7 @@ def added(make: Callable[[], Callback], with_logger: bool, rounds: int = 5, step
 
 
 def added_by_each() -> dict[str, tuple[float, float]]:
-    """Return the microseconds that each callback of the suite adds, without and with a logger, by name."""
+    """Return the microseconds per step that each callback adds, without and with a logger, by name."""
     return {
         name: (1e6 * added(row.active, False, **row.options), 1e6 * added(row.active, True, **row.options))
         for name, row in ROWS.items()
