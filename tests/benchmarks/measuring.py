@@ -36,7 +36,7 @@ class Claim(NamedTuple):
 
 
 def shapes_of_124m() -> list[tuple[int, ...]]:
-    """Return the 148 shapes of a decoder of 124 million parameters: embeddings, twelve blocks, a last normalisation."""
+    """Return the 148 shapes of a decoder of 124 million parameters: embeddings, twelve blocks, a last normalization."""
     d = 768
     block = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     return [(50257, d), (1024, d), *(block * 12), (d,), (d,)]
