@@ -20,7 +20,9 @@ ROOT = HERE.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *GUIDES]}
 README = PAGES["README.md"]
-LINKED = {**PAGES, "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text()}
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+LINKED = {**PAGES, "CHANGELOG.md": CHANGELOG, ".github/CONTRIBUTING.md": CONTRIBUTING}
 
 
 def blocks(page, language):
@@ -144,6 +146,10 @@ def test_every_callback_has_its_formula():
     assert {*ROWS, "Penalty"} - {"WeightPruning"} <= listed
 
 
+def test_every_callback_is_in_the_changelog():
+    assert set(ROWS) - set(re.findall(r"`(\w+)`", CHANGELOG)) == set()
+
+
 def test_first_values_to_try_are_valid():
     """Each one is a call that makes a callback."""
     table = rows("README.md", "## Which technique should I use?")
@@ -241,6 +247,7 @@ def test_every_guide_is_linked():
 
 
 def test_files_named_in_the_text_exist():
-    named = {name for text in PAGES.values() for name in re.findall(r"`((?:tests|examples)/[\w/.]+)`", text)}
+    paths = r"`((?:\.github|docs|examples|lightning_reg|tests)/[\w/.]+)`"
+    named = {name for text in [*PAGES.values(), CONTRIBUTING] for name in re.findall(paths, text)}
     assert "tests/table.py" in named
     assert not [name for name in named if not (ROOT / name).exists()]
