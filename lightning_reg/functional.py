@@ -1,6 +1,6 @@
-"""The pure functions behind the callbacks, on lists of tensors: for plain PyTorch or Fabric, with no Trainer.
+"""The functions behind the callbacks, for plain PyTorch or Fabric. No Trainer is needed.
 
-Those that change their arguments end in ``_``.
+Most functions take a list of tensors. Functions that change their arguments in place have names that end in ``_``.
 
 Example:
     >>> import torch

@@ -1,8 +1,9 @@
-"""Values that change over training: a schedule is any callable from progress in [0, 1] to a float.
+"""Values that change over training. A schedule is any callable from progress in [0, 1] to a float.
 
-Progress is training batches done over training batches planned. Where a schedule starts and ends is a *marker*: a fraction
-of training (``0.25``), a number of epochs (``"3ep"``) or of optimizer steps (``"500st"``). Epochs and steps are turned
-into progress when training starts, so they also work in a run without an end, where a fraction means nothing.
+Progress is the number of training batches done, divided by the number planned. Schedules start and end at *markers*: fractions
+of training (``0.25``), epochs (``"3ep"``), or optimizer steps (``"500st"``; in manual optimization, training batches). Epochs
+and steps are converted to progress when training starts. They also work in a run without an end, where fractions raise an
+error.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ _REAL = Interval(-math.inf, math.inf, open_low=True, open_high=True)
 
 
 class Schedule(SignatureRepr, ABC):
-    """A value that depends on the progress of training, with markers that say where it changes.
+    """Base class of schedules: a value that depends on the progress of training, with markers where it changes.
 
-    Write your own as a plain function of progress: a schedule is any callable ``progress -> float``. Subclass this only for
-    markers in epochs or steps.
+    Write your own schedule as a plain function of progress. Subclass this class only if it needs markers in epochs or steps.
+
+    Example:
+        >>> from lightning_reg import L2Penalty
+        >>> callback = L2Penalty(lambda progress: 1e-3 * progress**2)
     """
 
     @abstractmethod
@@ -35,16 +39,16 @@ class Schedule(SignatureRepr, ABC):
 
     @abstractmethod
     def resolve(self, plan: Plan) -> Schedule:
-        """Return the same schedule with every marker turned into progress."""
+        """Return the same schedule with its markers converted to progress."""
 
     @property
     @abstractmethod
     def extremes(self) -> Sequence[float]:
-        """Values between which all others lie; they are checked when the callback is made."""
+        """Values between which all others lie. They are checked when a callback is created."""
 
     @property
     def needs_end(self) -> bool:
-        """Whether a marker is a fraction of training other than 0, which only a run with an end has."""
+        """Whether a marker is a nonzero fraction of training, so that the run must have an end."""
         return any(not isinstance(marker, str) and marker > 0 for marker in self._markers)
 
     @property
@@ -63,7 +67,7 @@ Value = float | Schedule | Callable[[float], float]
 
 
 class _Ramp(Schedule):
-    """From ``start`` to ``end`` between two markers, constant before and after."""
+    """Base class of schedules that go from ``start`` to ``end`` between two markers, and are constant before and after."""
 
     def __init__(self, start: float, end: float, *, begin: float | str = 0.0, until: float | str = 1.0) -> None:
         kind = type(self).__name__
@@ -84,10 +88,10 @@ class _Ramp(Schedule):
 
     @abstractmethod
     def _between(self, x: float) -> float:
-        """Return the value at ``x`` in [0, 1) between the markers."""
+        """Return the value at x in [0, 1), the position between the markers."""
 
     def resolve(self, plan: Plan) -> Schedule:
-        """Return the same schedule with every marker turned into progress."""
+        """Return the same schedule with its markers converted to progress."""
         resolved = copy(self)
         resolved.begin, resolved.until = (plan.batches(marker) / plan.horizon for marker in self._markers)
         _check_order(repr(self), [resolved.begin, resolved.until])
@@ -95,7 +99,7 @@ class _Ramp(Schedule):
 
     @property
     def extremes(self) -> Sequence[float]:
-        """The two ends: every value lies between them."""
+        """The first and the last value. All others lie between them."""
         return (self.start, self.end)
 
     @property
@@ -104,18 +108,18 @@ class _Ramp(Schedule):
 
 
 class Linear(_Ramp):
-    r"""A straight line: :math:`v(x) = start + (end - start)\,x`.
+    """A straight line: v(x) = start + (end − start) · x.
 
-    Here :math:`x` runs from 0 at ``begin`` to 1 at ``until``.
+    x runs from 0 at ``begin`` to 1 at ``until``.
 
     Args:
-        start: The value up to ``begin``.
-        end: The value from ``until`` on.
-        begin: Where the change begins: a fraction of training, ``"3ep"`` (epochs) or ``"500st"`` (optimizer steps).
-        until: Where the change is complete, in the same units.
+        start: The value before ``begin``.
+        end: The value after ``until``.
+        begin: When the change begins: a fraction of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
+        until: When the change ends, in the same units.
 
     Raises:
-        ValueError: If a marker is malformed, or ``until`` lies before ``begin``.
+        ValueError: If a marker is malformed, or ``until`` is before ``begin``.
 
     Example:
         >>> warmup = Linear(0.0, 1e-3, until=0.5)
@@ -128,23 +132,25 @@ class Linear(_Ramp):
 
 
 class Cosine(_Ramp):
-    r"""Half a cosine wave, flat at both ends: :math:`v(x) = end + (start - end)\,(1 + \cos \pi x) / 2`.
+    """Half a cosine wave, flat at both ends: v(x) = end + (start − end) · (1 + cos πx) / 2.
+
+    x runs from 0 at ``begin`` to 1 at ``until``.
 
     Args:
-        start: The value up to ``begin``.
-        end: The value from ``until`` on.
-        begin: Where the change begins: a fraction of training, ``"3ep"`` (epochs) or ``"500st"`` (optimizer steps).
-        until: Where the change is complete, in the same units.
+        start: The value before ``begin``.
+        end: The value after ``until``.
+        begin: When the change begins: a fraction of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
+        until: When the change ends, in the same units.
 
     Raises:
-        ValueError: If a marker is malformed, or ``until`` lies before ``begin``.
+        ValueError: If a marker is malformed, or ``until`` is before ``begin``.
 
     Example:
         >>> [round(Cosine(1.0, 0.0)(progress), 3) for progress in (0.0, 0.25, 0.5, 1.0)]
         [1.0, 0.854, 0.5, 0.0]
 
     Reference:
-        The annealing of I. Loshchilov, F. Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017.
+        I. Loshchilov, F. Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017.
     """
 
     def _between(self, x: float) -> float:
@@ -152,16 +158,19 @@ class Cosine(_Ramp):
 
 
 class Cubic(_Ramp):
-    r"""Fast at first, then ever slower: :math:`v(x) = end + (start - end)\,(1 - x)^3`.
+    """A cubic curve, fast at first and then slower: v(x) = end + (start − end) · (1 − x)³.
+
+    x runs from 0 at ``begin`` to 1 at ``until``.
+    This is the curve of gradual pruning.
 
     Args:
-        start: The value up to ``begin``.
-        end: The value from ``until`` on.
-        begin: Where the change begins: a fraction of training, ``"3ep"`` (epochs) or ``"500st"`` (optimizer steps).
-        until: Where the change is complete, in the same units.
+        start: The value before ``begin``.
+        end: The value after ``until``.
+        begin: When the change begins: a fraction of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
+        until: When the change ends, in the same units.
 
     Raises:
-        ValueError: If a marker is malformed, or ``until`` lies before ``begin``.
+        ValueError: If a marker is malformed, or ``until`` is before ``begin``.
 
     Example:
         >>> [Cubic(0.0, 0.8)(progress) for progress in (0.0, 0.5, 1.0)]
@@ -176,16 +185,18 @@ class Cubic(_Ramp):
 
 
 class Exponential(_Ramp):
-    r"""The same factor in every batch: :math:`v(x) = start\,(end / start)^x`.
+    """Exponential growth or decay, by the same factor in each batch: v(x) = start · (end / start)^x.
+
+    x runs from 0 at ``begin`` to 1 at ``until``.
 
     Args:
-        start: The value up to ``begin``; positive.
-        end: The value from ``until`` on; positive.
-        begin: Where the change begins: a fraction of training, ``"3ep"`` (epochs) or ``"500st"`` (optimizer steps).
-        until: Where the change is complete, in the same units.
+        start: The value before ``begin``, > 0.
+        end: The value after ``until``, > 0.
+        begin: When the change begins: a fraction of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
+        until: When the change ends, in the same units.
 
     Raises:
-        ValueError: If ``start`` or ``end`` is not positive, a marker is malformed, or ``until`` lies before ``begin``.
+        ValueError: If ``start`` or ``end`` is not positive, a marker is malformed, or ``until`` is before ``begin``.
 
     Example:
         >>> [round(Exponential(1.0, 0.01)(progress), 4) for progress in (0.0, 0.5, 1.0)]
@@ -202,29 +213,30 @@ class Exponential(_Ramp):
 
 
 class Steps(Schedule):
-    """A staircase: ``values[i]`` from the i-th marker on.
+    """A staircase: ``values[0]`` before the first marker, ``values[1]`` from it on, and so on.
 
     Args:
-        values: One value more than there are markers.
-        at: Where the next value sets in, in increasing order: fractions of training, ``"3ep"`` or ``"500st"``.
+        values: The values, one more than there are markers.
+        at: The markers in increasing order: fractions of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
 
     Raises:
-        ValueError: If the lengths do not fit, a marker is malformed, or the markers do not increase.
+        ValueError: If the numbers of values and markers do not match, a marker is malformed, or the markers decrease.
 
     Example:
-        >>> early = Steps([0.5, 0.0], at=["10ep"]).resolve(Plan(total=1000, per_epoch=20))
+        >>> early = Steps([0.5, 0.0], at=[0.2])
         >>> early(0.19), early(0.2)
         (0.5, 0.0)
+        >>> in_epochs = Steps([0.5, 0.0], at=["10ep"])
     """
 
     def __init__(self, values: list[float], at: list[float | str]) -> None:
         if len(values) != len(at) + 1:
             raise ValueError(
-                f"Steps: values must hold one value more than there are markers, got {len(values)} values and "
-                f"{len(at)} markers: the first value holds before the first marker"
+                f"Steps: values must have one value more than there are markers, got {len(values)} values and {len(at)} "
+                "markers: the first value applies before the first marker"
             )
-        self.values = [_REAL.check("Steps: each of values", value) for value in values]
-        self.at = [_check_marker("Steps: each of at", marker) for marker in at]
+        self.values = [_REAL.check("Steps: each value", value) for value in values]
+        self.at = [_check_marker("Steps: each marker", marker) for marker in at]
         _check_order("Steps", self.at)
 
     def __call__(self, progress: float) -> float:
@@ -232,7 +244,7 @@ class Steps(Schedule):
         return self.values[bisect_right([_number(marker) for marker in self.at], progress)]
 
     def resolve(self, plan: Plan) -> Schedule:
-        """Return the same schedule with every marker turned into progress."""
+        """Return the same schedule with its markers converted to progress."""
         resolved = copy(self)
         resolved.at = [plan.batches(marker) / plan.horizon for marker in self.at]
         _check_order(repr(self), resolved.at)
@@ -240,7 +252,7 @@ class Steps(Schedule):
 
     @property
     def extremes(self) -> Sequence[float]:
-        """All its values."""
+        """All values."""
         return self.values
 
     @property
@@ -260,12 +272,14 @@ def _check_marker(what: str, marker: float | str) -> float | str:
 
 def _check_order(what: str, markers: Sequence[float | str]) -> None:
     numbers = [parse_marker(marker) if isinstance(marker, str) else (marker, "") for marker in markers]
-    for (earlier, unit), (later, other) in pairwise(numbers):
-        if unit == other and later < earlier:
-            raise ValueError(f"{what}: the markers must not decrease, got {earlier:g}{unit} before {later:g}{other}")
+    for (earlier, earlier_unit), (later, later_unit) in pairwise(numbers):
+        if earlier_unit == later_unit and later < earlier:
+            raise ValueError(
+                f"{what}: the markers must not decrease, got {earlier:g}{earlier_unit} before {later:g}{later_unit}"
+            )
 
 
 def _number(marker: float | str) -> float:
     if isinstance(marker, str):
-        raise RuntimeError(f"the marker {marker!r} is known only once a fit has started: call resolve(plan) first")
+        raise RuntimeError(f"the position of the marker {marker!r} is unknown until a fit starts: call resolve(plan) first")
     return marker

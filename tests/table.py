@@ -6,10 +6,13 @@ A new technique adds its row here and gets the whole battery.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import observed
 
 from lightning_reg import (
     ActivityPenalty,
@@ -58,6 +61,7 @@ class Row:
 
     Args:
         active: Makes one that changes the training of ``helpers.Classifier``.
+        holds: Raises an error unless what the active one promises holds after a step; see ``observed.py``.
         inactive: Makes one of strength 0 or with an inactive bound, or ``None`` where there is no such thing.
         scheduled: Makes one whose value changes over training, or ``None`` where there is nothing to schedule.
         parts: Makes two that act on different parts, side by side, or ``None`` where it has no parts to choose.
@@ -66,6 +70,7 @@ class Row:
     """
 
     active: Callable[[], Regularizer]
+    holds: Callable[[observed.Observed], None]
     inactive: Callable[[], Regularizer] | None
     scheduled: Callable[[], Regularizer] | None
     parts: Callable[[], list[Regularizer]] | None
@@ -83,7 +88,9 @@ class Row:
 
 
 DENSE = {"sparse_gradients": "what it does to a gradient needs all of its entries"}
+DEVICES = {"devices": "each device has a random generator of its own"}
 MASKS = {
+    **DEVICES,
     "accumulation": "its masks are drawn anew for each micro-batch; test_dropout.py tests that the rate is that of the step",
     "tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does",
 }
@@ -91,6 +98,7 @@ MASKS = {
 ROWS = {
     "ActivityPenalty": Row(
         active=lambda: ActivityPenalty(0.1, modules="ReLU"),
+        holds=observed.penalized(observed.activity_l1(0.1)),
         inactive=lambda: ActivityPenalty(0.0, modules="ReLU"),
         scheduled=lambda: ActivityPenalty(Linear(0.0, 0.2), modules="ReLU"),
         parts=lambda: [ActivityPenalty(0.1, modules="ReLU"), ActivityPenalty(0.01, modules="net.4", p=2)],
@@ -98,6 +106,7 @@ ROWS = {
     ),
     "AdaptiveGradientClipping": Row(
         active=lambda: AdaptiveGradientClipping(0.01),
+        holds=observed.adaptive_clipped(0.01, eps=1e-3),
         inactive=lambda: AdaptiveGradientClipping(float("inf")),
         scheduled=lambda: AdaptiveGradientClipping(Linear(0.1, 0.001)),
         parts=lambda: [AdaptiveGradientClipping(0.01, params="net.0.*"), AdaptiveGradientClipping(0.02, params="net.4.*")],
@@ -105,6 +114,7 @@ ROWS = {
     ),
     "DropoutInjection": Row(
         active=lambda: DropoutInjection(0.3, after="ReLU"),
+        holds=observed.dropped_after_relu(0.3),
         inactive=lambda: DropoutInjection(0.0, after="ReLU"),
         scheduled=lambda: DropoutInjection(Linear(0.0, 0.5), after="ReLU"),
         parts=lambda: [DropoutInjection(0.3, after="ReLU"), DropoutInjection(0.2, after="net.0")],
@@ -112,6 +122,7 @@ ROWS = {
     ),
     "DropoutScheduler": Row(
         active=lambda: DropoutScheduler(0.4),
+        holds=observed.drops_at_rate(0.4),
         inactive=lambda: DropoutScheduler(0.1),  # the rate that the model has
         scheduled=lambda: DropoutScheduler(Linear(0.0, 0.5)),
         parts=lambda: [DropoutScheduler(0.4, modules="net.3"), DropoutScheduler(0.2, modules="extra")],
@@ -119,6 +130,7 @@ ROWS = {
     ),
     "GradientCentralization": Row(
         active=lambda: GradientCentralization(),
+        holds=observed.gradients_are(observed.centered),
         inactive=lambda: GradientCentralization(params="net.*.bias"),  # which have no mean to take out
         scheduled=None,
         parts=lambda: [GradientCentralization(params="net.0.*"), GradientCentralization(params="net.4.*")],
@@ -126,67 +138,78 @@ ROWS = {
     ),
     "GradientNoise": Row(
         active=lambda: GradientNoise(0.1),
+        holds=observed.noisy(0.1, decay=0.55),
         inactive=lambda: GradientNoise(0.0),
         scheduled=lambda: GradientNoise(Linear(0.0, 0.2)),
         parts=lambda: [GradientNoise(0.1, params="net.0.*"), GradientNoise(0.2, params="net.4.*")],
-        exempt=DENSE,
+        exempt={**DENSE, **DEVICES},
     ),
     "GradientNormClipping": Row(
         active=lambda: GradientNormClipping(0.1),
+        holds=observed.norm_clipped(lambda model: 0.1),
         inactive=lambda: GradientNormClipping(float("inf")),
         scheduled=lambda: GradientNormClipping(Linear(1.0, 0.01)),
         parts=lambda: [GradientNormClipping(0.1, params="net.0.*"), GradientNormClipping(0.2, params="net.4.*")],
     ),
     "GradientValueClipping": Row(
         active=lambda: GradientValueClipping(0.01),
+        holds=observed.value_clipped(0.01),
         inactive=lambda: GradientValueClipping(float("inf")),
         scheduled=lambda: GradientValueClipping(Linear(1.0, 0.001)),
         parts=lambda: [GradientValueClipping(0.01, params="net.0.*"), GradientValueClipping(0.02, params="net.4.*")],
     ),
     "ElasticNetPenalty": Row(
         active=lambda: ElasticNetPenalty(0.01, 0.1),
+        holds=observed.penalized(observed.of_matrices(lambda w: 0.01 * w.abs().sum() + 0.05 * w.pow(2).sum())),
         inactive=lambda: ElasticNetPenalty(0.0, 0.0),
         scheduled=lambda: ElasticNetPenalty(Linear(0.0, 0.02), Linear(0.2, 0.0)),
         parts=lambda: [ElasticNetPenalty(0.01, 0.1, params="net.0.*"), ElasticNetPenalty(0.02, 0.0, params="net.4.*")],
     ),
     "GroupLassoPenalty": Row(
         active=lambda: GroupLassoPenalty(0.01),
+        holds=observed.penalized(observed.of_matrices(lambda w: 0.01 * w.shape[1] ** 0.5 * w.norm(dim=1).sum())),
         inactive=lambda: GroupLassoPenalty(0.0),
         scheduled=lambda: GroupLassoPenalty(Linear(0.0, 0.02)),
         parts=lambda: [GroupLassoPenalty(0.01, params="net.0.*"), GroupLassoPenalty(0.02, params="net.4.*")],
     ),
     "GroupSoftThresholding": Row(
         active=lambda: GroupSoftThresholding(0.02),
+        holds=observed.units_soft_thresholded(0.02),
         inactive=lambda: GroupSoftThresholding(0.0),
         scheduled=lambda: GroupSoftThresholding(Linear(0.0, 0.04)),
         parts=lambda: [GroupSoftThresholding(0.02, params="net.0.*"), GroupSoftThresholding(0.04, params="net.4.*")],
     ),
     "L1Penalty": Row(
         active=lambda: L1Penalty(0.01),
+        holds=observed.penalized(observed.of_matrices(lambda w: 0.01 * w.abs().sum())),
         inactive=lambda: L1Penalty(0.0),
         scheduled=lambda: L1Penalty(Linear(0.0, 0.02)),
         parts=lambda: [L1Penalty(0.01, params="net.0.*"), L1Penalty(0.02, params="net.4.*")],
     ),
     "L2Penalty": Row(
         active=lambda: L2Penalty(0.1),
+        holds=observed.penalized(observed.of_matrices(lambda w: 0.05 * w.pow(2).sum())),
         inactive=lambda: L2Penalty(0.0),
         scheduled=lambda: L2Penalty(Linear(0.0, 0.2)),
         parts=lambda: [L2Penalty(0.1, params="net.0.*"), L2Penalty(0.2, params="net.4.*")],
     ),
     "MaxNorm": Row(
         active=lambda: MaxNorm(0.3),
+        holds=observed.row_norms(0.0, 0.3),
         inactive=lambda: MaxNorm(float("inf")),
         scheduled=lambda: MaxNorm(Linear(0.6, 0.2)),
         parts=lambda: [MaxNorm(0.3, params="net.0.*"), MaxNorm(0.2, params="net.4.*")],
     ),
     "MinMaxNorm": Row(
         active=lambda: MinMaxNorm(0.8, 0.9),
+        holds=observed.row_norms(0.8, 0.9),
         inactive=lambda: MinMaxNorm(0.8, 0.9, rate=0.0),
         scheduled=lambda: MinMaxNorm(0.1, Linear(0.9, 0.3), rate=Linear(0.1, 1.0)),
         parts=lambda: [MinMaxNorm(0.8, 0.9, params="net.0.*"), MinMaxNorm(0.1, 0.2, rate=0.5, params="net.4.*")],
     ),
     "NonFiniteGradientGuard": Row(
         active=lambda: NonFiniteGradientGuard(),
+        holds=observed.unchanged,
         inactive=lambda: NonFiniteGradientGuard(patience=1),
         scheduled=None,
         parts=lambda: [NonFiniteGradientGuard(params="net.0.*"), NonFiniteGradientGuard("zero", params="net.4.*")],
@@ -197,12 +220,14 @@ ROWS = {
     ),
     "NonNegative": Row(
         active=lambda: NonNegative(),
+        holds=observed.clamped(0.0, math.inf),
         inactive=lambda: NonNegative(params="net.1.weight"),  # which is far above zero
         scheduled=None,
         parts=lambda: [NonNegative(params="net.0.*"), NonNegative(params="net.4.*")],
     ),
     "MonteCarloDropout": Row(
         active=lambda: MonteCarloDropout(samples=3),
+        holds=observed.unchanged,
         inactive=MonteCarloDropout,
         scheduled=None,
         parts=None,
@@ -213,12 +238,14 @@ ROWS = {
     ),
     "OrthogonalityPenalty": Row(
         active=lambda: OrthogonalityPenalty(0.1),
+        holds=observed.penalized(observed.of_matrices(lambda w: 0.1 * observed.half_gram_distance(w))),
         inactive=lambda: OrthogonalityPenalty(0.0),
         scheduled=lambda: OrthogonalityPenalty(Linear(0.0, 0.04)),
         parts=lambda: [OrthogonalityPenalty(0.02, params="net.0.weight"), OrthogonalityPenalty(0.04, params="net.4.weight")],
     ),
     "PeakGradientDropping": Row(
         active=lambda: PeakGradientDropping(1),
+        holds=observed.gradients_are(observed.peak_dropped),
         inactive=lambda: PeakGradientDropping(0),
         scheduled=None,
         parts=lambda: [PeakGradientDropping(1, params="net.0.*"), PeakGradientDropping(2, params="net.4.*")],
@@ -226,6 +253,7 @@ ROWS = {
     ),
     "QuantileGradientClipping": Row(
         active=lambda: QuantileGradientClipping(0.01),
+        holds=observed.norm_clipped(observed.quantile_so_far(0.01)),
         inactive=lambda: QuantileGradientClipping(0.5, window=1),  # a norm is its own median
         scheduled=lambda: QuantileGradientClipping(Linear(0.9, 0.01)),
         parts=lambda: [QuantileGradientClipping(0.1, params="net.0.*"), QuantileGradientClipping(0.2, params="net.4.*")],
@@ -233,19 +261,22 @@ ROWS = {
     ),
     "RandomShrinkage": Row(
         active=lambda: RandomShrinkage(0.1),
+        holds=observed.shrunk(0.1),
         inactive=lambda: RandomShrinkage(0.0),
         scheduled=lambda: RandomShrinkage(Linear(0.0, 0.2)),
         parts=lambda: [RandomShrinkage(0.1, params="net.0.*"), RandomShrinkage(0.2, params="net.4.*")],
-        exempt={"sharded": "its numbers are drawn for whole tensors; it refuses shards"},
+        exempt={**DEVICES, "sharded": "its numbers are drawn for whole tensors; it refuses shards"},
     ),
     "SoftThresholding": Row(
         active=lambda: SoftThresholding(0.05),
+        holds=observed.soft_thresholded(0.05),
         inactive=lambda: SoftThresholding(0.0),
         scheduled=lambda: SoftThresholding(Linear(0.0, 0.1)),
         parts=lambda: [SoftThresholding(0.05, params="net.0.*"), SoftThresholding(0.1, params="net.4.*")],
     ),
     "StartingPointPenalty": Row(
         active=lambda: StartingPointPenalty(1.0),
+        holds=observed.penalized(observed.distance_from_start),
         inactive=lambda: StartingPointPenalty(0.0),
         scheduled=lambda: StartingPointPenalty(Linear(0.0, 2.0)),
         parts=lambda: [StartingPointPenalty(1.0, params="net.0.*"), StartingPointPenalty(2.0, params="net.4.*")],
@@ -256,6 +287,7 @@ ROWS = {
     ),
     "UnitNorm": Row(
         active=lambda: UnitNorm(),
+        holds=observed.row_norms(1.0, 1.0),
         inactive=None,
         scheduled=None,
         parts=lambda: [UnitNorm(params="net.0.*"), UnitNorm(params="net.4.*")],
@@ -263,18 +295,21 @@ ROWS = {
     ),
     "WeightClipping": Row(
         active=lambda: WeightClipping(0.05),
+        holds=observed.clamped(-0.05, 0.05),
         inactive=lambda: WeightClipping(float("inf")),
         scheduled=lambda: WeightClipping(Linear(0.1, 0.01)),
         parts=lambda: [WeightClipping(0.05, params="net.0.*"), WeightClipping(0.02, params="net.4.*")],
     ),
     "WeightDecay": Row(
         active=lambda: WeightDecay(0.5),
+        holds=observed.decayed(0.5),
         inactive=lambda: WeightDecay(0.0),
         scheduled=lambda: WeightDecay(Linear(0.0, 1.0)),
         parts=lambda: [WeightDecay(0.5, params="net.0.*"), WeightDecay(1.0, params="net.4.*")],
     ),
     "WeightDecayScheduler": Row(
         active=lambda: WeightDecayScheduler(0.2),
+        holds=observed.optimizer_decays(0.2),
         inactive=lambda: WeightDecayScheduler(0.01),  # the decay that the optimizer has
         scheduled=lambda: WeightDecayScheduler(Linear(0.0, 0.4)),
         parts=None,
@@ -283,6 +318,7 @@ ROWS = {
     ),
     "ZScoreGradientClipping": Row(
         active=lambda: ZScoreGradientClipping(0.1, warmup=1),
+        holds=observed.norm_clipped(observed.z_score_so_far(0.1, decay=0.97)),
         inactive=lambda: ZScoreGradientClipping(float("inf")),
         scheduled=lambda: ZScoreGradientClipping(Linear(1.0, 0.1), warmup=2),
         parts=lambda: [
@@ -293,6 +329,7 @@ ROWS = {
     ),
     "WeightPruning": Row(
         active=lambda: WeightPruning(0.5),
+        holds=observed.pruned(0.5),
         inactive=lambda: WeightPruning(0.0),
         scheduled=lambda: WeightPruning(Cubic(0.0, 0.9)),
         parts=lambda: [WeightPruning(0.5, params="net.0.weight"), WeightPruning(0.3, params="net.4.*")],

@@ -105,7 +105,7 @@ def test_a_scheduler_drives_the_groups_that_decay():
 
 def test_a_scheduler_with_nothing_to_drive_is_refused():
     with pytest.raises(
-        ValueError, match=r"WeightDecayScheduler: no parameter group .* weight_decay other than 0 .* use WeightDecay"
+        ValueError, match=r"WeightDecayScheduler: no parameter group has a nonzero weight_decay .* use WeightDecay"
     ):
         fit([WeightDecayScheduler(0.1)])
 

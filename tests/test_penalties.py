@@ -487,9 +487,9 @@ def test_orthogonality_is_measured_on_the_smaller_gram_matrix(shape):
 
 
 def test_orthogonality_has_no_meaning_for_vectors():
-    with pytest.raises(ValueError, match=r"needs tensors of two or more dimensions, got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"needs tensors with two or more dimensions, got shape \(3,\)"):
         orthogonality_penalty([torch.ones(3)])
-    with pytest.raises(ValueError, match=r"vectors have no Gram matrix, got net.0.bias, .*: leave them out"):
+    with pytest.raises(ValueError, match=r"with two or more dimensions, got net.0.bias, .*: exclude them"):
         fit([OrthogonalityPenalty(0.1, params="all")])
 
 
@@ -607,7 +607,7 @@ class Wrong(Penalty):
     [
         (lambda params: 1.0, TypeError, "must return a differentiable scalar tensor, got 1.0 of type float"),
         (lambda params: params[0].abs(), ValueError, r"got a tensor of shape \(16, 64\): sum over all entries"),
-        (lambda params: params[0].data.sum(), ValueError, r"got one without a graph: compute it from params, without .data"),
+        (lambda params: params[0].data.sum(), ValueError, r"got a tensor without a graph: compute it from params"),
         (lambda params: (params[0] - params[0]).sum() / 0.0, ValueError, "got NaN for finite parameters"),
     ],
 )

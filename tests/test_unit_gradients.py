@@ -98,7 +98,7 @@ def test_missing_and_empty_gradients_are_left_out():
 def test_sparse_gradients_are_refused(act):
     layer = nn.Embedding(4, 2, sparse=True)
     layer(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="needs a dense gradient, got a sparse one: make the embedding with sparse=False"):
+    with pytest.raises(ValueError, match="needs a dense gradient, got a sparse one: create the embedding with sparse=False"):
         act(layer.weight)
 
 

@@ -40,7 +40,7 @@ class ModuleRegularizer(Regularizer):
     """Base of callbacks that act on modules, which a subclass finds.
 
     Args:
-        name: What metrics and the checkpoint call it.
+        name: The name in metrics and checkpoints.
     """
 
     effect: ClassVar[str]

@@ -29,7 +29,7 @@ class ParameterRegularizer(Regularizer):
 
     Args:
         params: The parameters to act on, see :func:`lightning_reg.select_parameters`.
-        name: What metrics and the checkpoint call it.
+        name: The name in metrics and checkpoints.
 
     Raises:
         TypeError: For ``params`` of another type.

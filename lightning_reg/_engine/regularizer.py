@@ -21,7 +21,7 @@ class Regularizer(Technique, Callback):
     """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
 
     Args:
-        name: What metrics and the checkpoint call it. By default the class, with the selection where that is not the default.
+        name: The name in metrics and checkpoints. By default the class, with the selection where that is not the default.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -53,6 +53,12 @@ class Regularizer(Technique, Callback):
             self.refuse_endless()
         if sum(cb.name == self.name for cb in regularizers_of(trainer)) > 1:
             raise ValueError(_same_name(self.name))
+
+    def refuse_others(self, trainer: Trainer, reason: str) -> None:
+        """Raise an error if the trainer has another callback of the same class; for techniques that act on everything."""
+        for other in regularizers_of(trainer):
+            if type(other) is type(self) and other is not self:
+                raise ValueError(f"{self.name} and {other.name} {reason}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the driver of the fit, which the first regularizer of the list owns, and print the summary."""

@@ -59,7 +59,7 @@ class Technique(SignatureRepr, ABC):
     A subclass stores every argument of its constructor as an attribute of the same name, and then calls this constructor.
 
     Args:
-        name: What metrics and the checkpoint call it. By default the class, with the selection where that is not the default.
+        name: The name in metrics and checkpoints. By default the class, with the selection where that is not the default.
 
     Raises:
         TypeError: If an argument of the constructor is not stored under its own name. When a subclass is defined: if its

@@ -27,6 +27,9 @@ class Units(NamedTuple):
 def units_of(module: nn.Module) -> Units:
     """Return where a module's weight has its output units: in dimension 0, or 1 for a transposed convolution.
 
+    Args:
+        module: The module that owns the weight.
+
     Example:
         >>> units_of(nn.Linear(2, 3)), units_of(nn.ConvTranspose2d(4, 6, 3, groups=2))
         (Units(dim=0, groups=1), Units(dim=1, groups=2))

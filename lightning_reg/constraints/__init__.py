@@ -1,4 +1,4 @@
-"""Constraints: projections of the weights after every optimizer step."""
+"""Constraints: projections of the weights after each optimizer step."""
 
 from lightning_reg.constraints.entries import NonNegative, WeightClipping
 from lightning_reg.constraints.norms import MaxNorm, MinMaxNorm, UnitNorm

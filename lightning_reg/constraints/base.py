@@ -1,4 +1,4 @@
-"""Base of constraints: projections of the weights after each optimizer step."""
+"""The base class of constraints: projections of the weights after each optimizer step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,29 @@ if TYPE_CHECKING:
 
 
 class Constraint(ParameterRegularizer):
-    """Base of callbacks that project the weights right after each optimizer step, and again at the end of an epoch.
+    """Base class of callbacks that project the weights after each optimizer step: θ ← argmin_{w ∈ C} ‖w − θ‖.
 
-    A subclass overrides ``reproject``, and ``weights`` if it measures something or acts differently after a step.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips. Also at the end of an epoch, if pruning or shrinkage may have changed the weights.
+
+    A subclass overrides ``reproject``, which changes the parameters in place. It also overrides ``weights`` if it logs metrics,
+    or acts differently after a step.
+    With sharded parameters, ``reproject`` gets the sharded tensors.
+
+    Args:
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+
+    Raises:
+        ValueError: If nothing is selected.
+
+    Example:
+        >>> class UnitInterval(Constraint):  # 0 ≤ θ ≤ 1
+        ...     def reproject(self, params):
+        ...         for p in params:
+        ...             p.clamp_(0.0, 1.0)
+        >>> callback = UnitInterval(params="head.*", name=None)
     """
 
     phase = Phase.CONSTRAINT
@@ -27,5 +47,5 @@ class Constraint(ParameterRegularizer):
         self.reproject(params)
 
     def route(self) -> str:
-        """Say that it acts after the step."""
+        """Return where it acts: after the optimizer step."""
         return "after the step"

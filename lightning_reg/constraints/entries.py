@@ -1,4 +1,4 @@
-"""Constraints on every entry by itself."""
+"""Constraints on single weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def clip_weights_(params: Sequence[Tensor], clip_value: float) -> None:
-    r"""Clamp every entry: :math:`\arg\min_{\|w\|_\infty \le c} \|w - \theta\|`, which is :math:`\max(-c, \min(c, \theta))`.
+    """Clamp each entry to [−c, c]: θ ← max(−c, min(c, θ)) = argmin ‖w − θ‖ over all w with ‖w‖_∞ ≤ c.
 
     Args:
-        params: Tensors, changed in place.
-        clip_value: The largest magnitude c, > 0.
+        params: Tensors, which are changed in place.
+        clip_value: c > 0, the largest magnitude.
 
     Example:
         >>> theta = torch.tensor([-3.0, 0.5, 4.0])
@@ -45,10 +45,10 @@ def clip_weights_(params: Sequence[Tensor], clip_value: float) -> None:
 
 @torch.no_grad()
 def clip_negative_weights_(params: Sequence[Tensor]) -> None:
-    r"""Set every negative entry to 0: :math:`\arg\min_{w \ge 0} \|w - \theta\|`, which is :math:`\max(0, \theta)`.
+    """Set each negative entry to 0: θ ← max(0, θ) = argmin ‖w − θ‖ over all w ≥ 0.
 
     Args:
-        params: Tensors, changed in place.
+        params: Tensors, which are changed in place.
 
     Example:
         >>> theta = torch.tensor([-3.0, 0.5])
@@ -61,20 +61,22 @@ def clip_negative_weights_(params: Sequence[Tensor]) -> None:
 
 
 class WeightClipping(Constraint):
-    r"""Keep every weight within bounds: :math:`\theta_i \leftarrow \max(-c, \min(c, \theta_i))`.
+    """Keep each weight in [−c, c]: θ ← max(−c, min(c, θ)).
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler or a guard skips.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips.
 
-    Not to be mixed up with :class:`~lightning_reg.RandomShrinkage`, which an article of this project's origin calls weight
-    clipping.
+    Random shrinkage is sometimes called weight clipping too. For that, use ``RandomShrinkage``.
+    Works with sharded parameters.
 
     Args:
-        clip_value: The largest magnitude c > 0, or a schedule; infinity does nothing.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        clip_value: c > 0, the largest magnitude, or a schedule. Infinity does nothing. The paper uses 0.01.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a bound that is not positive, or a selection of nothing.
+        ValueError: If ``clip_value`` is not positive, or nothing is selected.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -91,7 +93,7 @@ class WeightClipping(Constraint):
         super().__init__(params, name)
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Clamp the weights, and keep the fraction that this changes."""
+        """Clamp the weights, and log the fraction that this changes."""
         clip_value = self.current["clip_value"]
         if self.logging:
             self.log_metrics(**{self.label("constrained", optimizer): fraction_above(params, clip_value)})
@@ -103,17 +105,21 @@ class WeightClipping(Constraint):
 
 
 class NonNegative(Constraint):
-    r"""Keep every weight at or above zero: :math:`\theta_i \leftarrow \max(0, \theta_i)`.
+    """Keep each weight nonnegative: θ ← max(0, θ).
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler or a guard skips;
-    before the constraints on norms, so that it can be combined with them.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips.
+
+    It acts before constraints on norms, so it can be combined with them.
+    Works with sharded parameters.
 
     Args:
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a selection of nothing.
+        ValueError: If nothing is selected.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -129,16 +135,16 @@ class NonNegative(Constraint):
         super().__init__(params, name)
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Clip the weights, and keep the fraction that this changes."""
+        """Set negative weights to 0, and log the fraction that this changes."""
         if self.logging:
             self.log_metrics(**{self.label("constrained", optimizer): _negative_fraction(params)})
         super().weights(params, optimizer, step)
 
     def reproject(self, params: list[Parameter]) -> None:
-        """Clip the weights."""
+        """Set negative weights to 0."""
         clip_negative_weights_(params)
 
 
 def _negative_fraction(params: Sequence[Tensor]) -> Tensor:
-    """Return the share of entries, over all shards, that are below zero."""
+    """Return the fraction of negative entries, over all shards."""
     return torch.stack([full_tensor((p < 0).sum()) for p in params]).sum() / max(sum(p.numel() for p in params), 1)

@@ -1,4 +1,4 @@
-"""Constraints on the norm of every output unit."""
+"""Constraints on the norms of output units."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 def project_unit_norms_(
     params: Sequence[Tensor], low: float, high: float, rate: float = 1.0, units: Sequence[Units] | None = None
 ) -> None:
-    r"""Scale each output unit to the nearest norm in an interval: :math:`\arg\min_{l \le \|w_u\| \le h} \|w_u - \theta_u\|`.
+    """Scale each output unit u so that l ≤ ‖w_u‖ ≤ h: w_u ← w_u · ((1 − r) + r · max(l, min(h, ‖w_u‖)) / ‖w_u‖).
 
-    :math:`\theta_u \leftarrow \theta_u\,((1 - r) + r\,\mathrm{clip}(\|\theta_u\|, l, h) / \|\theta_u\|)`. A unit within the
-    interval, up to the rounding of its dtype, stays as it is to the last bit; so does one of zeros, which has no direction.
+    For r = 1, this is the projection argmin ‖v − w_u‖ over all v with l ≤ ‖v‖ ≤ h. A unit whose norm is in the interval, up to
+    the rounding of its dtype, does not change by a single bit. Neither does a unit of zeros, which has no direction.
 
     Args:
-        params: Tensors, changed in place.
-        low: The smallest norm l, ≥ 0.
-        high: The largest norm h ≥ l.
-        rate: How far a unit moves, r in [0, 1]: 1 for all the way.
-        units: Where each tensor keeps its output units, as :func:`units_of` tells; dimension 0 by default.
+        params: Tensors, which are changed in place.
+        low: l ≥ 0, the smallest norm.
+        high: h ≥ l, the largest norm.
+        rate: r in [0, 1], the fraction of the way that a unit moves.
+        units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Example:
         >>> theta = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
@@ -48,15 +48,15 @@ def project_unit_norms_(
         tensor([[0.6000, 0.8000],
                 [0.3000, 0.4000]])
     """
-    for p, of in zip(params, units or [Units()] * len(params), strict=True):
-        norms = local_unit_norms(p, of)
-        ratio = norms.clamp(low, high).div_(norms)
-        moved = ratio if rate == 1 else ratio.mul_(rate).add_(1 - rate)
-        unit_view(p, of).mul_(moved.masked_fill_(_stays(norms, low, high, p, of), 1.0))
+    for p, layout in zip(params, units or [Units()] * len(params), strict=True):
+        norms = local_unit_norms(p, layout)
+        ratios = norms.clamp(low, high).div_(norms)
+        factors = ratios if rate == 1 else ratios.mul_(rate).add_(1 - rate)
+        unit_view(p, layout).mul_(factors.masked_fill_(_is_unchanged(norms, low, high, p, layout), 1.0))
 
 
 class _NormConstraint(Constraint):
-    """Keeps the norm of every output unit in an interval."""
+    """Base class of constraints that keep the norm of each output unit in an interval."""
 
     supports_fsdp1 = False
 
@@ -69,7 +69,7 @@ class _NormConstraint(Constraint):
         return 1.0
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Project the units, and keep the fraction that this changes."""
+        """Project the units, and log the fraction that this changes."""
         low, high = self.interval()
         if self.logging:
             self.log_metrics(
@@ -78,34 +78,37 @@ class _NormConstraint(Constraint):
         project_unit_norms_(params, low, high, self._rate, self.units(params))
 
     def reproject(self, params: list[Parameter]) -> None:
-        """Project the units, unless they are on their way by a rate."""
+        """Project the units. With a rate below 1, only steps move them."""
         if self._rate == 1:
             project_unit_norms_(params, *self.interval(), units=self.units(params))
 
 
 class MaxNorm(_NormConstraint):
-    r"""Keep the norm of every output unit at or below a bound: :math:`\|w_u\|_2 \le c`.
+    """Keep the norm of each output unit at most c: w_u ← w_u · min(1, c / ‖w_u‖₂).
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler or a guard skips.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips.
 
-    A unit is a row of a linear layer, a filter of a convolution (dimension 1 in a transposed one), the vector of a token, an
-    entry of a bias. One within the bound stays as it is to the last bit. Works for sharded parameters, also where a unit lies
-    on several ranks.
+    A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), the vector of a token in an
+    embedding, or an entry of a bias.
+    Units within the bound do not change by a single bit. Nothing changes before the first step.
+    Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
-        max_norm: The largest norm c > 0, or a schedule; infinity does nothing. The source takes 3 to 4.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        max_norm: c > 0, the largest norm, or a schedule. Infinity does nothing. Srivastava et al. use 3 to 4.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a bound that is not positive, a selection of nothing, or the flat parameters of FSDP1.
+        ValueError: If ``max_norm`` is not positive, nothing is selected, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[MaxNorm(3.0)], logger=False)
 
     Reference:
-        N. Srebro, A. Shraibman, "Rank, Trace-Norm and Max-Norm", 2005; with dropout: N. Srivastava et al., "Dropout: A Simple
+        N. Srebro, A. Shraibman, "Rank, Trace-Norm and Max-Norm", 2005. With dropout: N. Srivastava et al., "Dropout: A Simple
         Way to Prevent Neural Networks from Overfitting", 2014.
     """
 
@@ -116,24 +119,28 @@ class MaxNorm(_NormConstraint):
         super().__init__(params, name)
 
     def interval(self) -> tuple[float, float]:
-        """Return from zero to the bound."""
+        """Return 0 and the bound."""
         return 0.0, self.current["max_norm"]
 
 
 class UnitNorm(_NormConstraint):
-    r"""Keep the norm of every output unit at one: :math:`w_u \leftarrow w_u / \|w_u\|_2`.
+    """Keep the norm of each output unit at 1: w_u ← w_u / ‖w_u‖₂.
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler or a guard skips.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips.
 
-    Units are those of :class:`MaxNorm`; one of zeros has no direction and stays. The weights that training starts from are not
-    touched before the first step. Works for sharded parameters.
+    A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), the vector of a token in an
+    embedding, or an entry of a bias.
+    A unit of zeros has no direction and does not change. Nothing changes before the first step.
+    Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a selection of nothing, or the flat parameters of FSDP1.
+        ValueError: If nothing is selected, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -147,28 +154,34 @@ class UnitNorm(_NormConstraint):
         super().__init__(params, name)
 
     def interval(self) -> tuple[float, float]:
-        """Return one and one."""
+        """Return 1 and 1."""
         return 1.0, 1.0
 
 
 class MinMaxNorm(_NormConstraint):
-    r"""Keep the norm of every output unit in an interval: :math:`l \le \|w_u\|_2 \le h`.
+    """Keep the norm of each output unit in an interval: l ≤ ‖w_u‖₂ ≤ h.
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler or a guard skips.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips.
 
-    A unit outside is moved by ``rate`` of its way to the interval, so that below 1 the constraint is approached over steps.
-    Units are those of :class:`MaxNorm`; one of zeros has no direction and stays. Works for sharded parameters.
+    A unit outside the interval moves the fraction ``rate`` of the way in each step: w_u ← w_u · ((1 − r) + r · n / ‖w_u‖₂),
+    where n is the nearest norm in the interval. With a rate below 1, units approach the interval over several steps.
+    A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), the vector of a token in an
+    embedding, or an entry of a bias.
+    A unit of zeros has no direction and does not change. Nothing changes before the first step.
+    Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
-        min_norm: The smallest norm l ≥ 0, or a schedule.
-        max_norm: The largest norm h ≥ l, or a schedule; infinity for none.
-        rate: How far an infeasible unit moves in a step, in [0, 1], or a schedule; 0 does nothing.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        min_norm: l ≥ 0, the smallest norm, or a schedule.
+        max_norm: h ≥ l, the largest norm, or a schedule. Infinity means no upper bound.
+        rate: r in [0, 1], or a schedule. 1, the default, enforces the constraint in each step. 0 does nothing.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or empty interval, a rate outside [0, 1], a selection of nothing, or the flat parameters of
-            FSDP1.
+        ValueError: If ``min_norm`` is negative or exceeds ``max_norm``, ``rate`` is outside [0, 1], nothing is selected, or
+            FSDP1 has flattened the parameters. During training, if the schedules cross.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -196,7 +209,7 @@ class MinMaxNorm(_NormConstraint):
             raise ValueError(f"{self.name}: min_norm must be at most max_norm, got min_norm={low:g} and max_norm={high:g}")
 
     def interval(self) -> tuple[float, float]:
-        """Return the two norms."""
+        """Return the smallest and the largest norm."""
         return self.current["min_norm"], self.current["max_norm"]
 
     @property
@@ -204,15 +217,16 @@ class MinMaxNorm(_NormConstraint):
         return self.current["rate"]
 
 
-def _stays(norms: Tensor, low: float, high: float, p: Tensor, of: Units) -> Tensor:
-    """Return which units are where they should be, as far as rounding can tell, or are 0, from where no way leads."""
-    slack = torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, of))) * torch.finfo(norms.dtype).eps
-    stays = norms <= high * (1 + slack)
-    return stays.logical_and_(norms >= low * (1 - slack)).logical_or_(norms == 0) if low > 0 else stays
+def _is_unchanged(norms: Tensor, low: float, high: float, p: Tensor, layout: Units) -> Tensor:
+    """Return which units a projection must not change: those in the interval up to rounding, and those of zeros."""
+    # how far rounding can move a norm beyond its bound: half an epsilon of the entries, and the error of summing their squares
+    slack = torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, layout))) * torch.finfo(norms.dtype).eps
+    unchanged = norms <= high * (1 + slack)
+    return unchanged.logical_and_(norms >= low * (1 - slack)).logical_or_(norms == 0) if low > 0 else unchanged
 
 
-def _infeasible_fraction(params: Sequence[Tensor], low: float, high: float, units: Sequence[Units]) -> Tensor:
-    """Return the share of units, over all shards, that a projection will change."""
-    norms = [full_tensor(unit_norms(p, of)) for p, of in zip(params, units, strict=True)]
-    stay = [_stays(norm, low, high, p, of) for norm, p, of in zip(norms, params, units, strict=True)]
-    return torch.stack([(~units_stay).sum() for units_stay in stay]).sum() / max(sum(norm.numel() for norm in norms), 1)
+def _infeasible_fraction(params: Sequence[Tensor], low: float, high: float, layouts: Sequence[Units]) -> Tensor:
+    """Return the fraction of units, over all shards, that a projection will change."""
+    norms = [full_tensor(unit_norms(p, layout)) for p, layout in zip(params, layouts, strict=True)]
+    unchanged = [_is_unchanged(norm, low, high, p, layout) for norm, p, layout in zip(norms, params, layouts, strict=True)]
+    return torch.stack([(~mask).sum() for mask in unchanged]).sum() / max(sum(norm.numel() for norm in norms), 1)

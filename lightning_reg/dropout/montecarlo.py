@@ -89,7 +89,8 @@ class MonteCarloDropout(Regularizer):
         self._undo: list[Callable[[], None]] = []
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that there is something to drop."""
+        """Check that there is something to drop, and refuse a second one, which would sample the samples."""
+        self.refuse_others(trainer, "both repeat the predictions of each batch: keep one of them")
         if not _lightning.builds_modules_later(pl_module):
             self._check(trainer, pl_module)
 

@@ -1,4 +1,4 @@
-"""Gradient clipping by the size of the weights: each output unit's gradient against the unit itself."""
+"""Gradient clipping relative to the weights: the norm of each unit's gradient is compared with the norm of the unit."""
 
 from __future__ import annotations
 
@@ -30,22 +30,21 @@ if TYPE_CHECKING:
 def clip_unit_gradients_(
     params: Sequence[Tensor], clip_factor: float, eps: float = 1e-3, units: Sequence[Units] | None = None
 ) -> Tensor:
-    r"""Scale each output unit's gradient so that its norm is at most a share of the unit's own.
+    """Scale each unit's gradient down to a multiple of the unit's norm: g_u ← g_u · min(1, λ max(‖w_u‖, ε) / ‖g_u‖).
 
-    :math:`G_u \leftarrow G_u \min(1, \lambda \max(\|W_u\|, \epsilon) / \|G_u\|)`. A tensor of fewer than two dimensions is one
-    unit.
+    A tensor with fewer than two dimensions is one unit.
 
     Args:
-        params: Tensors whose ``.grad`` is scaled in place; those without one are left out.
-        clip_factor: λ, the largest share, > 0.
-        eps: The norm that a unit is at least taken to have, so that one which starts at zero can learn, > 0.
-        units: Where each tensor keeps its output units, as :func:`units_of` tells; dimension 0 by default.
+        params: Tensors whose ``.grad`` is scaled in place. Those without one are skipped.
+        clip_factor: λ > 0, the largest ratio of the two norms.
+        eps: ε > 0, a lower bound for the norm of a unit, so that units that start at zero can learn.
+        units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Returns:
-        The smallest factor on this rank, a scalar: 1 where nothing was clipped, 0 or NaN where a gradient was not finite.
+        A scalar, the smallest factor on this rank: 1 if nothing was clipped, 0 or NaN if a gradient was not finite.
 
     Raises:
-        ValueError: For a sparse gradient.
+        ValueError: If a gradient is sparse.
 
     Example:
         >>> theta = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
@@ -59,29 +58,31 @@ def clip_unit_gradients_(
     Reference:
         A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
     """
-    return _smallest(_clip_units_(params, clip_factor, eps, units or [Units()] * len(params)), params)
+    return _smallest_factor(_clip_units_(params, clip_factor, eps, units or [Units()] * len(params)), params)
 
 
 class AdaptiveGradientClipping(GradientClipping):
-    r"""Clip each output unit's gradient by the size of the unit: :math:`\|G_u\| \le \lambda \max(\|W_u\|, \epsilon)`.
+    """Adaptive gradient clipping (AGC), by the norm of each unit: ‖g_u‖ ≤ λ · max(‖w_u‖, ε).
 
-    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before clipping by norm.
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before norm clipping.
 
-    A unit is a row of a linear layer, a filter of a convolution (dimension 1 in a transposed one), the vector of a token; a
-    bias, or any other tensor of fewer than two dimensions, is one unit. The source leaves the last linear layer out, as in
-    ``params=["all", "!head.*"]``. Works for sharded parameters, also where a unit lies on several ranks. A unit whose gradient
-    is not finite becomes NaN; the others are clipped as always.
+    A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), or the vector of a token in
+    an embedding. A bias, or any other tensor with fewer than two dimensions, is one unit.
+    The paper does not clip the last linear layer, as in ``params=["all", "!head.*"]``.
+    If the gradient of a unit is not finite, its entries become NaN or 0. The other units are clipped as usual.
+    Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
-        clip_factor: λ > 0, or a schedule; infinity only watches finite
-            gradients. The source takes 0.01 for batches of 4096, more for smaller.
-        eps: The norm ε > 0 that a unit is at least taken to have: without it, weights that start at zero never learn.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        clip_factor: λ > 0, or a schedule. Infinity leaves finite gradients alone and only logs. The paper uses 0.01 for
+            batches of 4096, and larger values for smaller batches.
+        eps: ε > 0, a lower bound for the norm of a unit. Without it, weights that start at zero never learn.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For λ or ε that is not positive, a selection of nothing, sparse gradients, a fused optimizer under float16
-            loss scaling, or the flat parameters of FSDP1.
+        ValueError: If ``clip_factor`` or ``eps`` is not positive, nothing is selected, gradients are sparse, a fused optimizer
+            is used under float16 loss scaling, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -102,24 +103,27 @@ class AdaptiveGradientClipping(GradientClipping):
         super().__init__(params, name)
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Clip, and keep how often there was something to clip."""
+        """Clip, and count the steps in which a unit was clipped."""
         with self.logging_norms(params, optimizer):
             factors = _clip_units_(params, self.current["clip_factor"], self.eps, self.units(params))
         if self.has_logger and any(p.grad is not None for p in params):
-            smallest = min_over_shards(_smallest(factors, params).nan_to_num(0.0), params)
+            smallest = min_over_shards(_smallest_factor(factors, params).nan_to_num(0.0), params)
             self.running.mean(self.label("clipped_steps", optimizer), smallest < 1)
             self.running.sum(self.label("nonfinite_steps", optimizer), smallest == 0)
 
 
-_Held: TypeAlias = tuple[Tensor, Tensor, Units]
-"""A parameter, its gradient, and where both keep their units."""
+_Item: TypeAlias = tuple[Tensor, Tensor, Units]
+"""A parameter, its gradient, and where both have their output units."""
 
 
-def _batches(held: Sequence[_Held]) -> Iterator[list[_Held]]:
-    """Yield many small tensors together, which saves calls, and large ones alone: in a cache still when they are scaled."""
-    batch: list[_Held] = []
+def _batches(items: Sequence[_Item]) -> Iterator[list[_Item]]:
+    """Yield batches that fit a processor cache: small tensors together, to save calls, and large tensors alone.
+
+    A batch is read for its norms, and is then still in the cache when its gradients are scaled.
+    """
+    batch: list[_Item] = []
     entries = 0
-    for item in held:
+    for item in items:
         if batch and entries + item[0].numel() > CHUNK_ENTRIES:
             yield batch
             batch, entries = [], 0
@@ -129,32 +133,32 @@ def _batches(held: Sequence[_Held]) -> Iterator[list[_Held]]:
         yield batch
 
 
-def _clip_units_(params: Sequence[Tensor], clip_factor: float, eps: float, where: Sequence[Units]) -> list[Tensor]:
+def _clip_units_(params: Sequence[Tensor], clip_factor: float, eps: float, layouts: Sequence[Units]) -> list[Tensor]:
     """Scale the gradients, and return the factors of all units."""
-    found: list[Tensor] = []
-    held = [(p, p.grad, of) for p, of in zip(params, where, strict=True) if p.grad is not None and p.numel()]
-    if any(gradient.is_sparse for _, gradient, _ in held):
-        raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: make the embedding with sparse=False")
-    for some in _batches(held):
-        factors = [_norms(p, of) for p, _, of in some]
+    all_factors: list[Tensor] = []
+    items = [(p, p.grad, layout) for p, layout in zip(params, layouts, strict=True) if p.grad is not None and p.numel()]
+    if any(gradient.is_sparse for _, gradient, _ in items):
+        raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: create the embedding with sparse=False")
+    for batch in _batches(items):
+        factors = [_norms(p, layout) for p, _, layout in batch]
         torch._foreach_clamp_min_(factors, eps)
         torch._foreach_mul_(factors, clip_factor)
-        torch._foreach_div_(factors, tuple(_norms(gradient, of) for _, gradient, of in some))
+        torch._foreach_div_(factors, tuple(_norms(gradient, layout) for _, gradient, layout in batch))
         torch._foreach_clamp_max_(factors, 1.0)
-        torch._foreach_mul_([_view(gradient, of) for _, gradient, of in some], tuple(factors))
-        found += factors
-    return found
+        torch._foreach_mul_([_view(gradient, layout) for _, gradient, layout in batch], tuple(factors))
+        all_factors += factors
+    return all_factors
 
 
-def _smallest(factors: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+def _smallest_factor(factors: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
     """Return the smallest of 1 and all factors, on the device of the parameters."""
     one = torch.ones((), device=params[0].device if params else "cpu")
     return torch.stack([one, *(factor.amin().to(one) for factor in factors if factor.numel())]).amin()
 
 
-def _norms(tensor: Tensor, of: Units) -> Tensor:
-    return local_unit_norms(tensor, of) if tensor.ndim > 1 else tensor_norms([tensor], 2)[0]
+def _norms(tensor: Tensor, layout: Units) -> Tensor:
+    return local_unit_norms(tensor, layout) if tensor.ndim > 1 else tensor_norms([tensor], 2)[0]
 
 
-def _view(tensor: Tensor, of: Units) -> Tensor:
-    return unit_view(tensor, of) if tensor.ndim > 1 else local_tensor(tensor)
+def _view(tensor: Tensor, layout: Units) -> Tensor:
+    return unit_view(tensor, layout) if tensor.ndim > 1 else local_tensor(tensor)

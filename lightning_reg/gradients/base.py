@@ -1,4 +1,4 @@
-"""What the callbacks that process gradients share: unscaled gradients, figures for each optimizer, and what they refuse."""
+"""Base classes of gradient processing: checks that gradients can be processed, and metrics for each optimizer."""
 
 from __future__ import annotations
 
@@ -22,47 +22,73 @@ if TYPE_CHECKING:
 
 
 class GradientProcessing(ParameterRegularizer):
-    """Unscaled gradients, and their norm before and after on logging steps."""
+    """Base class of callbacks that change gradients before the optimizer step: g ← f(g).
+
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, on accumulated and unscaled gradients.
+
+    A subclass sets ``phase`` to its place in the step, and overrides ``gradients``, which changes each ``.grad`` in place.
+    With LBFGS, it runs at each evaluation of the loss.
+
+    Args:
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+
+    Raises:
+        ValueError: If nothing is selected, a fused optimizer is used under float16 loss scaling, an embedding has sparse
+            gradients (unless ``supports_sparse``), or FSDP1 has flattened the parameters (unless ``supports_fsdp1``).
+
+    Example:
+        >>> from lightning_reg.custom import GradientProcessing, Phase
+        >>> class SignedGradients(GradientProcessing):  # g ← sign(g)
+        ...     phase = Phase.VALUE_CLIPPING
+        ...     def gradients(self, params, optimizer, step):
+        ...         for p in params:
+        ...             if p.grad is not None:
+        ...                 p.grad.sign_()
+        >>> callback = SignedGradients(params="all", name=None)
+    """
 
     supports_sparse: ClassVar[bool] = False
-    """Whether it can act on the sparse gradient of an embedding."""
+    """Whether it can process the sparse gradients of embeddings."""
     supports_fsdp1 = False
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up, and check that their gradients can be processed."""
+        """Look up the parameters, and check that their gradients can be processed."""
         super().attach(trainer, pl_module)
         self.require_unscaled_gradients(trainer)
         if not self.supports_sparse:
-            self._refuse_sparse(pl_module)
+            self._check_dense(pl_module)
 
-    def _refuse_sparse(self, pl_module: LightningModule) -> None:
+    def _check_dense(self, pl_module: LightningModule) -> None:
+        """Raise an error if a selected embedding has sparse gradients."""
         embeddings = ((name, m) for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
         selected = {id(p) for p in self.tensors.values()}
         sparse = [name for name, module in embeddings if module.sparse and id(module.weight) in selected]
         if sparse:
             names = ", ".join(sparse)
-            raise ValueError(f"{self.name} needs dense gradients: make {names} with sparse=False, or leave it out of params")
+            raise ValueError(f"{self.name} needs dense gradients: create {names} with sparse=False, or exclude it from params")
 
     @contextmanager
     def logging_norms(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[None]:
-        """Log the norm of the gradients before and after what happens within."""
-        shown = self.logging and bool(existing_gradients(params))
-        if shown:
+        """Log the norm of the gradients before and after the body of the ``with`` statement, if this step is logged."""
+        logs = self.logging and bool(existing_gradients(params))
+        if logs:
             self.log_metrics(**{self.label("norm_before", optimizer): total_norm(existing_gradients(params))})
         yield
-        if shown:
+        if logs:
             self.log_metrics(**{self.label("norm_after", optimizer): total_norm(existing_gradients(params))})
 
     def route(self) -> str:
-        """Say that it acts before the step."""
+        """Return where it acts: before the optimizer step."""
         return "before the step"
 
 
 class GradientClipping(GradientProcessing):
-    """What clipping adds: how often it clips, and a warning where the Trainer clips too."""
+    """Base class of gradient clipping: counts how often it clips, and warns if the Trainer clips too."""
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of clipping twice."""
+        """Warn if the Trainer clips too."""
         super().prepare(trainer, pl_module)
         if trainer.gradient_clip_val:
             rank_zero_warn(
@@ -71,6 +97,6 @@ class GradientClipping(GradientProcessing):
             )
 
     def record_clipping(self, optimizer: Optimizer, norm: Tensor, bound: float | Tensor) -> None:
-        """Add this step to the running metrics, given its largest norm and the bound; call it only if ``self.has_logger``."""
+        """Count this step in the metrics, given its largest norm and the bound. Call it only if ``self.has_logger``."""
         self.running.mean(self.label("clipped_steps", optimizer), norm > bound)
         self.running.sum(self.label("nonfinite_steps", optimizer), ~norm.isfinite())

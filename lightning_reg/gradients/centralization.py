@@ -1,4 +1,4 @@
-"""Gradients without their mean."""
+"""Gradient centralization: gradients without the mean of each unit."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def centralize_gradients_(params: Sequence[Tensor], units: Sequence[Units] | None = None) -> None:
-    r"""Subtract from each output unit's gradient its mean: :math:`G_u \leftarrow G_u - \frac{1}{|u|} \sum_i G_{u,i}`.
+    """Subtract the mean of each unit's gradient: g_u ← g_u − mean(g_u).
 
     Args:
-        params: Tensors whose ``.grad`` is changed in place; those without one, and those of fewer than two dimensions, whose
-            units are single entries, are left out.
-        units: Where each tensor keeps its output units, as :func:`units_of` tells; dimension 0 by default.
+        params: Tensors whose ``.grad`` is changed in place. Those without one are skipped, and so are those with fewer than
+            two dimensions, whose units are single entries.
+        units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Raises:
-        ValueError: For a sparse gradient.
+        ValueError: If a gradient is sparse.
 
     Example:
         >>> theta = torch.zeros(2, 2, requires_grad=True)
@@ -42,39 +42,42 @@ def centralize_gradients_(params: Sequence[Tensor], units: Sequence[Units] | Non
                 [ 0.,  0.]])
 
     Reference:
-        H. Yong, J. Huang, X. Hua, L. Zhang, "Gradient Centralization: A New Optimization Technique for Deep
-        Neural Networks", 2020.
+        H. Yong, J. Huang, X. Hua, L. Zhang, "Gradient Centralization: A New Optimization Technique for Deep Neural
+        Networks", 2020.
     """
-    for p, of in zip(params, units or [Units()] * len(params), strict=True):
+    for p, layout in zip(params, units or [Units()] * len(params), strict=True):
         if p.grad is not None and p.grad.is_sparse:
-            raise ValueError("centralization needs a dense gradient, got a sparse one: make the embedding with sparse=False")
+            raise ValueError("centralization needs a dense gradient, got a sparse one: create the embedding with sparse=False")
         if p.grad is not None and p.ndim > 1 and p.numel():
-            unit_view(p.grad, of).sub_(local_unit_means(p.grad, of))
+            unit_view(p.grad, layout).sub_(local_unit_means(p.grad, layout))
 
 
 class GradientCentralization(GradientProcessing):
-    r"""Take the mean out of each output unit's gradient: :math:`G_u \leftarrow G_u - \overline{G_u}`.
+    """Subtract the mean of each unit's gradient: g_u ← g_u − mean(g_u).
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before noise and clipping.
 
-    A unit is a row of a linear layer, a filter of a convolution (dimension 1 in a transposed one), the vector of a token.
-    Biases and other tensors of fewer than two dimensions stay as they are. Works for sharded parameters.
+    A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), or the vector of a token in
+    an embedding.
+    Biases and other tensors with fewer than two dimensions do not change.
+    Works with sharded parameters (FSDP2).
 
     Args:
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a selection of nothing, sparse gradients, a fused optimizer under float16 loss scaling, or the flat
-            parameters of FSDP1.
+        ValueError: If nothing is selected, gradients are sparse, a fused optimizer is used under float16 loss scaling, or FSDP1
+            has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[GradientCentralization(params="features.*")], logger=False)
 
     Reference:
-        H. Yong, J. Huang, X. Hua, L. Zhang, "Gradient Centralization: A New Optimization Technique for Deep
-        Neural Networks", 2020.
+        H. Yong, J. Huang, X. Hua, L. Zhang, "Gradient Centralization: A New Optimization Technique for Deep Neural
+        Networks", 2020.
     """
 
     phase = Phase.CENTRALIZATION
@@ -83,6 +86,6 @@ class GradientCentralization(GradientProcessing):
         super().__init__(params, name)
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Take the means out."""
+        """Subtract the means."""
         with self.logging_norms(params, optimizer):
             centralize_gradients_(params, self.units(params))

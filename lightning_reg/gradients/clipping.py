@@ -1,4 +1,4 @@
-"""Gradient clipping by bounds that are given: on the norm, on every entry."""
+"""Gradient clipping by a given bound: on the norm, or on each entry."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-    r"""Scale all gradients by one factor so that their joint norm is at most ``max_norm``.
+    """Scale all gradients by one factor, so that their total norm is at most c: g ← g · min(1, c / (‖g‖ + 10⁻⁶)).
 
-    :math:`g \leftarrow g \cdot \min(1, \mathrm{max\_norm} / (\|g\| + 10^{-6}))`, as
-    :func:`torch.nn.utils.clip_grad_norm_` does it; sparse gradients are clipped by their values.
+    The result equals that of ``torch.nn.utils.clip_grad_norm_``. Sparse gradients are clipped too, unlike in torch. If the
+    norm is not finite, the gradients become NaN or 0, as in torch.
 
     Args:
-        params: Tensors whose ``.grad`` is scaled in place; those without one are left out.
-        max_norm: The largest norm, > 0.
-        norm_type: The order of the norm, > 0, or infinity for the largest magnitude.
+        params: Tensors whose ``.grad`` is scaled in place. Those without one are skipped.
+        max_norm: c > 0, the largest norm.
+        norm_type: The order of the norm, > 0. Infinity takes the largest magnitude.
 
     Returns:
-        The norm before clipping, a scalar. A norm that is not finite makes every gradient NaN or 0, as in torch.
+        A scalar, the total norm before clipping.
 
     Example:
         >>> theta = torch.zeros(2, requires_grad=True)
@@ -64,15 +64,15 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
 
 @torch.no_grad()
 def clip_gradient_norm_per_tensor_(params: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
-    r"""Scale each tensor's gradient by itself so that its norm is at most ``max_norm``.
+    """Scale the gradient of each tensor separately, so that its norm is at most c: g ← g · min(1, c / (‖g‖ + 10⁻⁶)).
 
     Args:
-        params: Tensors whose ``.grad`` is scaled in place; those without one are left out.
-        max_norm: The largest norm, > 0.
-        norm_type: The order of the norm, > 0, or infinity for the largest magnitude.
+        params: Tensors whose ``.grad`` is scaled in place. Those without one are skipped.
+        max_norm: c > 0, the largest norm.
+        norm_type: The order of the norm, > 0. Infinity takes the largest magnitude.
 
     Returns:
-        The norms before clipping, a vector with an entry for each gradient that there is and that is not empty.
+        A vector of the norms before clipping, with an entry for each tensor that is not empty and has a gradient.
 
     Example:
         >>> params = [torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)]
@@ -93,11 +93,11 @@ def clip_gradient_norm_per_tensor_(params: Sequence[Tensor], max_norm: float, no
 
 @torch.no_grad()
 def clip_gradient_value_(params: Sequence[Tensor], clip_value: float) -> None:
-    r"""Clamp every entry of every gradient: :math:`g_i \leftarrow \max(-c, \min(c, g_i))`.
+    """Clamp each entry of the gradients: g ← max(−c, min(c, g)).
 
     Args:
-        params: Tensors whose ``.grad`` is clamped in place; those without one are left out.
-        clip_value: The largest magnitude c, > 0.
+        params: Tensors whose ``.grad`` is clamped in place. Those without one are skipped.
+        clip_value: c > 0, the largest magnitude.
 
     Example:
         >>> theta = torch.zeros(3, requires_grad=True)
@@ -113,25 +113,27 @@ def clip_gradient_value_(params: Sequence[Tensor], clip_value: float) -> None:
 
 
 class GradientNormClipping(GradientClipping):
-    r"""Scale the gradients down where their norm exceeds a bound: :math:`g \leftarrow g \min(1, c / (\|g\| + 10^{-6}))`.
+    """Clip the norm of the gradients: g ← g · min(1, c / (‖g‖ + 10⁻⁶)).
 
-    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and after every other change of gradients.
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
-    With the default selection it does what ``Trainer(gradient_clip_val=max_norm)`` does, to the last bit, and says how often.
-    Sharded parameters (FSDP2) are clipped by their norm over all shards. A norm that is not finite is treated as in torch: the
-    gradients become NaN or 0; :class:`NonFiniteGradientGuard` is there for that. Under ``FSDPStrategy`` (FSDP1), with all
-    parameters and one norm for them, the root module's own ``clip_grad_norm_`` does it; that needs CUDA and has not been run.
+    By default it equals ``Trainer(gradient_clip_val=max_norm)``, to the last bit. It also logs how often it clips.
+    If the norm is not finite, the gradients become NaN or 0, as in torch. ``NonFiniteGradientGuard`` prevents that.
+    For sharded parameters (FSDP2), the norm is computed over all shards.
+    Under ``FSDPStrategy`` (FSDP1), it calls the root module's ``clip_grad_norm_``, which needs CUDA. This has not been tested.
 
     Args:
-        max_norm: The largest norm c > 0, or a schedule; infinity only watches finite gradients.
-        norm_type: The order of the norm, > 0; ``.inf`` for the largest magnitude.
-        scope: ``"model"`` for one norm over all selected parameters, ``"tensor"`` for each tensor by itself.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        max_norm: c > 0, or a schedule. Infinity leaves finite gradients alone and only logs.
+        norm_type: The order of the norm, > 0. Infinity (``.inf`` in YAML) takes the largest magnitude.
+        scope: ``"model"`` for one norm over all selected parameters, ``"tensor"`` to clip each tensor separately.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a bound or an order that is not positive, a selection of nothing, a fused optimizer under float16
-            loss scaling, or parts of a model under FSDP1.
+        ValueError: If ``max_norm`` or ``norm_type`` is not positive, ``scope`` is neither ``"model"`` nor ``"tensor"``, nothing
+            is selected, a fused optimizer is used under float16 loss scaling, or FSDP1 is used without ``params="all"`` and
+            ``scope="model"``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -144,7 +146,7 @@ class GradientNormClipping(GradientClipping):
     phase = Phase.NORM_CLIPPING
     valid_ranges = {"max_norm": POSITIVE}
     supports_sparse = supports_fsdp1 = True
-    deepspeed_alternative = "set Trainer(gradient_clip_val=…), which Lightning hands to the engine"
+    deepspeed_alternative = "set Trainer(gradient_clip_val=…), which Lightning passes to the engine"
 
     def __init__(
         self,
@@ -162,17 +164,17 @@ class GradientNormClipping(GradientClipping):
         super().__init__(params, name)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up, and the root module that clips them where FSDP1 has flattened them."""
+        """Look up the parameters, and the root module that must clip them under FSDP1."""
         super().attach(trainer, pl_module)
         self._root = _lightning.fsdp1_root(trainer)
         if self._root is not None and (self.params != "all" or self.scope != "model"):
             raise ValueError(
-                f"{self.name}: under FSDPStrategy only params='all' with scope='model' can be clipped, got "
-                f"params={self.params!r} with scope={self.scope!r}: use ModelParallelStrategy (FSDP2)"
+                f"{self.name}: under FSDPStrategy, clipping needs params='all' and scope='model', got params={self.params!r} "
+                f"and scope={self.scope!r}: use ModelParallelStrategy (FSDP2)"
             )
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Clip, and keep the fraction of steps in which there was something to clip."""
+        """Clip, and count the steps in which a norm was clipped."""
         norms = self._clip(params)
         if not self.has_logger or (self._root is None and all(p.grad is None for p in params)) or not norms.numel():
             return
@@ -184,7 +186,7 @@ class GradientNormClipping(GradientClipping):
                 self.log_metrics(**{self.label(key, optimizer): torch.linalg.vector_norm(value, self.norm_type)})
 
     def _clip(self, params: list[Parameter]) -> Tensor:
-        """Return the norms before clipping: one, or one for each tensor."""
+        """Clip, and return the norms before it: one for the model, or one for each tensor."""
         max_norm = self.current["max_norm"]
         if self._root is not None:
             norm: Tensor = self._root.clip_grad_norm_(max_norm, self.norm_type)
@@ -194,19 +196,23 @@ class GradientNormClipping(GradientClipping):
 
 
 class GradientValueClipping(GradientClipping):
-    r"""Clamp every entry of the gradients: :math:`g_i \leftarrow \max(-c, \min(c, g_i))`.
+    """Clamp each entry of the gradients: g ← max(−c, min(c, g)).
 
-    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before clipping by norm.
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before norm clipping.
 
-    It changes the direction of the gradient; :class:`GradientNormClipping` does not.
+    It changes the direction of the gradient. ``GradientNormClipping`` does not.
+    An infinite entry becomes c or −c, and NaN stays NaN.
+    Works with sharded parameters.
 
     Args:
-        clip_value: The largest magnitude c > 0, or a schedule; infinity does nothing.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        clip_value: c > 0, the largest magnitude, or a schedule. Infinity does nothing.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a bound that is not positive, a selection of nothing, or a fused optimizer under float16 loss scaling.
+        ValueError: If ``clip_value`` is not positive, nothing is selected, or a fused optimizer is used under float16 loss
+            scaling.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -226,7 +232,7 @@ class GradientValueClipping(GradientClipping):
         super().__init__(params, name)
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Clamp the gradients, and keep how often and how many entries this changes."""
+        """Clamp the gradients, and count the steps and the entries that this changes."""
         clip_value, gradients = self.current["clip_value"], existing_gradients(params)
         if not gradients:
             return
@@ -240,10 +246,11 @@ class GradientValueClipping(GradientClipping):
 
 
 def _clip_factor(norm: Tensor, max_norm: float, gradients: Sequence[Tensor]) -> Tensor | float | None:
-    """Return what gradients of some norm are multiplied by, or ``None`` where that is known to be 1."""
+    """Return min(1, max_norm / (norm + 1e-6)), or ``None`` if it is known to be 1, so that no multiplication is needed."""
     if not is_cpu(norm) or {tensor.dtype for tensor in (norm, *gradients)} != {torch.float32}:
         return (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    # the same numbers, to the last bit, as on a device: torch divides by a tensor by multiplying with its reciprocal
+    # On the CPU the norm can be read without waiting, and Python floats are faster than scalar tensors. Each result is rounded
+    # to float32, and the division is a product with the reciprocal, as in torch, so that the factor has the same bits.
     inverse = _float32(1.0 / _float32(norm.item() + _float32(1e-6)))
     factor = _float32(inverse * _float32(max_norm))
     return None if factor >= 1.0 else factor

@@ -1,4 +1,4 @@
-"""What to do with gradients that are not finite."""
+"""Protection against infinite and NaN gradients."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
-    """Return for each tensor whether this rank's part of its gradient has an entry that is infinite or NaN.
+    """Return for each tensor whether its gradient has an infinite or NaN entry on this rank.
 
     Args:
-        params: Tensors; one without a gradient counts as finite.
+        params: Tensors. A missing gradient counts as finite.
+
+    Returns:
+        A boolean vector with an entry for each tensor.
 
     Example:
         >>> params = [torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)]
@@ -42,9 +45,9 @@ def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
     """
     parts = local_tensors(existing_gradients(params))
     if len(parts) < len(params) or not all(part.numel() for part in parts):
-        found = [local_tensors(existing_gradients([p])) for p in params]
-        empty = torch.zeros(1, device=params[0].device)
-        parts = [part[0] if part and part[0].numel() else empty for part in found]
+        per_tensor = [local_tensors(existing_gradients([p])) for p in params]
+        zero = torch.zeros(1, device=params[0].device)
+        parts = [part[0] if part and part[0].numel() else zero for part in per_tensor]
     if not parts:
         return torch.zeros(0, dtype=torch.bool)
     return (torch.stack(torch._foreach_norm(parts, math.inf)) < math.inf).logical_not_()
@@ -52,10 +55,10 @@ def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def zero_nonfinite_gradients_(params: Sequence[Tensor]) -> None:
-    """Set every infinite or NaN entry of every gradient to 0.
+    """Set each infinite or NaN entry of the gradients to 0.
 
     Args:
-        params: Tensors whose ``.grad`` is changed in place; those without one are left out.
+        params: Tensors whose ``.grad`` is changed in place. Those without one are skipped.
 
     Example:
         >>> theta = torch.zeros(3, requires_grad=True)
@@ -69,27 +72,29 @@ def zero_nonfinite_gradients_(params: Sequence[Tensor]) -> None:
 
 
 class NonFiniteGradientGuard(GradientProcessing):
-    """Do not let infinite or NaN gradients into the optimizer.
+    """Keep infinite and NaN gradients out of the optimizer: skip the step, zero the bad entries, or raise an error.
 
-    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before everything else.
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before all other processing.
 
-    A skipped step is no step: parameters, momentum and step counters of the optimizer stay as they are, and no other callback
-    of the suite acts on it, neither before nor after. Its gradients are taken away: ``.grad`` is ``None`` in hooks that come
-    later. The decision is the same on every rank, and it is the one thing in this
-    package that waits for the device at each step. Where a float16 loss scaler is still looking for its scale, the guard leaves
-    the step to it: the scaler skips it, nothing acts on it, and it counts as bad only once the scale has fallen below 1.
+    A skipped step changes neither the parameters nor the optimizer's momentum and step counters. No other callback of this
+    package acts on it, before or after. Its gradients are removed, so ``.grad`` is ``None`` in later hooks.
+    The forward pass has already run, so batch normalization keeps the statistics of the bad batch.
+    The decision is the same on every rank. It is the only operation of this package that waits for the device at each step.
+    While a float16 loss scaler is still lowering its scale, it skips bad steps itself. They count as bad only if the scale is
+    below 1.
 
     Args:
-        policy: ``"skip"`` the step, set the bad entries to ``"zero"``, or ``"raise"`` an error at once.
-        patience: How many bad steps in a row end the training with an error that names the parameters, ≥ 1.
-        params: Which ones are watched: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        policy: ``"skip"`` skips the step, ``"zero"`` sets the bad entries to 0, and ``"raise"`` raises an error.
+        patience: The number of bad steps in a row, ≥ 1, after which an error ends the training and names the parameters.
+        params: The parameters to check: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For another policy, a patience below 1, a selection of nothing, ``"skip"`` with LBFGS, which evaluates
-            several times within a step, or with
-            ``Trainer(gradient_clip_algorithm="value")``, or a fused optimizer under float16 loss scaling.
-        RuntimeError: During training, after ``patience`` bad steps in a row, or at the first one with ``"raise"``.
+        ValueError: If ``policy`` is unknown, ``patience`` is below 1, nothing is selected, or a fused optimizer is used under
+            float16 loss scaling. With ``"skip"``, also for LBFGS, which evaluates the loss several times per step, and for
+            ``Trainer(gradient_clip_algorithm="value")``, which fails without gradients.
+        RuntimeError: During training, after ``patience`` bad steps in a row, or with ``"raise"`` at the first bad step.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -114,25 +119,26 @@ class NonFiniteGradientGuard(GradientProcessing):
         super().__init__(params, name)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot clip the gradients of a skipped step, of which there are none."""
+        """Raise an error if the Trainer clips values, because that fails in a skipped step, which has no gradients."""
         super().prepare(trainer, pl_module)
         if self.policy == "skip" and trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
             raise ValueError(
-                f"{self.name} takes the gradients of a bad step away, and Trainer(gradient_clip_algorithm='value') fails "
-                "without: use GradientValueClipping in its place"
+                f"{self.name} removes the gradients of a bad step, and Trainer(gradient_clip_algorithm='value') fails without "
+                "gradients: use GradientValueClipping instead"
             )
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up, and refuse to skip what is no single step."""
+        """Look up the parameters, and raise an error if a step of LBFGS would have to be skipped."""
         super().attach(trainer, pl_module)
         if self.policy == "skip" and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
             raise ValueError(
-                f"{self.name} cannot skip a step of LBFGS, which evaluates several times: use policy='raise' or 'zero'"
+                f"{self.name} cannot skip a step of LBFGS, which evaluates the loss several times per step: use policy='raise' "
+                "or 'zero'"
             )
         self._trainer = trainer
 
     def should_step(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
-        """Return whether the step may happen, after its bad entries have been set to zero where that is the policy."""
+        """Return whether the step may happen. With the policy ``"zero"``, set the bad entries to 0 first."""
         bad = _lightning.any_rank(self._trainer, nonfinite_gradients(params))
         is_bad, index = bool(bad.any()), self.optimizer_index(optimizer)
         if is_bad and _lightning.is_searching_scale(self._trainer):
@@ -144,19 +150,19 @@ class NonFiniteGradientGuard(GradientProcessing):
         if not is_bad:
             return True
         if self.policy == "raise" or consecutive[index] >= self.patience:
-            raise RuntimeError(self._message(params, bad, step, consecutive[index]))
+            raise RuntimeError(self._error_message(params, bad, step, consecutive[index]))
         if self.policy == "zero":
             zero_nonfinite_gradients_(params)
         return self.policy == "zero"
 
-    def _message(self, params: list[Parameter], bad: Tensor, step: Step, in_a_row: int) -> str:
-        offending = [self.name_of(p) for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
-        times = f", {in_a_row} times in a row" if in_a_row > 1 else ""
+    def _error_message(self, params: list[Parameter], bad: Tensor, step: Step, consecutive: int) -> str:
+        names = [self.name_of(p) for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
+        steps = f" ({consecutive} steps in a row)" if consecutive > 1 else ""
         return (
-            f"{self.name}: gradients are not finite at step {step.number}{times}, those of {', '.join(offending)}: look for a "
-            "division by zero, a logarithm or root at zero or bad data, or lower the learning rate"
+            f"{self.name}: infinite or NaN gradients at step {step.number}{steps} in {', '.join(names)}: look for bad data, a "
+            "division by zero, or a logarithm or square root of zero, or lower the learning rate"
         )
 
     def route(self) -> str:
-        """Say what happens to a bad step."""
+        """Return where it acts, and what it does with a bad step."""
         return f"before the step: {self.policy}"

@@ -1,4 +1,4 @@
-"""Gradients with noise that fades."""
+"""Gradient noise that fades over the steps."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def add_gradient_noise_(params: Sequence[Tensor], std: float, generator: torch.Generator | None = None) -> None:
-    r"""Add noise to every entry of every gradient: :math:`g_i \leftarrow g_i + \sigma\,n_i` with :math:`n_i \sim N(0, 1)`.
+    """Add independent Gaussian noise to each entry of the gradients: g ← g + N(0, σ²).
 
     Args:
-        params: Tensors whose ``.grad`` is changed in place; those without one are left out.
+        params: Tensors whose ``.grad`` is changed in place. Those without one are skipped.
         std: σ ≥ 0.
-        generator: Where the random numbers come from, on the tensors' device, in the same state on every rank; torch's own by
-            default.
+        generator: The random generator, on the device of the tensors and in the same state on every rank; torch's global
+            generator by default.
 
     Raises:
-        ValueError: For a sparse gradient.
+        ValueError: If a gradient is sparse.
 
     Example:
         >>> theta = torch.zeros(10_000, requires_grad=True)
@@ -46,32 +46,33 @@ def add_gradient_noise_(params: Sequence[Tensor], std: float, generator: torch.G
     """
     for p in params:
         if p.grad is not None and p.grad.is_sparse:
-            raise ValueError("gradient noise needs a dense gradient, got a sparse one: make the embedding with sparse=False")
+            raise ValueError("gradient noise needs a dense gradient, got a sparse one: create the embedding with sparse=False")
         if p.grad is not None:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float32, device=p.device)
             local_tensor(p.grad).add_(local_tensor(shard_like(noise, p.grad)), alpha=std)
 
 
 class GradientNoise(GradientProcessing):
-    r"""Add noise that fades to the gradients: :math:`g \leftarrow g + N(0, \sigma^2 / (1 + t)^\gamma)`.
+    """Add noise that fades over the steps t: g ← g + N(0, σ² / (1 + t)^γ).
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before clipping.
 
-    Here t counts the optimizer steps done, or the batches in manual optimization. The random numbers depend on ``seed``,
-    ``name`` and the step alone: they are the same on every replica, with sharded parameters and after a resume, and training
-    draws what it would draw without them. Every entry gets noise, the row of an embedding's ``padding_idx`` too: leave such a
-    parameter out.
+    t counts the optimizer steps done before. In manual optimization, it counts batches.
+    The noise depends only on ``seed``, ``name``, and the step. It is the same on every rank, for sharded parameters (FSDP2),
+    after a resume, and in all evaluations of an LBFGS step. The global random generators are not used.
+    Every entry gets noise, even the row of an embedding's ``padding_idx``. Exclude such a parameter.
 
     Args:
-        std: σ ≥ 0, or a schedule; the source tries σ² of 0.01, 0.3 and 1.
-        decay: γ ≥ 0, how fast the variance fades; 0 for not at all.
-        seed: Where its random numbers begin, ≥ 0.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        std: σ ≥ 0, or a schedule. The paper tries σ² = 0.01, 0.3, and 1.
+        decay: γ ≥ 0, how fast the variance fades. 0 keeps it constant. The paper uses 0.55.
+        seed: The seed of the noise, an integer in [0, 2³¹).
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative σ, γ or seed, a selection of nothing, sparse gradients, a fused optimizer under float16 loss
-            scaling, or the flat parameters of FSDP1.
+        ValueError: If ``std`` or ``decay`` is negative or NaN, ``seed`` is out of range, nothing is selected, gradients are
+            sparse, a fused optimizer is used under float16 loss scaling, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer

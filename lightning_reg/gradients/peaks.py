@@ -1,4 +1,4 @@
-"""Gradient processing that takes the largest entries away."""
+"""Gradient processing that drops the largest entries."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def drop_peak_gradients_(params: Sequence[Tensor], k: int = 1) -> None:
-    r"""Set the k entries of largest magnitude in each tensor's gradient to 0.
+    """Set the k entries of largest magnitude in the gradient of each tensor to 0.
 
     Args:
-        params: Tensors whose ``.grad`` is changed in place; those without one are left out.
-        k: How many entries of each tensor, ≥ 0; exactly that many, however many are tied.
+        params: Tensors whose ``.grad`` is changed in place. Those without one are skipped.
+        k: The number of entries to drop in each tensor, ≥ 0. It is exact even if magnitudes are tied.
 
     Raises:
-        ValueError: For a sparse gradient.
+        ValueError: If a gradient is sparse.
 
     Example:
         >>> theta = torch.zeros(3, requires_grad=True)
@@ -44,28 +44,32 @@ def drop_peak_gradients_(params: Sequence[Tensor], k: int = 1) -> None:
     """
     for p in params:
         if p.grad is not None and p.grad.is_sparse:
-            raise ValueError("peak dropping needs a dense gradient, got a sparse one: make the embedding with sparse=False")
+            raise ValueError("peak dropping needs a dense gradient, got a sparse one: create the embedding with sparse=False")
         if p.grad is not None and k > 0:
             peaks = p.grad.abs().flatten().topk(min(k, p.grad.numel())).indices
             p.grad.put_(peaks, torch.zeros_like(peaks, dtype=p.grad.dtype))
 
 
 class PeakGradientDropping(GradientProcessing):
-    r"""Set the k largest entries of each parameter's gradient to 0: where :math:`|g_i|` peaks, :math:`g_i \leftarrow 0`.
+    """Drop the peaks of the gradients: g_i ← 0 for the k entries of largest magnitude |g_i| in each tensor.
 
-    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before every clipping.
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before centralization, noise, and
+    clipping.
 
-    The rule of the article that this project grew from, under the name "gradient clipping": no entry may dominate the step.
-    A tensor of k entries or fewer would never learn; a warning names such tensors when the fit starts.
+    No single entry can dominate the step. This is sometimes called gradient clipping, but it removes the peaks instead of
+    limiting them.
+    A tensor with k entries or fewer never learns. A warning names such tensors when the fit starts.
+    Does not work with sharded parameters, because the largest entries may be on other ranks.
 
     Args:
-        k: How many entries of each tensor, ≥ 0; 0 does nothing.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        k: The number of entries to drop in each tensor, ≥ 0. 0 does nothing.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative k, a selection of nothing, sharded parameters, sparse gradients, or a fused optimizer under
-            float16 loss scaling.
+        ValueError: If ``k`` is not an integer ≥ 0, nothing is selected, parameters are sharded, gradients are sparse, or a
+            fused optimizer is used under float16 loss scaling.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -80,13 +84,13 @@ class PeakGradientDropping(GradientProcessing):
         super().__init__(params, name)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up, and name those that would never learn."""
+        """Look up the parameters, and warn about those that would never learn."""
         super().attach(trainer, pl_module)
         starved = [name for name, p in self.tensors.items() if p.requires_grad and not is_lazy(p) and 0 < p.numel() <= self.k]
         if starved:
             rank_zero_warn(
-                f"{self.name} drops all {self.k} or fewer entries of {', '.join(starved)}, which will not learn: leave such "
-                f"parameters out, as in params={['all', *('!' + name for name in starved)]}"
+                f"{self.name} with k={self.k} drops every entry of {', '.join(starved)}, which will not learn: exclude such "
+                f"parameters, as in params={['all', *('!' + name for name in starved)]}"
             )
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""Gradient clipping by bounds that are learnt from the norms of earlier steps."""
+"""Gradient norm clipping with a bound that follows the norms of earlier steps."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def update_norm_history(history: Tensor, norm: Tensor) -> Tensor:
-    """Return a history of norms with one more, the oldest being dropped; a norm that is not finite does not enter it.
+    """Return a history of norms with a new norm appended and the oldest one dropped. A non-finite norm changes nothing.
 
     Args:
-        history: The last norms, oldest first, NaN where there is none yet.
+        history: A vector of the last norms, oldest first. Entries without a norm yet are NaN.
         norm: The norm of this step, a scalar.
+
+    Returns:
+        A vector of the same length.
 
     Example:
         >>> update_norm_history(torch.tensor([float("nan"), 1.0]), torch.tensor(2.0))
@@ -44,11 +47,14 @@ def update_norm_history(history: Tensor, norm: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantile_bound(history: Tensor, quantile: float) -> Tensor:
-    """Return a quantile of the norms in a history, linear between two of them; NaN where there are none.
+    """Return a quantile of the norms in a history, with linear interpolation.
 
     Args:
-        history: Norms, NaN where there is none yet.
-        quantile: Which one, in (0, 1).
+        history: A vector of norms. Entries without a norm yet are NaN.
+        quantile: The quantile, in (0, 1).
+
+    Returns:
+        A scalar: NaN if the history has no norms.
 
     Example:
         >>> quantile_bound(torch.tensor([float("nan"), 1.0, 2.0, 3.0]), 0.25)
@@ -59,18 +65,18 @@ def quantile_bound(history: Tensor, quantile: float) -> Tensor:
 
 @torch.no_grad()
 def z_score_bound(norm: Tensor, statistics: Tensor, z: float) -> Tensor:
-    r"""Return the largest norm allowed by the z-score rule: :math:`\mu + \sigma z^2 / s` where :math:`s > z`.
+    """Return the largest norm that the z-score rule allows: μ + σ z² / s if s > z, where s = (‖g‖ − μ) / σ is the z-score.
 
-    Here :math:`s = (\|g\| - \mu) / \sigma` is the z-score of the norm.
-    The farther out a norm is, the nearer to the mean it is brought.
+    The farther a norm is above the mean, the closer to the mean it is clipped. The z-score is computed with σ + 10⁻⁶, as in the
+    authors' code of ZClip.
 
     Args:
         norm: The norm of this step, a scalar.
-        statistics: How many norms there were, their mean μ and their variance σ², as :func:`update_norm_statistics` keeps them.
-        z: The largest z-score that is let through, > 0.
+        statistics: The count, mean μ, and variance σ² of earlier norms, as returned by ``update_norm_statistics``.
+        z: The largest z-score that is not clipped, > 0.
 
     Returns:
-        A scalar: infinity where nothing is to be clipped. To σ in the z-score 1e-6 is added, as in the source's code.
+        A scalar: infinity if there is nothing to clip.
 
     Example:
         >>> z_score_bound(torch.tensor(9.0), torch.tensor([25.0, 1.0, 4.0]), z=2.0)
@@ -84,13 +90,16 @@ def z_score_bound(norm: Tensor, statistics: Tensor, z: float) -> Tensor:
 
 @torch.no_grad()
 def update_norm_statistics(statistics: Tensor, norm: Tensor, decay: float, warmup: int) -> Tensor:
-    """Return the statistics of norms with one more: mean and variance at first, exponential averages after the warm-up.
+    """Return the statistics of norms, updated with a new norm: plain averages in the warm-up, exponential averages after it.
 
     Args:
-        statistics: How many norms there were, their mean and their variance: a vector of three, of zeros to begin with.
-        norm: The norm of this step after clipping, a scalar; one that is not finite changes nothing.
-        decay: What an average keeps of its value, in [0, 1].
-        warmup: How many norms are averaged evenly, ≥ 1.
+        statistics: The count, mean, and variance of earlier norms: a vector of three, initially zeros.
+        norm: The norm of this step after clipping, a scalar. A non-finite norm changes nothing.
+        decay: The weight of the old value in an exponential average, in [0, 1].
+        warmup: The number of norms in the plain averages, ≥ 1.
+
+    Returns:
+        A vector of three.
 
     Example:
         >>> update_norm_statistics(torch.tensor([1.0, 2.0, 0.0]), torch.tensor(4.0), decay=0.97, warmup=25)
@@ -100,71 +109,79 @@ def update_norm_statistics(statistics: Tensor, norm: Tensor, decay: float, warmu
     count, mean, variance = statistics.unbind()
     warm = count >= warmup
     keep = torch.where(warm, decay, count / (count + 1))
-    squared = (norm - mean).square() * keep  # times keep: the product of the distances to the old mean and to the new one
-    distance = torch.where(warm, squared * keep, squared)  # after the warm-up the source's squared distance to the new mean
-    updated = torch.stack([count + 1, torch.lerp(norm, mean, keep), torch.lerp(distance, variance, keep)])
+    # The distance to the new mean is keep times the distance to the old one. The warm-up uses the product of both (Welford's
+    # algorithm), and the exponential average uses the square of the distance to the new mean, as the code of the
+    # ZClip authors does.
+    welford = (norm - mean).square() * keep
+    deviation = torch.where(warm, welford * keep, welford)
+    updated = torch.stack([count + 1, torch.lerp(norm, mean, keep), torch.lerp(deviation, variance, keep)])
     return torch.where(norm < math.inf, updated, statistics)
 
 
 class _StatisticalClipping(GradientClipping):
-    """Clips to a bound that depends on earlier norms, which it keeps for each optimizer and in the checkpoint."""
+    """Base class of clipping to a bound that depends on earlier norms, which are kept for each optimizer and in checkpoints."""
 
     phase = Phase.NORM_CLIPPING
     state_entries = ("memory",)
 
     @abstractmethod
-    def begin(self) -> Tensor:
+    def initial_memory(self) -> Tensor:
         """Return the memory before the first step."""
 
     @abstractmethod
-    def bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the memory after a step, and the largest norm allowed in it."""
+    def update_bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the memory after a step of this norm, and the largest norm allowed in the step."""
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Clip to the bound that the norms so far give, this one included."""
+        """Update the bound with the norm of this step, and clip to it."""
         gradients = existing_gradients(params)
         if not gradients:
             return
         norm, index = total_norm_fp32(gradients), self.optimizer_index(optimizer)
         memories = self.state["memory"]
-        memory = memories[index].to(norm.device) if index in memories else self.begin().to(norm)
-        memories[index], bound = self.bound(memory, norm)
-        factor = _factor(norm, bound)
+        memory = memories[index].to(norm.device) if index in memories else self.initial_memory().to(norm)
+        memories[index], bound = self.update_bound(memory, norm)
+        factor = _clip_factor(norm, bound)
         if factor is not None:
             torch._foreach_mul_(local_tensors(gradients), factor)
         if self.has_logger:
             self.record_clipping(optimizer, norm, bound)
         if self.logging:
-            found = {"norm_before": norm, "norm_after": norm if factor is None else norm * factor, "threshold": bound}
-            self.log_metrics(**{self.label(key, optimizer): value for key, value in found.items()})
+            metrics = {"norm_before": norm, "norm_after": norm if factor is None else norm * factor, "threshold": bound}
+            self.log_metrics(**{self.label(key, optimizer): value for key, value in metrics.items()})
 
 
 class QuantileGradientClipping(_StatisticalClipping):
-    r"""Clip the norm of the gradients to a quantile of the last norms: :math:`\|g_t\| \le Q_q(\|g_{t-w+1}\|, \dots, \|g_t\|)`.
+    """Clip the norm of the gradients to a quantile of recent norms (AutoClip): ‖g_t‖ ≤ Q_q(‖g_{t−w+1}‖, …, ‖g_t‖).
 
-    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and after every other change of gradients.
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
-    The norms before clipping of the last ``window`` steps, this one included, are kept for each optimizer and in the
-    checkpoint. A norm that is not finite does not enter; the gradients of its step become NaN or 0, as in torch. Works for
-    sharded parameters (FSDP2). LBFGS counts each evaluation as a step.
+    The history contains the norms before clipping of the last ``window`` steps, including the current one. It is kept for each
+    optimizer, and in checkpoints.
+    A non-finite norm does not enter the history. The gradients of its step become NaN or 0, as in torch.
+    For sharded parameters (FSDP2), the norm is computed over all shards.
+    With LBFGS, each evaluation of the loss counts as a step.
 
     Args:
-        quantile: q in (0, 1), or a schedule; the source's 10th percentile is 0.1.
-        window: How many norms are kept, ≥ 1. The source keeps all; 1000 follow a training whose norms change.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        quantile: q in (0, 1), or a schedule. The paper uses the 10th percentile, 0.1.
+        window: The number of norms to keep, ≥ 1. The paper keeps all of them. With the default of 1000, the bound follows norms
+            that change during training.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a quantile outside (0, 1), a window below 1, a selection of nothing, sparse gradients, a fused optimizer
-            under float16 loss scaling, the flat parameters of FSDP1, or a checkpoint with another window.
+        ValueError: If ``quantile`` is outside (0, 1), ``window`` is below 1, nothing is selected, gradients are sparse, a fused
+            optimizer is used under float16 loss scaling, FSDP1 has flattened the parameters, or a checkpoint has another
+            window.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[QuantileGradientClipping(0.1)], logger=False)
 
     Reference:
-        P. Seetharaman, G. Wichern, B. Pardo, J. Le Roux, "AutoClip: Adaptive Gradient Clipping for Source
-        Separation Networks", 2020.
+        P. Seetharaman, G. Wichern, B. Pardo, J. Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
+        Networks", 2020.
     """
 
     valid_ranges = {"quantile": Interval(0.0, 1.0, open_low=True, open_high=True)}
@@ -174,17 +191,17 @@ class QuantileGradientClipping(_StatisticalClipping):
         self.window = check_integer("QuantileGradientClipping: window", window, 1)
         super().__init__(params, name)
 
-    def begin(self) -> Tensor:
+    def initial_memory(self) -> Tensor:
         """Return a history without norms."""
         return torch.full((self.window,), math.nan)
 
-    def bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def update_bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Return the history with this norm, and its quantile."""
         history = update_norm_history(memory, norm)
         return history, quantile_bound(history, self.current["quantile"])
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
-        """Take over the norms of the run that is resumed."""
+        """Restore the norms of the resumed run."""
         for history in packed.get("memory", {}).values():
             if len(history) != self.window:
                 raise ValueError(
@@ -195,25 +212,28 @@ class QuantileGradientClipping(_StatisticalClipping):
 
 
 class ZScoreGradientClipping(_StatisticalClipping):
-    r"""Clip norms that are outliers: where :math:`s = (\|g\| - \mu) / \sigma > z`, to :math:`\mu + \sigma z^2 / s`.
+    """Clip outliers of the gradient norm (ZClip): to μ + σ z² / s if the z-score s = (‖g‖ − μ) / σ exceeds z.
 
-    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and after every other change of gradients.
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
-    Mean μ and variance σ² of the norms after clipping are those of the first ``warmup`` steps, in which nothing is clipped, and
-    exponential averages from then on. They are kept for each optimizer and in the checkpoint. A norm that is not finite does
-    not enter; after the warm-up the gradients of its step become NaN or 0, as in torch. LBFGS counts each evaluation as a step.
-    Works for sharded parameters (FSDP2).
+    μ and σ² are the mean and variance of the norms after clipping. In the first ``warmup`` steps they are plain averages, and
+    nothing is clipped. After that they are exponential averages. They are kept for each optimizer, and in checkpoints.
+    A non-finite norm does not enter them. After the warm-up, the gradients of its step become NaN or 0, as in torch.
+    For sharded parameters (FSDP2), the norm is computed over all shards.
+    With LBFGS, each evaluation of the loss counts as a step.
+    The defaults are those of the authors' code.
 
     Args:
-        z: The largest z-score that is let through, > 0, or a schedule; infinity only watches.
-        decay: What mean and variance keep of their values in each step, in [0, 1].
-        warmup: In how many steps nothing is clipped, ≥ 1.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        z: The largest z-score that is not clipped, > 0, or a schedule. Infinity clips nothing and only logs.
+        decay: The weight of the old value in the exponential averages, in [0, 1].
+        warmup: The number of steps before clipping starts, ≥ 1.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a z that is not positive, a decay outside [0, 1], a warm-up below 1, a selection of nothing, sparse
-            gradients, a fused optimizer under float16 loss scaling, or the flat parameters of FSDP1.
+        ValueError: If ``z`` is not positive, ``decay`` is outside [0, 1], ``warmup`` is below 1, nothing is selected, gradients
+            are sparse, a fused optimizer is used under float16 loss scaling, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -233,19 +253,19 @@ class ZScoreGradientClipping(_StatisticalClipping):
         self.warmup = check_integer("ZScoreGradientClipping: warmup", warmup, 1)
         super().__init__(params, name)
 
-    def begin(self) -> Tensor:
+    def initial_memory(self) -> Tensor:
         """Return the statistics of no norms."""
         return torch.zeros(3)
 
-    def bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the statistics with this norm after clipping, and the largest norm that those so far allow."""
+    def update_bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the statistics with this norm after clipping, and the largest norm that the earlier statistics allow."""
         allowed = torch.where(memory[0] < self.warmup, math.inf, z_score_bound(norm, memory, self.current["z"]))
         clipped = torch.where(norm < math.inf, torch.minimum(norm, allowed), norm)
         return update_norm_statistics(memory, clipped, self.decay, self.warmup), allowed
 
 
-def _factor(norm: Tensor, bound: Tensor) -> Tensor | None:
-    """Return what brings a norm to its bound, or ``None`` where it is known to be within."""
+def _clip_factor(norm: Tensor, bound: Tensor) -> Tensor | None:
+    """Return the factor that scales a norm down to its bound, or ``None`` if it is known to be 1."""
     if is_cpu(norm) and norm.item() <= bound.item():
         return None
     return torch.where(norm <= bound, 1.0, bound / (norm + 1e-6))

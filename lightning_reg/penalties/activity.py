@@ -1,4 +1,4 @@
-"""A penalty on what modules put out, not on their weights."""
+"""A penalty on the outputs of modules, not on their weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def activity_penalty(output: Tensor, p: Literal[1, 2] = 1) -> Tensor:
-    r"""Return the mean over the batch of :math:`\|h\|_1` or :math:`\frac{1}{2} \|h\|_2^2`, h being the output for one sample.
+    """Return the mean over the batch of ‖h‖₁ or ½‖h‖₂², where h is the output for one sample.
 
     Args:
-        output: A batch, its samples in dimension 0.
+        output: A batch, with its samples in dimension 0.
         p: 1 for the L1 norm, 2 for half the squared L2 norm.
 
     Returns:
@@ -35,28 +35,31 @@ def activity_penalty(output: Tensor, p: Literal[1, 2] = 1) -> Tensor:
         (tensor(3.), tensor(12.5000))
     """
     precise = output.to(accumulation_dtype(output.dtype))
-    size = precise.abs().sum() if p == 1 else precise.square().sum() / 2
-    return size / max(output.shape[0] if output.ndim else 1, 1)
+    total = precise.abs().sum() if p == 1 else precise.square().sum() / 2
+    return total / max(output.shape[0] if output.ndim else 1, 1)
 
 
 class ActivityPenalty(ModuleRegularizer):
-    r"""Keep the outputs of modules small or sparse: :math:`J = L + \lambda\,\mathrm{mean}_b \|h_b\|`.
+    """Keep the outputs of modules small or sparse: J = L + λ · mean over the batch of ‖h‖₁ or ½‖h‖₂².
 
-    Runs in: the forward pass of each matched module while it is in training mode, and ``on_before_backward``, with every batch.
+    Runs in: the forward pass of each selected module in training mode, and ``on_before_backward``, for every batch.
 
-    :math:`\|h_b\|` is the L1 norm of the output for sample b, or half its squared L2 norm. It depends on the data, so each
-    batch that a step accumulates counts with its share. Under DDP each rank penalises its own samples.
+    h is the output of a module for one sample. With several modules, their penalties are added.
+    The penalty depends on the data, so it acts on each accumulated batch, divided by ``accumulate_grad_batches`` like the loss.
+    Under DDP, each rank penalizes the outputs for its own samples.
+    The loss that the module logs does not contain the penalty.
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        modules: Name globs (``"encoder.layers.?"``; ``*`` matches dots too) or class names (``"ReLU"``) of modules that return
-            one float tensor.
-        p: 1 or 2.
-        name: What metrics and the checkpoint call it.
+        modules: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). Each
+            module must return one float tensor.
+        p: 1 for the L1 norm, for sparse outputs. 2 for half the squared L2 norm, for small outputs.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, another p, ``modules`` that match nothing, or manual optimization.
-        TypeError: In the first forward pass, for a module that returns something else than a float tensor.
+        ValueError: If ``strength`` is negative or NaN, ``p`` is neither 1 nor 2, ``modules`` matches nothing, or the module
+            uses manual optimization.
+        TypeError: In the first forward pass, if a module returns anything but one float tensor.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -81,78 +84,78 @@ class ActivityPenalty(ModuleRegularizer):
         self.p = p
         super().__init__(name)
         self._handles: list[RemovableHandle] = []
-        self._seen: list[Tensor] = []
-        self._term: tuple[Tensor, float] | None = None
+        self._values: list[Tensor] = []  # of the forward passes since the last backward pass
+        self._last_term: tuple[Tensor, float] | None = None
         self._trainer: Trainer | None = None
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        """Return the modules whose outputs it penalises."""
+        """Return the modules whose outputs are penalized."""
         return self.matching(pl_module, self.modules)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse manual optimization, where a loss may be for any of the optimizers."""
+        """Raise an error in manual optimization, where a loss may belong to any of the optimizers."""
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "ActivityPenalty adds to the loss, which in manual optimization may be for any of the optimizers: add "
+                "ActivityPenalty adds to the loss, which in manual optimization may belong to any of the optimizers: add "
                 "lightning_reg.functional.activity_penalty to the right loss in training_step instead"
             )
         super().prepare(trainer, pl_module)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the modules."""
+        """Register a forward hook on each module."""
         super().attach(trainer, pl_module)
         self._trainer = trainer
         for name, module in self.modules_found.items():
-            self._handles.append(module.register_forward_hook(self._listener(name)))
+            self._handles.append(module.register_forward_hook(self._forward_hook(name)))
 
     def detach(self) -> None:
-        """Stop has_logger."""
+        """Remove the forward hooks."""
         super().detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._seen.clear()
-        self._term = self._trainer = None
+        self._values.clear()
+        self._last_term = self._trainer = None
 
     def update(self, progress: float) -> None:
-        """Move the strength, and reset a batch whose loss was ``None``: its activations are in no backward pass."""
-        self._seen.clear()
+        """Update the strength, and discard the values of a batch whose loss was ``None``, so that it had no backward pass."""
+        self._values.clear()
         super().update(progress)
 
-    def _listener(self, name: str) -> ForwardHook:
-        def listen(module: nn.Module, args: Any, output: Any) -> None:
+    def _forward_hook(self, name: str) -> ForwardHook:
+        def record(module: nn.Module, args: Any, output: Any) -> None:
             if not module.training or not self.current["strength"]:
                 return
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
                 raise TypeError(
-                    f"ActivityPenalty: {name!r} ({type(module).__name__}) returns {kind}, expected one float tensor; name a "
+                    f"ActivityPenalty: {name!r} ({type(module).__name__}) returns {kind}, expected one float tensor; select a "
                     "module inside it"
                 )
-            self._seen.append(activity_penalty(output, self.p))
+            self._values.append(activity_penalty(output, self.p))
 
-        return ForwardHook(listen)
+        return ForwardHook(record)
 
     @property
     def adds_to_loss(self) -> bool:
-        """Always: it has no other route."""
+        """Whether it adds to the loss: always, since its gradient depends on the forward pass."""
         return True
 
     def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
-        """Return mean ‖h‖ of this batch, and λ divided by the number of batches in a step as Lightning divides the loss."""
-        if not self._seen or self._trainer is None:
+        """Return the mean over this batch, and λ divided by the number of accumulated batches, as the loss is divided."""
+        if not self._values or self._trainer is None:
             return None
-        value = sum_scalars(self._seen)
-        self._seen.clear()
+        value = sum_scalars(self._values)
+        self._values.clear()
         if self.logging:
             self.log_metrics(penalty=self.current["strength"] * value.detach())
-        self._term = value.detach(), self.current["strength"] / self._trainer.accumulate_grad_batches
-        return value, self._term[1]
+        self._last_term = value.detach(), self.current["strength"] / self._trainer.accumulate_grad_batches
+        return value, self._last_term[1]
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
-        """Return what the last batch added."""
-        return self._term and self._term[0] * self._term[1]
+        """Return what it added to the loss of the last batch."""
+        return self._last_term and self._last_term[0] * self._last_term[1]
 
     def route(self) -> str:
-        """Say that it has the loss route only."""
+        """Return where it acts: always on the loss."""
         return "loss"

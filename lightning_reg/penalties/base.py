@@ -1,4 +1,4 @@
-"""What every penalty does: take the route on which it is exact, and act once in each optimizer step."""
+"""The base class of penalties on parameters: it chooses how to apply the penalty, and applies it once per optimizer step."""
 
 from __future__ import annotations
 
@@ -29,30 +29,37 @@ if TYPE_CHECKING:
     from lightning_reg.schedules import Value
 
 Route = Literal["auto", "loss", "gradient"]
-"""How a penalty reaches the gradients: through the loss, by itself, or through the loss wherever that is exact."""
+"""How a penalty is applied: through the loss, directly to the gradients, or through the loss wherever that is exact."""
 
 
 class Penalty(ParameterRegularizer):
-    r"""Base of all penalties: adds :math:`\lambda R(\theta)` to the training objective.
+    """Base class of penalties: J = L + λ R(θ).
 
-    Runs in: ``on_before_backward`` or ``on_before_optimizer_step``, once per optimizer step however many batches it
-    accumulates. The loss that the module logs does not contain it.
+    Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
+    optimizer step.
 
-    A subclass gives ``value``, differentiable; ``add_gradient_`` is optional and spares the gradient route a graph.
+    A subclass overrides ``value``, which returns R(θ). If it also overrides ``add_gradient_`` with a closed form,
+    ``inject="gradient"`` needs no autograd graph.
+    Selected parameters that took no part in the forward pass are penalized too.
+    With gradient accumulation, the penalty counts once per step, not once per batch.
+    LBFGS evaluates the objective with the penalty.
+    The loss that the module logs does not contain the penalty.
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        inject: ``"loss"`` adds the penalty to the loss, ``"gradient"`` its gradient to ``.grad``; ``"auto"`` is ``"loss"``
-            wherever that is exact, else ``"gradient"`` (manual optimization, sharded parameters, DDP that looks for unused
-            parameters).
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
+            loss wherever that is exact, and the gradients in manual optimization, for sharded parameters, and under DDP with
+            ``find_unused_parameters`` or ``static_graph``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing, or a route that cannot be exact.
+        ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, or the
+            penalty is added to the gradients of a fused optimizer under float16 loss scaling.
 
     Example:
-        >>> class LogPenalty(Penalty):  # Σ log(1 + θ²), which pulls small weights to zero and leaves large ones alone
+        >>> class LogPenalty(Penalty):  # Σ log(1 + θ²): pulls small weights to zero and leaves large ones almost alone
         ...     def value(self, params):
         ...         return sum(p.square().log1p().sum() for p in params)
         >>> LogPenalty(1e-3, params="head.*")
@@ -75,45 +82,45 @@ class Penalty(ParameterRegularizer):
         self.strength = strength
         self.inject = inject
         super().__init__(params, name)
-        self._to_loss = False
-        self._terms: dict[int, Tensor] = {}
+        self._uses_loss = False
+        self._logged: dict[int, Tensor] = {}  # the last value for each optimizer
 
     @abstractmethod
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return R(θ) as a differentiable scalar."""
 
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
-        """Add λ ∇R(θ) to the gradients; by default it is found by differentiating ``value`` alone.
+        """Add λ ∇R(θ) to the gradients. By default, autograd differentiates ``value``.
 
-        ``value`` is then given whole tensors, which sharded parameters are gathered to.
+        Sharded parameters are gathered for this, so that ``value`` sees full tensors.
         """
         full_tensors = [full_tensor(p.detach()).requires_grad_() for p in params]
         with torch.enable_grad():
-            found = torch.autograd.grad(strength * self._checked(full_tensors), full_tensors, allow_unused=True)
-        for p, gradient, addend in zip(params, dense_gradients(params), found, strict=True):
+            addends = torch.autograd.grad(strength * self._checked_value(full_tensors), full_tensors, allow_unused=True)
+        for p, gradient, addend in zip(params, dense_gradients(params), addends, strict=True):
             if addend is not None:
                 gradient.add_(local_tensor(shard_like(addend, p)))
 
     @property
     def scale(self) -> float:
-        """What the value is multiplied by."""
+        """The factor λ of ``value``."""
         return self.current["strength"]
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up and choose the route."""
+        """Look up the parameters, and choose between the loss and the gradients."""
         super().attach(trainer, pl_module)
-        self._terms.clear()
-        obstacle = self._obstacle(trainer, pl_module)
+        self._logged.clear()
+        obstacle = self._loss_obstacle(trainer, pl_module)
         if self.inject == "loss" and obstacle:
             raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
-        self._to_loss = self.inject != "gradient" and obstacle is None
-        if not self._to_loss:
+        self._uses_loss = self.inject != "gradient" and obstacle is None
+        if not self._uses_loss:
             self.require_unscaled_gradients(trainer)
 
-    def _obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """Say why the loss route would not be exact, if it would not."""
+    def _loss_obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Return the reason why adding the penalty to the loss is not exact in this fit, or ``None`` if it is exact."""
         if not pl_module.automatic_optimization:
-            return "in manual optimization, where a loss may be for any of the optimizers and may forbid changes in place"
+            return "in manual optimization, where a loss may belong to any of the optimizers and may not allow in-place changes"
         if _lightning.has_shards(trainer, self.tensors.values()):
             return "for sharded parameters"
         if _lightning.ddp_tracks_parameters(trainer):
@@ -122,15 +129,15 @@ class Penalty(ParameterRegularizer):
 
     @property
     def adds_to_loss(self) -> bool:
-        """Whether it takes the loss route in this fit."""
-        return self._to_loss
+        """Whether the penalty is added to the loss in this fit."""
+        return self._uses_loss
 
     def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
-        """Return R(θ) and λ with the last batch of an optimizer step."""
+        """Return R(θ) and λ for the last batch of an optimizer step."""
         params = self.parameters_of(optimizer) if last and self.scale else []
         if not params:
             return None
-        value = self._checked(params)
+        value = self._checked_value(params)
         self._log(optimizer, value)
         return value, self.scale
 
@@ -140,7 +147,7 @@ class Penalty(ParameterRegularizer):
         return self.scale * self.value(params) if params else None
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Add λ ∇R(θ), where this step's loss has not had its term."""
+        """Add λ ∇R(θ) to the gradients. Not called if the loss of this step contains the penalty."""
         if not self.scale:
             return
         self.add_gradient_(params, self.scale)
@@ -148,13 +155,13 @@ class Penalty(ParameterRegularizer):
             self._log(optimizer, self.value(params))
 
     def _log(self, optimizer: Optimizer, value: Tensor) -> None:
-        """Log the penalty over all optimizers, each as of its last step."""
+        """Log the sum of the penalty over all optimizers, with the value from the last step of each."""
         if self.logging:
-            self._terms[id(optimizer)] = self.scale * full_tensor(value.detach())
-            self.log_metrics(penalty=sum_scalars(list(self._terms.values())))
+            self._logged[id(optimizer)] = self.scale * full_tensor(value.detach())
+            self.log_metrics(penalty=sum_scalars(list(self._logged.values())))
 
-    def _checked(self, params: Sequence[Tensor]) -> Tensor:
-        """Return the value, or say what is wrong with it."""
+    def _checked_value(self, params: Sequence[Tensor]) -> Tensor:
+        """Return the value, or raise an error that says what is wrong with it."""
         value = self.value(params)
         what = f"{self.name}: value() must return a differentiable scalar tensor, got"
         if not isinstance(value, Tensor):
@@ -162,11 +169,11 @@ class Penalty(ParameterRegularizer):
         if value.ndim:
             raise ValueError(f"{what} a tensor of shape {tuple(value.shape)}: sum over all entries")
         if not value.requires_grad:
-            raise ValueError(f"{what} one without a graph: compute it from params, without .data, .detach() or .item()")
+            raise ValueError(f"{what} a tensor without a graph: compute it from params, without .data, .detach(), or .item()")
         if (self.logging or is_cpu(value)) and math.isnan(value.item()) and all(p.isfinite().all() for p in params):
             raise ValueError(f"{what} NaN for finite parameters")
         return value
 
     def route(self) -> str:
-        """Return the route that was taken."""
-        return "loss" if self._to_loss else "gradient"
+        """Return where it acts: on the loss or on the gradients."""
+        return "loss" if self._uses_loss else "gradient"

@@ -1,4 +1,7 @@
-"""A function of many tensors with a gradient in closed form, as one node of the autograd graph."""
+"""Functions of many tensors with a closed-form gradient, each as a single node of the autograd graph.
+
+One node replaces the several nodes per tensor that autograd would record, and their overhead.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,35 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-NodeValue: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, Any]]
-"""From tensors to a scalar, and to whatever of its making is worth keeping for the gradients."""
-NodeGradients: TypeAlias = Callable[[Sequence[Tensor], Tensor, Any], Sequence[Tensor]]
-"""From tensors, a scalar and what was kept to a gradient for each tensor, times the scalar."""
+ValueFunction: TypeAlias = Callable[[Sequence[Tensor]], tuple[Tensor, Any]]
+"""Maps tensors to a scalar, and to intermediate results to save for the gradients."""
+GradientFunction: TypeAlias = Callable[[Sequence[Tensor], Tensor, Any], Sequence[Tensor]]
+"""Maps tensors, a scalar factor, and the saved results to the gradient for each tensor, multiplied by the factor."""
 
 
-def one_node(value: NodeValue, gradients: NodeGradients, params: Sequence[Tensor]) -> Tensor:
-    """Return ``value(params)``, differentiated by ``gradients(params, factor, kept)``, the gradients times a factor.
+def fused(value: ValueFunction, gradients: GradientFunction, params: Sequence[Tensor]) -> Tensor:
+    """Return ``value(params)`` as one autograd node. Only first derivatives are supported.
 
     Args:
-        value: From tensors to a scalar, and to what is kept.
-        gradients: From tensors, a scalar and what was kept to a gradient for each tensor.
-        params: Tensors of any shapes; without any the value is 0.
+        value: Returns the scalar, and what to save for ``gradients``.
+        gradients: Returns the gradient for each tensor, given the tensors, a factor, and what ``value`` saved.
+        params: Tensors of any shapes. The value of an empty list is 0.
+
+    Returns:
+        A scalar.
     """
-    return cast("Tensor", _OneNode.apply(value, gradients, *params)) if params else torch.zeros(())  # type: ignore[no-untyped-call]
+    return cast("Tensor", _Fused.apply(value, gradients, *params)) if params else torch.zeros(())  # type: ignore[no-untyped-call]
 
 
-class _OneNode(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: NodeValue, gradients: NodeGradients, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, value: ValueFunction, gradients: GradientFunction, *params: Tensor) -> Tensor:
         ctx.save_for_backward(*params)
         ctx.gradients = gradients
-        result, ctx.kept = value(params)
+        result, ctx.saved = value(params)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.gradients(ctx.saved_tensors, grad, ctx.kept)
+        return None, None, *ctx.gradients(ctx.saved_tensors, grad, ctx.saved)

@@ -1,4 +1,4 @@
-"""Penalties on the norm of whole groups of weights: the output units."""
+"""A penalty on the norms of whole groups of weights: output units."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from lightning_reg._tensors.reductions import sum_scalars
 from lightning_reg._tensors.shards import full_tensor
 from lightning_reg._tensors.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
 from lightning_reg.penalties.base import Penalty
-from lightning_reg.penalties.fused import one_node
+from lightning_reg.penalties.fused import fused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 def group_lasso_penalty(params: Sequence[Tensor], units: Sequence[Units] | None = None) -> Tensor:
-    r"""Return :math:`R(w) = \sum_g \sqrt{|g|}\,\|w_g\|_2` over the output units of all tensors.
+    """Return R(w) = Σ √n ‖w_u‖₂ over the output units u of all tensors, each with n entries.
 
     Args:
         params: Tensors of any shapes.
-        units: Where each tensor keeps its output units; by default in dimension 0.
+        units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Returns:
-        A scalar; its gradient is :math:`\sqrt{|g|}\,w_g / \|w_g\|`, and 0 for a unit that is zero.
+        A scalar. Its gradient is √n · w_u / ‖w_u‖ for each unit, and 0 for a unit of zeros. Only first derivatives are
+        supported.
 
     Example:
         >>> group_lasso_penalty([torch.tensor([[3.0, 4.0], [0.0, 0.0]])])
@@ -36,18 +37,20 @@ def group_lasso_penalty(params: Sequence[Tensor], units: Sequence[Units] | None 
     Reference:
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
-    layout = list(units or [Units()] * len(params))
-    return one_node(partial(_group_lasso_value, units=layout), partial(_group_lasso_gradients, units=layout), params)
+    layouts = list(units or [Units()] * len(params))
+    return fused(partial(_group_lasso_value, layouts=layouts), partial(_group_lasso_gradients, layouts=layouts), params)
 
 
 @torch.no_grad()
 def add_group_lasso_gradient_(params: Sequence[Tensor], strength: float, units: Sequence[Units] | None = None) -> None:
-    r"""Add the gradient of :math:`\lambda \sum_g \sqrt{|g|}\,\|w_g\|_2` to ``.grad``.
+    """Add the gradient of λ Σ √n ‖w_u‖₂ to ``.grad``: g_u ← g_u + λ √n · w_u / ‖w_u‖ for each output unit u of n entries.
+
+    The gradient of a unit of zeros is 0.
 
     Args:
-        params: Tensors; where there is no gradient yet, one is made.
+        params: Tensors. A missing ``.grad`` counts as zeros and is created.
         strength: λ.
-        units: Where each tensor keeps its output units; by default in dimension 0.
+        units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Example:
         >>> theta = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
@@ -56,64 +59,77 @@ def add_group_lasso_gradient_(params: Sequence[Tensor], strength: float, units: 
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    layout = units or [Units()] * len(params)
+    layouts = units or [Units()] * len(params)
     dense_gradients(params)
-    for p, u in zip(params, layout, strict=True):
-        assert p.grad is not None, "made dense"
-        unit_view(p.grad, u).addcmul_(unit_view(p, u), _group_lasso_factors(local_unit_norms(p, u), p, u), value=strength)
+    for p, layout in zip(params, layouts, strict=True):
+        assert p.grad is not None, "dense_gradients creates it"
+        factors = _group_lasso_factors(local_unit_norms(p, layout), p, layout)
+        unit_view(p.grad, layout).addcmul_(unit_view(p, layout), factors, value=strength)
 
 
 class GroupLassoPenalty(Penalty):
-    r"""Group lasso: :math:`J = L + \lambda \sum_g \sqrt{|g|}\,\|w_g\|_2`, a group for each output unit.
+    """Group lasso: J = L + λ Σ √n ‖w_u‖₂ over all output units u, each with n entries.
 
-    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
+    Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
+    optimizer step.
 
-    It pulls whole units towards zero: rows of a linear layer, filters of a convolution (dimension 1 where it is transposed),
-    vectors of an embedding. As with L1, exact zeros need a proximal step: :class:`~lightning_reg.GroupSoftThresholding`.
+    It pulls whole units toward zero. A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is
+    transposed), or the vector of a token in an embedding.
+    Gradient steps hover around zero and do not stay there. For exact zeros, use ``GroupSoftThresholding``.
+    Works with sharded parameters (FSDP2), but not with FSDP1.
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        inject: ``"loss"``, ``"gradient"`` (no graph: for large models), or ``"auto"``: the loss wherever that is exact.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing, or a route that cannot be exact.
+        ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, the
+            penalty is added to the gradients of a fused optimizer under float16 loss scaling, or FSDP1 has flattened the
+            parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[GroupLassoPenalty(1e-4)], logger=False)
 
     Reference:
-        M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006; for units: W. Wen et al.,
-        "Learning Structured Sparsity in Deep Neural Networks", 2016.
+        M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006. For output units:
+        W. Wen et al., "Learning Structured Sparsity in Deep Neural Networks", 2016.
     """
 
     supports_fsdp1 = False
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
-        """Return Σ √|g| ‖w_g‖."""
+        """Return Σ √n ‖w_u‖₂."""
         return group_lasso_penalty(params, self.units(params))
 
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
-        """Add λ √|g| w_g / ‖w_g‖."""
+        """Add λ √n · w_u / ‖w_u‖."""
         add_group_lasso_gradient_(params, strength, self.units(params))
 
 
-def _group_lasso_value(params: Sequence[Tensor], units: Sequence[Units]) -> tuple[Tensor, list[Tensor]]:
-    norms = [unit_norms(p, u) for p, u in zip(params, units, strict=True)]
-    sums = [full_tensor(norm.sum()) * unit_size(p, u) ** 0.5 for norm, p, u in zip(norms, params, units, strict=True)]
+def _group_lasso_value(params: Sequence[Tensor], layouts: Sequence[Units]) -> tuple[Tensor, list[Tensor]]:
+    norms = [unit_norms(p, layout) for p, layout in zip(params, layouts, strict=True)]
+    sums = [
+        full_tensor(norm.sum()) * unit_size(p, layout) ** 0.5 for norm, p, layout in zip(norms, params, layouts, strict=True)
+    ]
     return sum_scalars(sums), norms
 
 
-def _group_lasso_factors(norms: Tensor, p: Tensor, units: Units) -> Tensor:
-    """Return √|g| / ‖w_g‖ for each unit, in float32 or better, and 0 for a unit of zeros."""
+def _group_lasso_factors(norms: Tensor, p: Tensor, layout: Units) -> Tensor:
+    """Return √n / ‖w_u‖ for each unit, in float32 or better, and 0 for a unit of zeros."""
     inverse = norms.clamp(min=torch.finfo(norms.dtype).tiny).reciprocal_()
-    return inverse.mul_(unit_size(p, units) ** 0.5).masked_fill_(norms == 0, 0.0)
+    return inverse.mul_(unit_size(p, layout) ** 0.5).masked_fill_(norms == 0, 0.0)
 
 
 def _group_lasso_gradients(
-    params: Sequence[Tensor], factor: Tensor, norms: Sequence[Tensor], units: Sequence[Units]
+    params: Sequence[Tensor], factor: Tensor, norms: Sequence[Tensor], layouts: Sequence[Units]
 ) -> Sequence[Tensor]:
-    factors = [_group_lasso_factors(norm, p, u).mul_(factor) for norm, p, u in zip(norms, params, units, strict=True)]
-    return [(unit_view(p, u) * f).view_as(p).to(p.dtype) for p, u, f in zip(params, units, factors, strict=True)]
+    gradients = []
+    for p, norm, layout in zip(params, norms, layouts, strict=True):
+        factors = _group_lasso_factors(norm, p, layout).mul_(factor)
+        gradients.append((unit_view(p, layout) * factors).view_as(p).to(p.dtype))
+    return gradients

@@ -1,4 +1,4 @@
-"""Penalties on the size of every weight: L1, L2, and both."""
+"""Penalties on the magnitude of each weight: L1, L2, and both together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import sum_scalars, tensor_norms
 from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.penalties.base import Penalty, Route
-from lightning_reg.penalties.fused import one_node
+from lightning_reg.penalties.fused import fused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg._engine.selection import Params
-    from lightning_reg.penalties.fused import NodeGradients, NodeValue
+    from lightning_reg.penalties.fused import GradientFunction, ValueFunction
     from lightning_reg.schedules import Value
 
 
 def l1_penalty(params: Sequence[Tensor]) -> Tensor:
-    r"""Return :math:`R(\theta) = \sum_i |\theta_i|` over all entries of all tensors.
+    """Return R(θ) = Σ|θ| over all entries of all tensors.
 
-    One node in the autograd graph, and one for each large tensor; sums in float32 for half precision. The subgradient at 0
-    is 0.
+    The subgradient at 0 is 0. Half-precision tensors are summed in float32. Small tensors share one node of the autograd graph,
+    and each large tensor has its own. Only first derivatives are supported.
 
     Args:
         params: Tensors of any shapes.
 
     Returns:
-        A scalar; its gradient with respect to each tensor is the sign of the tensor.
+        A scalar. Its gradient with respect to a tensor is the sign of each entry.
 
     Example:
         >>> theta = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
@@ -48,37 +48,38 @@ def l1_penalty(params: Sequence[Tensor]) -> Tensor:
     Reference:
         R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     """
-    return _few_nodes(_l1_value, _l1_gradients, params)
+    return _fused_by_size(_l1_value, _l1_gradients, params)
 
 
 def l2_penalty(params: Sequence[Tensor]) -> Tensor:
-    r"""Return :math:`R(\theta) = \frac{1}{2} \sum_i \theta_i^2` over all entries of all tensors.
+    """Return R(θ) = ½ Σθ² over all entries of all tensors.
 
-    One node in the autograd graph, and one for each large tensor; sums in float32 for half precision.
+    Half-precision tensors are summed in float32. Small tensors share one node of the autograd graph, and each large tensor has
+    its own. Only first derivatives are supported.
 
     Args:
         params: Tensors of any shapes.
 
     Returns:
-        A scalar; its gradient with respect to each tensor is the tensor itself.
+        A scalar. Its gradient with respect to a tensor is the tensor itself.
 
     Example:
         >>> theta = torch.tensor([1.0, -2.0], requires_grad=True)
         >>> l2_penalty([theta])
-        tensor(2.5000, grad_fn=<_OneNodeBackward>)
+        tensor(2.5000, grad_fn=<_FusedBackward>)
 
     Reference:
         A. E. Hoerl, R. W. Kennard, "Ridge Regression: Biased Estimation for Nonorthogonal Problems", 1970.
     """
-    return _few_nodes(_l2_value, _l2_gradients, params)
+    return _fused_by_size(_l2_value, _l2_gradients, params)
 
 
 @torch.no_grad()
 def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
-    r"""Add the gradient of :math:`\lambda \sum_i |\theta_i|`, which is :math:`\lambda\,\mathrm{sign}(\theta)`, to ``.grad``.
+    """Add the gradient of λ Σ|θ| to ``.grad``: g ← g + λ sign(θ).
 
     Args:
-        params: Tensors; where there is no gradient yet, one is made.
+        params: Tensors. A missing ``.grad`` counts as zeros and is created.
         strength: λ.
 
     Example:
@@ -95,10 +96,10 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
 
 @torch.no_grad()
 def add_l2_gradient_(params: Sequence[Tensor], strength: float) -> None:
-    r"""Add the gradient of :math:`\frac{\lambda}{2} \sum_i \theta_i^2`, which is :math:`\lambda\,\theta`, to ``.grad``.
+    """Add the gradient of (λ/2) Σθ² to ``.grad``: g ← g + λθ.
 
     Args:
-        params: Tensors; where there is no gradient yet, one is made.
+        params: Tensors. A missing ``.grad`` counts as zeros and is created.
         strength: λ.
 
     Example:
@@ -112,21 +113,26 @@ def add_l2_gradient_(params: Sequence[Tensor], strength: float) -> None:
 
 
 class L1Penalty(Penalty):
-    r"""Lasso: :math:`J = L + \lambda \sum_i |\theta_i|`.
+    """Lasso (L1 regularization): J = L + λ Σ|θ|.
 
-    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
+    Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
+    optimizer step.
 
-    It pulls every weight towards zero by the same force. Steps of the subgradient hover around zero and do not stay there: for
-    exact zeros a proximal step is needed.
+    It pulls each weight toward zero with the same force, whatever its magnitude.
+    Gradient steps hover around zero and do not stay there. For exact zeros, use ``SoftThresholding``.
+    Works with sharded parameters.
 
     Args:
-        strength: λ ≥ 0, or a schedule. Typical: 1e-5 to 1e-3 for a mean loss.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        inject: ``"loss"``, ``"gradient"`` (no graph: for large models), or ``"auto"``: the loss wherever that is exact.
-        name: What metrics and the checkpoint call it.
+        strength: λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-3, for a loss that is a mean over samples.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing, or a route that cannot be exact.
+        ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, or the
+            penalty is added to the gradients of a fused optimizer under float16 loss scaling.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -146,22 +152,29 @@ class L1Penalty(Penalty):
 
 
 class L2Penalty(Penalty):
-    r"""Ridge: :math:`J = L + \frac{\lambda}{2} \sum_i \theta_i^2`.
+    """Ridge (L2 regularization): J = L + (λ/2) Σθ².
 
-    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
+    Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
+    optimizer step.
 
-    The gradient is λθ, so under SGD it equals ``weight_decay=λ``, on the gradient route to the last bit. Texts that leave out
-    the ½ need twice their λ here; for the norm that is not squared, :math:`\lambda \|\theta\|`, write a :class:`Penalty`.
-    Under Adam it is not the decoupled decay of AdamW: there the gradient of the penalty is rescaled like any other.
+    Its gradient is λθ, so it equals ``weight_decay=λ`` in SGD. With ``inject="gradient"``, it does so to the last bit.
+    If your source omits the factor ½, use twice its λ. If it uses the norm without the square, λ‖θ‖, subclass ``Penalty``.
+    With Adam, it is not the decoupled weight decay of AdamW, because Adam rescales the gradient of the penalty like any other.
+    Use ``WeightDecay`` for that.
+    It warns if the optimizer decays the same parameters.
+    Works with sharded parameters.
 
     Args:
-        strength: λ ≥ 0, or a schedule. Typical: 1e-5 to 1e-2.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        inject: ``"loss"``, ``"gradient"`` (no graph: for large models), or ``"auto"``: the loss wherever that is exact.
-        name: What metrics and the checkpoint call it.
+        strength: λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-2, for a loss that is a mean over samples.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing, or a route that cannot be exact.
+        ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, or the
+            penalty is added to the gradients of a fused optimizer under float16 loss scaling.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -172,7 +185,7 @@ class L2Penalty(Penalty):
     """
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
-        """Return ½Σθ²."""
+        """Return ½ Σθ²."""
         return l2_penalty(params)
 
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
@@ -180,28 +193,34 @@ class L2Penalty(Penalty):
         add_l2_gradient_(params, strength)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up, choose the route, and warn of a second decay."""
+        """Look up the parameters, and warn if the optimizer decays them too."""
         super().attach(trainer, pl_module)
         self.warn_of_second_decay(trainer)
 
 
 class ElasticNetPenalty(Penalty):
-    r"""L1 and L2 together: :math:`J = L + \lambda_1 \sum_i |\theta_i| + \frac{\lambda_2}{2} \sum_i \theta_i^2`.
+    """Elastic net (L1 and L2 together): J = L + λ₁ Σ|θ| + (λ₂/2) Σθ².
 
-    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
+    Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
+    optimizer step.
 
-    scikit-learn's ``ElasticNet(alpha, l1_ratio)`` is ``l1 = alpha * l1_ratio`` and ``l2 = alpha * (1 - l1_ratio)`` for half the
-    mean squared error.
+    It equals scikit-learn's ``ElasticNet(alpha, l1_ratio)`` with ``l1 = alpha * l1_ratio``, ``l2 = alpha * (1 - l1_ratio)``,
+    and half the mean squared error as the loss.
+    Gradient steps hover around zero and do not stay there. For exact zeros, use ``L2Penalty`` with ``SoftThresholding``.
+    Works with sharded parameters.
 
     Args:
         l1: λ₁ ≥ 0, or a schedule.
         l2: λ₂ ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        inject: ``"loss"``, ``"gradient"`` (no graph: for large models), or ``"auto"``: the loss wherever that is exact.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing, or a route that cannot be exact.
+        ValueError: If ``l1`` or ``l2`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, or
+            the penalty is added to the gradients of a fused optimizer under float16 loss scaling.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -228,45 +247,49 @@ class ElasticNetPenalty(Penalty):
 
     @property
     def scale(self) -> float:
-        """1, or 0 where both strengths are."""
+        """The factor of ``value``, which already contains the strengths: 1, or 0 if both strengths are 0."""
         return float(bool(self.current["l1"] or self.current["l2"]))
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
-        """Return λ₁Σ|θ| + λ₂/2 Σθ²."""
+        """Return λ₁ Σ|θ| + (λ₂/2) Σθ²."""
         l1, l2 = self.current["l1"], self.current["l2"]
-        return _few_nodes(partial(_elastic_net_value, l1=l1, l2=l2), partial(_elastic_net_gradients, l1=l1, l2=l2), params)
+        value, gradients = partial(_elastic_net_value, l1=l1, l2=l2), partial(_elastic_net_gradients, l1=l1, l2=l2)
+        return _fused_by_size(value, gradients, params)
 
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
-        """Add λ₁ sign(θ) + λ₂θ."""
+        """Add λ₁ sign(θ) + λ₂ θ."""
         if self.current["l1"]:
             add_l1_gradient_(params, strength * self.current["l1"])
         if self.current["l2"]:
             add_l2_gradient_(params, strength * self.current["l2"])
 
 
-def _few_nodes(value: NodeValue, gradients: NodeGradients, params: Sequence[Tensor]) -> Tensor:
-    """Sum over one node for all small tensors, which saves calls, and one for each large one, whose gradient can go at once."""
+def _fused_by_size(value: ValueFunction, gradients: GradientFunction, params: Sequence[Tensor]) -> Tensor:
+    """Return a sum over all tensors, with one autograd node for all small tensors and one for each large tensor.
+
+    A shared node saves calls. A node of its own lets autograd free the gradient of a large tensor before it computes the next.
+    """
     small = [p for p in params if p.numel() <= CHUNK_ENTRIES]
     parts = [*([p] for p in params if p.numel() > CHUNK_ENTRIES), *([small] if small else [])]
-    return sum_scalars([one_node(value, gradients, part) for part in parts or [small]])
+    return sum_scalars([fused(value, gradients, part) for part in parts or [small]])
 
 
-def _by_norms(params: Sequence[Tensor]) -> bool:
-    """Return whether torch's norms do: on the host they keep one running sum, which loses digits over many entries."""
-    return not params[0].is_cpu or (len(params) <= _FEW and all(p.numel() <= _SMALL for p in params))
+_MAX_TENSORS, _MAX_ENTRIES = 8, 1 << 12
+"""The most tensors, and the most entries in each, for which torch's norms on the CPU are accurate and faster than chunks."""
 
 
-_FEW, _SMALL = 8, 1 << 12
-"""Up to how many tensors, of how many entries, norms are exact enough and cheaper than batched_chunks."""
+def _norms_suffice(params: Sequence[Tensor]) -> bool:
+    """Return whether torch's norms can compute the sums; on the CPU they lose digits over many entries."""
+    return not params[0].is_cpu or (len(params) <= _MAX_TENSORS and all(p.numel() <= _MAX_ENTRIES for p in params))
 
 
 def _l1_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
-    if _by_norms(params):
+    if _norms_suffice(params):
         return sum_scalars(tensor_norms(params, 1)), None
     return sum_entries(params, torch.abs), None
 
 
-def _l1_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Sequence[Tensor]:
+def _l1_gradients(params: Sequence[Tensor], factor: Tensor, saved: None) -> Sequence[Tensor]:
     if len(params) > 1:
         signs = list(torch._foreach_sign(list(params)))
         torch._foreach_mul_(signs, factor)
@@ -278,12 +301,12 @@ def _l1_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Seque
 
 
 def _l2_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
-    if _by_norms(params):
+    if _norms_suffice(params):
         return sum_scalars(torch._foreach_pow(tensor_norms(params, 2), 2)) / 2, None
     return sum_entries(params, torch.square) / 2, None
 
 
-def _l2_gradients(params: Sequence[Tensor], factor: Tensor, kept: None) -> Sequence[Tensor]:
+def _l2_gradients(params: Sequence[Tensor], factor: Tensor, saved: None) -> Sequence[Tensor]:
     return list(torch._foreach_mul(list(params), factor))
 
 
@@ -291,7 +314,7 @@ def _elastic_net_value(params: Sequence[Tensor], l1: float, l2: float) -> tuple[
     return l1 * _l1_value(params)[0] + l2 * _l2_value(params)[0], None
 
 
-def _elastic_net_gradients(params: Sequence[Tensor], factor: Tensor, kept: None, l1: float, l2: float) -> Sequence[Tensor]:
+def _elastic_net_gradients(params: Sequence[Tensor], factor: Tensor, saved: None, l1: float, l2: float) -> Sequence[Tensor]:
     gradients = list(torch._foreach_sign(list(params)))
     torch._foreach_mul_(gradients, l1)
     torch._foreach_add_(gradients, list(params), alpha=l2)

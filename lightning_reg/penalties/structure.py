@@ -1,4 +1,4 @@
-"""Penalties on the distance of the weights from something: from orthogonality, from where they started."""
+"""Penalties on the distance of the weights from a target: from orthogonality, or from where they started."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
 from lightning_reg._tensors.shards import full_tensor, local_tensors, shard_like
 from lightning_reg.penalties.base import Penalty, Route
-from lightning_reg.penalties.fused import one_node
+from lightning_reg.penalties.fused import fused
 from lightning_reg.penalties.norms import l2_penalty
 
 if TYPE_CHECKING:
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 
 def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
-    r"""Return :math:`R(W) = \frac{1}{2} \|W W^\top - I\|_F^2`, summed over all tensors.
+    """Return R(W) = ½ ‖WWᵀ − I‖²_F, summed over all tensors.
 
-    Each tensor is a matrix with a row for each output unit (dimension 0), the other dimensions flattened; where it has more
-    rows than columns, :math:`W^\top W` takes the place of :math:`W W^\top`, the smaller of the two Gram matrices.
+    W is a tensor with all dimensions but the first flattened. If W has more rows than columns, WᵀW replaces WWᵀ, because it is
+    the smaller of the two Gram matrices.
 
     Args:
-        params: Tensors of two or more dimensions.
+        params: Tensors with two or more dimensions.
 
     Returns:
-        A scalar, computed in float32 or better.
+        A scalar, computed in float32 or better. Only first derivatives are supported.
 
     Raises:
-        ValueError: For a tensor of fewer dimensions.
+        ValueError: If a tensor has fewer than two dimensions.
 
     Example:
         >>> orthogonality_penalty([torch.eye(3)]), orthogonality_penalty([2 * torch.eye(3)])
@@ -49,33 +49,33 @@ def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
         A. Brock et al., "Neural Photo Editing with Introspective Adversarial Networks", 2017; N. Bansal et al., "Can We Gain
         More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
     """
-    return one_node(_orthogonality_value, _orthogonality_gradients, params)
+    return fused(_orthogonality_value, _orthogonality_gradients, params)
 
 
 def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
-    r"""Return :math:`R(w) = \frac{1}{2} \sum \|w - w^0\|^2`.
+    """Return R(w) = ½ Σ‖w − w⁰‖².
 
     Args:
         params: Tensors w.
         references: Tensors w⁰ of the same shapes.
 
     Returns:
-        A scalar; its gradient is :math:`w - w^0`.
+        A scalar. Its gradient is w − w⁰. Only first derivatives are supported.
 
     Example:
         >>> distance_penalty([torch.tensor([3.0, 4.0])], [torch.zeros(2)])
         tensor(12.5000)
     """
     fixed = list(references)
-    return one_node(partial(_distance_value, references=fixed), partial(_distance_gradients, references=fixed), params)
+    return fused(partial(_distance_value, references=fixed), partial(_distance_gradients, references=fixed), params)
 
 
 @torch.no_grad()
 def add_distance_gradient_(params: Sequence[Tensor], references: Sequence[Tensor], strength: float) -> None:
-    r"""Add the gradient of :math:`\frac{\lambda}{2} \sum \|w - w^0\|^2`, which is :math:`\lambda\,(w - w^0)`, to ``.grad``.
+    """Add the gradient of (λ/2) Σ‖w − w⁰‖² to ``.grad``: g ← g + λ (w − w⁰).
 
     Args:
-        params: Tensors w; where there is no gradient yet, one is made.
+        params: Tensors w. A missing ``.grad`` counts as zeros and is created.
         references: Tensors w⁰ of the same shapes.
         strength: λ.
 
@@ -92,21 +92,27 @@ def add_distance_gradient_(params: Sequence[Tensor], references: Sequence[Tensor
 
 
 class OrthogonalityPenalty(Penalty):
-    r"""Pull the units of each layer towards an orthonormal set: :math:`J = L + \frac{\lambda}{2} \|W W^\top - I\|_F^2`.
+    """Pull the units of each layer toward an orthonormal set: J = L + (λ/2) ‖WWᵀ − I‖²_F.
 
-    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
+    Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
+    optimizer step.
 
-    W has a row for each output unit, or is transposed where it has more rows than columns. Sharded parameters are gathered.
+    W is a weight with all dimensions but the first flattened, so that a linear layer or a convolution has a row for each
+    output unit. If W has more rows than columns, WᵀW replaces WWᵀ.
+    Each rank gathers sharded parameters (FSDP2). FSDP1 is not supported.
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        params: Which parameters, of two or more dimensions: ``"weights"``, globs, or a callable
-            ``(name, parameter, module) -> bool``.
-        inject: ``"loss"``, ``"gradient"``, or ``"auto"``: the loss wherever that is exact.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on, with two or more dimensions: ``"weights"`` (no biases or normalization parameters), a
+            glob, a list of these, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
+            loss wherever that is exact.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing or of vectors, or a route that cannot be exact.
+        ValueError: If ``strength`` is negative or NaN, nothing is selected, a selected parameter has fewer than two dimensions,
+            ``inject="loss"`` is not exact in this run, the penalty is added to the gradients of a fused optimizer under float16
+            loss scaling, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -120,34 +126,41 @@ class OrthogonalityPenalty(Penalty):
     supports_fsdp1 = False
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
-        """Return ½‖WWᵀ − I‖²."""
+        """Return ½ ‖WWᵀ − I‖²_F."""
         return orthogonality_penalty([full_tensor(p) for p in params])
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up, and refuse vectors."""
+        """Look up the parameters, and raise an error for vectors."""
         super().attach(trainer, pl_module)
         vectors = [name for name, p in self.tensors.items() if not is_lazy(p) and p.ndim < 2]
         if vectors:
-            raise ValueError(f"{self.name}: vectors have no Gram matrix, got {', '.join(vectors)}: leave them out of params")
+            raise ValueError(
+                f"{self.name} needs parameters with two or more dimensions, got {', '.join(vectors)}: exclude them from params"
+            )
 
 
 class StartingPointPenalty(Penalty):
-    r"""Stay near where training started (L2-SP): :math:`J = L + \frac{\lambda}{2} \sum \|w - w^0\|^2`.
+    """Stay close to the initial weights (L2-SP): J = L + (λ/2) Σ‖w − w⁰‖².
 
-    Runs in: ``on_before_backward`` (loss route) or ``on_before_optimizer_step`` (gradient route), once per optimizer step.
+    Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
+    optimizer step.
 
-    For fine-tuning: w⁰ are the weights when the first fit starts. They are kept in the checkpoint, so a resumed run pulls
-    towards the same place, at the price of a copy of the selected weights.
+    For fine-tuning: w⁰ are the weights when the first fit starts. Later fits with the same callback keep them.
+    The copy w⁰ takes as much memory as the selected weights. Checkpoints contain it, so that a resumed run uses the same w⁰.
+    Works with sharded parameters.
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        inject: ``"loss"``, ``"gradient"`` (no graph: for large models), or ``"auto"``: the loss wherever that is exact.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, a selection of nothing, a route that cannot be exact, or a starting point of
-            other names or shapes than the model's.
+        ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, the
+            penalty is added to the gradients of a fused optimizer under float16 loss scaling, a lazy module has no weights
+            yet, or the names or shapes of w⁰ do not match the model.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -165,7 +178,7 @@ class StartingPointPenalty(Penalty):
         self._references: dict[int, Tensor] = {}
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
-        """Return ½Σ‖w − w⁰‖²."""
+        """Return ½ Σ‖w − w⁰‖²."""
         return distance_penalty(params, self.references(params))
 
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
@@ -173,77 +186,79 @@ class StartingPointPenalty(Penalty):
         add_distance_gradient_(params, self.references(params), strength)
 
     def references(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return where parameters started."""
+        """Return w⁰ for each parameter."""
         return [self._references[id(p)] for p in params]
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up; keep them if no fit or checkpoint has given a starting point yet."""
+        """Look up the parameters, and copy them unless an earlier fit or a checkpoint has set the starting point."""
         super().attach(trainer, pl_module)
         if lazy := [name for name, p in self.tensors.items() if is_lazy(p)]:
             raise ValueError(
-                f"{self.name}: {', '.join(lazy)} of a lazy module has no start: give the model a batch before the fit"
+                f"{self.name}: {', '.join(lazy)} of a lazy module has no values yet: run the model on a batch before the fit"
             )
         if not self.state["start"]:
             self.state["start"].update((name, p.detach().clone()) for name, p in self.tensors.items())
         self._bind()
 
     def detach(self) -> None:
-        """Let go of the tensors, not of the starting point."""
+        """Release the parameters, but keep the starting point."""
         super().detach()
         self._references.clear()
 
     def _bind(self) -> None:
-        """Lay the starting point beside the parameters: on their devices, and sharded as they are."""
+        """Match the starting point to the parameters: by name, on the same devices, and sharded in the same way."""
         for name, p in self.tensors.items():
             start = self.state["start"].get(name)
             if start is None or start.shape != p.shape:
-                found = "nothing" if start is None else f"shape {tuple(start.shape)}"
+                saved = "nothing" if start is None else f"shape {tuple(start.shape)}"
                 raise ValueError(
-                    f"{self.name}: the starting point has {found} for {name!r} of shape {tuple(p.shape)}: it is of another "
-                    "model or selection; use a new callback, or fit without the checkpoint's"
+                    f"{self.name}: the starting point has {saved} for {name!r} of shape {tuple(p.shape)}: it belongs to "
+                    "another model or selection; use a new callback, or fit without this checkpoint"
                 )
             self._references[id(p)] = start if isinstance(start, DTensor) else shard_like(start.to(p.device, p.dtype), p)
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
-        """Take over the starting point of the run that is resumed."""
+        """Restore the starting point of the resumed run."""
         super().unpack_state(packed)
         self._bind()
 
 
 def _matrix(p: Tensor) -> Tensor:
-    """Return a tensor as the matrix whose smaller Gram matrix is that of its rows."""
+    """Return W, or its transpose if W has more rows than columns, so that the Gram matrix of the rows is the smaller one."""
     if p.ndim < 2:
-        raise ValueError(f"orthogonality needs tensors of two or more dimensions, got shape {tuple(p.shape)}")
+        raise ValueError(f"the orthogonality penalty needs tensors with two or more dimensions, got shape {tuple(p.shape)}")
     matrix = p.flatten(1).to(accumulation_dtype(p.dtype))
     return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
 
 
-def _excess(matrix: Tensor) -> Tensor:
-    """Return the Gram matrix less the identity."""
+def _residual(matrix: Tensor) -> Tensor:
+    """Return the Gram matrix of the rows minus the identity."""
     gram = matrix @ matrix.t()
     gram.diagonal().sub_(1)
     return gram
 
 
 def _orthogonality_value(params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    excesses = [_excess(_matrix(p)) for p in params]
-    return sum_scalars([excess.square().sum() for excess in excesses]) / 2, excesses
+    residuals = [_residual(_matrix(p)) for p in params]
+    return sum_scalars([residual.square().sum() for residual in residuals]) / 2, residuals
 
 
-def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor, excesses: Sequence[Tensor]) -> Sequence[Tensor]:
+def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
     gradients = []
-    for p, excess in zip(params, excesses, strict=True):
-        gradient = (2 * factor) * excess @ _matrix(p)
+    for p, residual in zip(params, residuals, strict=True):
+        gradient = (2 * factor) * residual @ _matrix(p)
         gradients.append((gradient if len(gradient) == len(p) else gradient.t()).reshape(p.shape).to(p.dtype))
     return gradients
 
 
 def _distance_value(params: Sequence[Tensor], references: Sequence[Tensor]) -> tuple[Tensor, None]:
-    apart = [p - reference for p, reference in zip(params, references, strict=True)]
-    return l2_penalty(apart), None
+    differences = [p - reference for p, reference in zip(params, references, strict=True)]
+    return l2_penalty(differences), None
 
 
-def _distance_gradients(params: Sequence[Tensor], factor: Tensor, kept: None, references: Sequence[Tensor]) -> Sequence[Tensor]:
+def _distance_gradients(
+    params: Sequence[Tensor], factor: Tensor, saved: None, references: Sequence[Tensor]
+) -> Sequence[Tensor]:
     gradients = list(torch._foreach_sub(list(params), list(references)))
     torch._foreach_mul_(gradients, factor)
     return gradients

@@ -1,4 +1,4 @@
-"""Shrinkage: weights that become smaller by a rule of their own, in addition to the gradient."""
+"""Shrinkage: decay and thresholding, which make weights smaller independently of the gradient."""
 
 from lightning_reg.shrinkage.decay import WeightDecay, WeightDecayScheduler, decay_groups
 from lightning_reg.shrinkage.proximal import GroupSoftThresholding, SoftThresholding

@@ -1,4 +1,4 @@
-"""Weight decay: decoupled from the gradient, or the optimizer's own on a schedule."""
+"""Weight decay: decoupled from the gradient, or a schedule for the optimizer's own."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def decay_weights_(params: Sequence[Tensor], share: float) -> None:
-    r"""Shrink every entry by the same share of itself: :math:`\theta \leftarrow (1 - \mathrm{share})\,\theta`.
+    """Shrink each entry by the same fraction of itself: θ ← (1 − share) · θ.
 
     Args:
-        params: Tensors, changed in place.
-        share: The learning rate times the weight decay, for a decay as in AdamW.
+        params: Tensors, which are changed in place.
+        share: The fraction to remove. For the decay of AdamW, it is the learning rate times the weight decay.
 
     Example:
         >>> theta = torch.tensor([1.0, -2.0])
@@ -44,18 +44,19 @@ def decay_weights_(params: Sequence[Tensor], share: float) -> None:
 
 
 def decay_groups(module: nn.Module, weight_decay: float, *, params: Params = "weights") -> list[dict[str, Any]]:
-    """Divide a module's parameters into those that an optimizer decays and those that it does not.
+    """Split the parameters of a module into groups with and without weight decay.
 
     Args:
         module: The module to train.
-        weight_decay: The decay of the selected parameters, ≥ 0.
-        params: Which parameters are decayed: by default weights, neither biases nor those of normalisation layers.
+        weight_decay: The weight decay of the selected parameters, ≥ 0.
+        params: The parameters to decay: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
 
     Returns:
-        Parameter groups for the constructor of an optimizer; frozen parameters are in none.
+        Parameter groups for the constructor of an optimizer, without frozen parameters and without empty groups.
 
     Raises:
-        ValueError: For a negative or NaN decay, or a selection of nothing.
+        ValueError: If ``weight_decay`` is negative or NaN, or nothing is selected.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
@@ -64,28 +65,33 @@ def decay_groups(module: nn.Module, weight_decay: float, *, params: Params = "we
         [(1, 0.1), (3, 0.0)]
     """
     decay = NON_NEGATIVE.check("decay_groups: weight_decay", weight_decay)
-    chosen = {id(p) for p in select_parameters(module, params).values()}
+    selected = {id(p) for p in select_parameters(module, params).values()}
     trained = [p for p in module.parameters() if p.requires_grad]
-    decayed, others = ([p for p in trained if (id(p) in chosen) is wanted] for wanted in (True, False))
+    decayed, others = ([p for p in trained if (id(p) in selected) is decays] for decays in (True, False))
     groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
 class WeightDecay(ParameterRegularizer):
-    r"""Decoupled weight decay, whatever the optimizer: :math:`\theta \leftarrow \theta - \eta\,w\,\theta`, η its learning rate.
+    """Decoupled weight decay for any optimizer: θ ← θ − η·w·θ, where η is the learning rate of the parameter group.
 
-    Runs in: ``on_before_optimizer_step``, between the backward pass and the update, once per optimizer step; not in a step that
-    a loss scaler skips.
+    Runs in: ``on_before_optimizer_step``, once per optimizer step, after all gradient processing. With a float16 loss scaler,
+    ``register_step_pre_hook`` of the optimizer. Not in a step that a loss scaler or a guard skips.
 
-    With Adam it is AdamW, to the last bit; with SGD it is SGDW. As there, parameters without a gradient are not decayed.
+    With Adam it equals AdamW, to the last bit. With SGD it is SGDW.
+    As in these optimizers, parameters without a gradient do not decay.
+    It warns if the optimizer decays the same parameters.
+    Works with sharded parameters.
 
     Args:
-        weight_decay: w ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        weight_decay: w ≥ 0, or a schedule. The default of torch's AdamW is 0.01.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN decay, a selection of nothing, or a fused optimizer under float16 loss scaling.
+        ValueError: If ``weight_decay`` is negative or NaN, nothing is selected, or a fused optimizer is used under float16 loss
+            scaling.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -104,36 +110,36 @@ class WeightDecay(ParameterRegularizer):
         super().__init__(params, name)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look the parameters up, and warn of a second decay."""
+        """Look up the parameters, and warn if the optimizer decays them too."""
         super().attach(trainer, pl_module)
         self.require_unscaled_gradients(trainer)
         self.warn_of_second_decay(trainer)
 
     def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
-        """Decay each group's parameters by its learning rate."""
+        """Decay the parameters of each group, in proportion to its learning rate."""
         if self.current["weight_decay"]:
-            for group, parameters_of in self.by_group(params, optimizer):
-                decay_weights_([p for p in parameters_of if p.grad is not None], group["lr"] * self.current["weight_decay"])
+            for group, group_params in self.by_group(params, optimizer):
+                decay_weights_([p for p in group_params if p.grad is not None], group["lr"] * self.current["weight_decay"])
 
     def route(self) -> str:
-        """Say that it acts between the backward pass and the update."""
+        """Return where it acts: between the backward pass and the update."""
         return "before the update"
 
 
 class WeightDecayScheduler(Regularizer):
-    """Drive the optimizer's own ``weight_decay``, whatever it makes of it.
+    """Set or schedule the optimizer's own ``weight_decay``. The optimizer determines the effect.
 
-    Runs in: ``on_train_batch_start``, whenever the scheduled value has changed.
+    Runs in: ``on_train_batch_start``, whenever the value has changed.
 
-    It drives the parameter groups whose ``weight_decay`` is not 0 when the fit starts, such as the first of
-    :func:`~lightning_reg.decay_groups`, and gives them their own back after the fit.
+    It sets the ``weight_decay`` of each parameter group that has a nonzero one when the fit starts, such as the first group of
+    ``decay_groups``. After the fit, it restores the original values.
 
     Args:
-        weight_decay: The decay, ≥ 0, or a schedule.
-        name: What metrics and the checkpoint call it.
+        weight_decay: The weight decay, ≥ 0, or a schedule.
+        name: The name in metrics and checkpoints. By default it is the name of the class.
 
     Raises:
-        ValueError: For a negative or NaN decay, or optimizers none of whose groups decay.
+        ValueError: If ``weight_decay`` is negative or NaN, or no parameter group has a nonzero ``weight_decay``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -141,7 +147,7 @@ class WeightDecayScheduler(Regularizer):
         >>> trainer = Trainer(callbacks=[WeightDecayScheduler(Cosine(0.04, 0.4))], logger=False)
 
     Reference:
-        For a decay that grows: M. Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021.
+        For a weight decay that grows: M. Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021.
     """
 
     phase = Phase.DECAY
@@ -151,38 +157,43 @@ class WeightDecayScheduler(Regularizer):
     def __init__(self, weight_decay: Value, *, name: str | None = None) -> None:
         self.weight_decay = weight_decay
         super().__init__(name)
-        self._own: list[tuple[Optimizer, int, float]] = []
+        self._original: list[tuple[Optimizer, int, float]] = []  # optimizer, index of the group, and its own weight decay
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a second scheduler, which would set the same values."""
+        self.refuse_others(trainer, "both set the weight_decay of the same parameter groups: keep one of them")
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the groups that decay: by their number, since a checkpoint replaces them."""
-        self._own = [
-            (optimizer, number, group["weight_decay"])
+        """Find the groups with weight decay. Their indices are stored, because loading a checkpoint replaces the groups."""
+        self._original = [
+            (optimizer, index, group["weight_decay"])
             for optimizer in trainer.optimizers
-            for number, group in enumerate(optimizer.param_groups)
+            for index, group in enumerate(optimizer.param_groups)
             if group.get("weight_decay")
         ]
-        if not self._own:
+        if not self._original:
             raise ValueError(
-                f"{self.name}: no parameter group of the optimizers has a weight_decay other than 0 to drive: make the "
-                "optimizer with one (decay_groups divides the parameters), or use WeightDecay"
+                f"{self.name}: no parameter group has a nonzero weight_decay to schedule: create the optimizer with one "
+                "(decay_groups splits the parameters), or use WeightDecay"
             )
 
     def values_changed(self) -> None:
-        """Set the decay."""
-        for optimizer, number, _ in self._own:
-            optimizer.param_groups[number]["weight_decay"] = self.current["weight_decay"]
+        """Set the weight decay of the groups."""
+        for optimizer, index, _ in self._original:
+            optimizer.param_groups[index]["weight_decay"] = self.current["weight_decay"]
 
     def detach(self) -> None:
-        """Give the groups their own decay back."""
-        for optimizer, number, own in self._own:
-            optimizer.param_groups[number]["weight_decay"] = own
-        self._own.clear()
+        """Restore the original weight decay of the groups."""
+        for optimizer, index, weight_decay in self._original:
+            optimizer.param_groups[index]["weight_decay"] = weight_decay
+        self._original.clear()
 
     def acts_on(self) -> str:
         """Count the groups and parameters."""
-        count = sum(p.numel() for optimizer, number, _ in self._own for p in optimizer.param_groups[number]["params"])
-        return f"{len(self._own)} group{'s' if len(self._own) > 1 else ''}, {count:,} parameters"
+        groups = [optimizer.param_groups[index] for optimizer, index, _ in self._original]
+        count = sum(p.numel() for group in groups for p in group["params"])
+        return f"{len(groups)} group{'s' if len(groups) > 1 else ''}, {count:,} parameters"
 
     def route(self) -> str:
-        """Say that the optimizer does it."""
+        """Return where it acts: in the optimizer."""
         return "the optimizer's own"

@@ -1,4 +1,4 @@
-"""Proximal steps: what gives exact zeros, where the subgradient of a penalty only hovers around them."""
+"""Proximal steps, which give exact zeros. The subgradient steps of a penalty only hover around them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def soft_threshold_(params: Sequence[Tensor], threshold: float) -> None:
-    r"""Move every entry towards 0, and stop there: :math:`w \leftarrow \mathrm{sign}(w) \max(|w| - t, 0)`.
+    """Move each entry toward 0, and stop there: θ ← sign(θ) · max(|θ| − t, 0).
 
-    It is :math:`\arg\min_v \frac{1}{2} \|v - w\|^2 + t \|v\|_1`.
+    This is the proximal step of L1: argmin ½ ‖v − θ‖² + t ‖v‖₁ over v.
 
     Args:
-        params: Tensors, changed in place.
+        params: Tensors, which are changed in place.
         threshold: t ≥ 0.
 
     Example:
@@ -50,14 +50,14 @@ def soft_threshold_(params: Sequence[Tensor], threshold: float) -> None:
 
 @torch.no_grad()
 def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Sequence[Units] | None = None) -> None:
-    r"""Shorten every unit, down to 0: :math:`w_g \leftarrow w_g \max(1 - t \sqrt{|g|} / \|w_g\|_2, 0)`.
+    """Shrink each output unit u of n entries toward 0, and stop there: w_u ← w_u · max(1 − t √n / ‖w_u‖₂, 0).
 
-    It is :math:`\arg\min_v \frac{1}{2} \|v - w\|^2 + t \sum_g \sqrt{|g|}\,\|v_g\|_2`.
+    This is the proximal step of the group lasso: argmin ½ ‖v − w‖² + t Σ √n ‖v_u‖₂ over v.
 
     Args:
-        params: Tensors, changed in place.
+        params: Tensors, which are changed in place.
         threshold: t ≥ 0.
-        units: Where each tensor keeps its output units; by default in dimension 0.
+        units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Example:
         >>> w = torch.tensor([[3.0, 4.0], [0.6, 0.8]])
@@ -71,28 +71,31 @@ def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Seq
     """
     if not threshold:
         return
-    for p, u in zip(params, units or [Units()] * len(params), strict=True):
-        norms = local_unit_norms(p, u)
-        factors = norms.reciprocal().mul_(-threshold * unit_size(p, u) ** 0.5).add_(1).clamp_(min=0)  # 0 for a unit of zeros
-        unit_view(p, u).mul_(factors.to(p.dtype))
+    for p, layout in zip(params, units or [Units()] * len(params), strict=True):
+        inverse = local_unit_norms(p, layout).reciprocal()  # infinite for a unit of zeros, whose factor is then 0
+        factors = inverse.mul_(-threshold * unit_size(p, layout) ** 0.5).add_(1).clamp_(min=0)
+        unit_view(p, layout).mul_(factors.to(p.dtype))
 
 
 class SoftThresholding(ParameterRegularizer):
-    r"""The proximal step of L1: :math:`w \leftarrow \mathrm{sign}(w) \max(|w| - \eta\lambda, 0)`, η the learning rate.
+    """Proximal L1, with exact zeros: θ ← sign(θ) · max(|θ| − ηλ, 0), where η is the learning rate of the parameter group.
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler skips.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips.
 
-    With plain SGD it is proximal gradient descent (ISTA) on :math:`J = L + \lambda \sum |w|`: the Lasso, whose zeros are exact.
-    With a momentum μ the fixed point is that of λ(1 - μ); with Adam, whose steps are not scaled by the gradient, the strength
-    is measured against those steps.
+    With plain SGD, this is proximal gradient descent (ISTA) for the lasso, J = L + λ Σ|θ|.
+    With momentum μ, it converges to the lasso of strength λ (1 − μ).
+    With Adam, whose steps do not scale with the gradient, λ is relative to the size of these steps, not to the gradient.
+    Works with sharded parameters.
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, or a selection of nothing.
+        ValueError: If ``strength`` is negative or NaN, or nothing is selected.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -110,10 +113,10 @@ class SoftThresholding(ParameterRegularizer):
         super().__init__(params, name)
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Threshold each group's parameters by its learning rate, and keep the fraction of exact zeros."""
+        """Threshold the parameters of each group, in proportion to its learning rate, and log the fraction of zeros."""
         if self.current["strength"]:
-            for group, parameters_of in self.by_group(params, optimizer):
-                self.threshold_(parameters_of, float(group["lr"]) * self.current["strength"])
+            for group, group_params in self.by_group(params, optimizer):
+                self.threshold_(group_params, float(group["lr"]) * self.current["strength"])
         if self.logging:
             self.log_metrics(**self.zeros(params))
 
@@ -122,30 +125,35 @@ class SoftThresholding(ParameterRegularizer):
         soft_threshold_(params, threshold)
 
     def zeros(self, params: list[Parameter]) -> dict[str, Tensor]:
-        """Return the fraction of entries that are exactly zero."""
-        return {"zeros": _share_of_zeros(params)}
+        """Return the metric to log: the fraction of entries that are exactly zero."""
+        return {"zeros": _zero_fraction(params)}
 
     def route(self) -> str:
-        """Say that it acts after the step."""
+        """Return where it acts: after the optimizer step."""
         return "after the step"
 
 
 class GroupSoftThresholding(SoftThresholding):
-    r"""The proximal step of the group lasso: :math:`w_g \leftarrow w_g \max(1 - \eta\lambda\sqrt{|g|} / \|w_g\|_2, 0)`.
+    """Proximal group lasso, which zeroes whole units: w_u ← w_u · max(1 − ηλ √n / ‖w_u‖₂, 0) for a unit u of n entries.
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), not after one that a loss scaler skips.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips.
 
-    A group is an output unit: a row of a linear layer, a filter of a convolution (dimension 1 where it is transposed), the
-    vector of a token. Whole units become exactly zero. η is the learning rate of the parameter's group; under momentum and
-    Adam the strength means what it means for :class:`SoftThresholding`.
+    A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), or the vector of a token in
+    an embedding. η is the learning rate of the parameter group.
+    With plain SGD, this is proximal gradient descent for the group lasso, J = L + λ Σ √n ‖w_u‖₂.
+    With momentum μ, it converges to the group lasso of strength λ (1 − μ).
+    With Adam, whose steps do not scale with the gradient, λ is relative to the size of these steps, not to the gradient.
+    Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For a negative or NaN strength, or a selection of nothing.
+        ValueError: If ``strength`` is negative or NaN, nothing is selected, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -162,11 +170,12 @@ class GroupSoftThresholding(SoftThresholding):
         group_soft_threshold_(params, threshold, self.units(params))
 
     def zeros(self, params: list[Parameter]) -> dict[str, Tensor]:
-        """Return the fraction of units that are exactly zero."""
-        norms = [unit_norms(p, u) for p, u in zip(params, self.units(params), strict=True)]
-        return {"zero_units": _share_of_zeros(norms)}
+        """Return the metric to log: the fraction of units that are exactly zero."""
+        norms = [unit_norms(p, layout) for p, layout in zip(params, self.units(params), strict=True)]
+        return {"zero_units": _zero_fraction(norms)}
 
 
-def _share_of_zeros(tensors: Sequence[Tensor]) -> Tensor:
+def _zero_fraction(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the fraction of entries that are exactly zero, over all shards."""
     counts = torch.stack([full_tensor((tensor == 0).sum()) for tensor in tensors])
     return counts.sum() / sum(tensor.numel() for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Shrinkage at random."""
+"""Random shrinkage of weights."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.Generator | None = None) -> None:
-    r"""Shrink every entry by a random share of itself: :math:`\theta_i \leftarrow \theta_i - \epsilon\,u_i\,\theta_i`.
-
-    Here :math:`u_i \sim U(0, 1)`, drawn anew for every entry.
+    """Shrink each entry by a random fraction of itself: θ ← θ − ε·U(0, 1)·θ, with an independent U for each entry.
 
     Args:
-        params: Tensors, changed in place.
-        epsilon: The largest share, in [0, 1].
-        generator: Where the random numbers come from, on the tensors' device; torch's own by default.
+        params: Tensors, which are changed in place.
+        epsilon: ε in [0, 1], the largest fraction.
+        generator: The random generator, on the device of the tensors; torch's global generator by default.
 
     Example:
         >>> theta = torch.ones(1000)
@@ -41,29 +39,32 @@ def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.
         (True, True, 0.9)
     """
     for p in params:
-        shares = torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device).mul_(epsilon)
-        p.mul_(shares.neg_().add_(1))
+        fractions = torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device).mul_(epsilon)
+        p.mul_(fractions.neg_().add_(1))
 
 
 class RandomShrinkage(ParameterRegularizer):
-    r"""Shrink every weight by a random share of itself: :math:`\theta \leftarrow \theta - \epsilon\,U(0, 1)\,\theta`.
+    """Shrink each weight by a random fraction of itself: θ ← θ − ε·U(0, 1)·θ, with an independent U for each weight.
 
-    Runs in: right after each optimizer step (``register_step_post_hook``), or after the last batch of an epoch, before its
-    validation.
+    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    skips. With ``every="epoch"``, ``on_train_batch_end`` of the last batch of each epoch, before its validation.
 
-    The rule of the article that this project grew from, under the name "weight clipping"; in the mean a decay of ε/2. The
-    random numbers depend on ``seed``, ``name`` and the step alone: they are the same on every replica and after a resume, and
-    training draws what it would draw without them.
+    On average, this is a decay by ε/2. It is sometimes called weight clipping. See ``WeightClipping`` for bounds on weights.
+    The random numbers depend only on ``seed``, ``name``, and the step. They are the same on every rank and after a resume. The
+    global random generators are not used.
+    Does not work with sharded parameters.
 
     Args:
-        epsilon: The largest share ε in [0, 1], or a schedule.
+        epsilon: ε in [0, 1], the largest fraction, or a schedule.
         every: ``"step"`` or ``"epoch"``.
-        seed: Where its random numbers begin, ≥ 0.
-        params: Which parameters: ``"weights"``, ``"all"``, globs, or a callable ``(name, parameter, module) -> bool``.
-        name: What metrics and the checkpoint call it.
+        seed: The seed of the random numbers, an integer in [0, 2³¹).
+        params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
+            these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: For ε outside [0, 1], another period, a negative seed, a selection of nothing, or sharded parameters.
+        ValueError: If ``epsilon`` is outside [0, 1], ``every`` is neither ``"step"`` nor ``"epoch"``, ``seed`` is out of range,
+            nothing is selected, or parameters are sharded.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -90,12 +91,12 @@ class RandomShrinkage(ParameterRegularizer):
         super().__init__(params, name)
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Shrink after the step."""
+        """Shrink the weights after a step, unless ``every="epoch"``."""
         if self.every == "step":
             self._shrink(params, step)
 
     def epoch_end(self, params: list[Parameter], step: Step) -> None:
-        """Shrink after the epoch."""
+        """Shrink the weights after an epoch, if ``every="epoch"``."""
         if self.every == "epoch":
             self._shrink(params, step)
 
@@ -105,5 +106,5 @@ class RandomShrinkage(ParameterRegularizer):
             shrink_randomly_(params, self.current["epsilon"], generator)
 
     def route(self) -> str:
-        """Say when it acts."""
+        """Return where it acts: after the step or the epoch."""
         return f"after the {self.every}"

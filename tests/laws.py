@@ -1,0 +1,88 @@
+"""Laws for every technique, as functions of a row of the table. Each raises an AssertionError if it does not hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from helpers import Classifier, fit, same, weights
+from observed import Observed, optimizer_alone_moves
+from torch.testing import assert_close
+
+from lightning_reg import Penalty
+from lightning_reg._engine.arguments import constructor_arguments
+from lightning_reg.custom import ParameterRegularizer, Regularizer
+
+if TYPE_CHECKING:
+    from table import Row
+
+ACT_ON_WEIGHTS = ("before_update", "weights", "epoch_end")
+
+
+def changed(callback: Regularizer, **arguments: Any) -> Regularizer:
+    """Return a callback made anew with some arguments changed."""
+    given = {argument.name: callback._repr_value(argument.name) for argument in constructor_arguments(type(callback))}
+    return type(callback)(**{**given, **arguments})
+
+
+def check_what_holds(row: Row) -> None:
+    """What the row promises holds after each step, and would not hold without the callback."""
+    model = Observed(row.holds, **row.options)
+    fit([row.active()], model)
+    assert model.steps == 8
+    if "changes_training" not in row.exempt:
+        with pytest.raises(AssertionError):
+            fit([], Observed(row.holds, **row.options))
+
+
+def check_routes(row: Row) -> None:
+    """A penalty changes training alike whether it is added to the loss or to the gradients."""
+    to_loss, to_gradients = (fit([changed(row.active(), inject=route)]) for route in ("loss", "gradient"))
+    assert_close(weights(to_gradients), weights(to_loss), rtol=1e-4, atol=1e-6)
+    with pytest.raises(AssertionError):
+        assert_close(weights(to_loss), weights(fit()), rtol=1e-4, atol=1e-6)
+
+
+def overlapping(row: Row) -> list[Regularizer]:
+    """Return two of a kind, the second on a part of what the first acts on, or on all of it if it has no parts to choose."""
+    first = row.active()
+    if isinstance(first, ParameterRegularizer):
+        return [first, changed(first, params="net.0.weight", name="second")]
+    return [first, changed(first, name="second")]
+
+
+def refused(callbacks: list[Regularizer], row: Row) -> str | None:
+    """Return the error with which callbacks are refused before the first step, or ``None`` if they are not."""
+    try:
+        fit(callbacks, Classifier(**row.options), max_steps=0)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_overlap(row: Row) -> None:
+    """Two of a kind on overlapping parameters work, in any order, or an error names both.
+
+    They leave the weights to the optimizer unless it is their task to change them.
+    """
+    acts_on_weights = any(row.active().overrides(method) for method in ACT_ON_WEIGHTS) or row.options
+    holds = (lambda model: None) if acts_on_weights else optimizer_alone_moves
+    refusal = refused(overlapping(row), row)
+    if refusal is not None:
+        assert all(callback.name in refusal for callback in overlapping(row)), refusal
+        return
+    both = fit(overlapping(row), Observed(holds, **row.options))
+    assert same(both, fit(overlapping(row)[::-1], Observed(holds, **row.options)))
+    keys = {callback.state_key for callback in overlapping(row)}
+    assert len(keys) == 2
+
+
+def check_same_name(row: Row) -> None:
+    """Two of the same name are refused before training, and the error says how to name one of them."""
+    with pytest.raises(ValueError, match=r"two callbacks are called '.*': give one of them a name of its own, name='…'"):
+        fit([row.active(), row.active()], Classifier(**row.options))
+
+
+def is_penalty_with_routes(row: Row) -> bool:
+    """Return whether a row is that of a penalty which can be added to the loss and to the gradients."""
+    return isinstance(row.active(), Penalty)

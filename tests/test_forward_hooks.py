@@ -1,0 +1,219 @@
+"""Changes of the weights for one forward and backward pass: when they are there, and that they are gone everywhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Classifier, fit, loader, same, weights
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.testing import assert_close
+
+from lightning_reg import L2Penalty, WeightClipping
+from lightning_reg.custom import NON_NEGATIVE, ParameterRegularizer, Phase
+
+LOG = []
+
+
+class Shift(ParameterRegularizer):
+    """Adds a constant to the weights of the forward and backward pass, and keeps a log."""
+
+    phase = Phase.FORWARD
+    valid_ranges = {"amount": NON_NEGATIVE}
+
+    def __init__(self, amount, *, params="net.0.weight", name=None):
+        self.amount = amount
+        super().__init__(params, name)
+
+    def before_forward(self, step):
+        LOG.append(("before", self.name))
+        self.kept = {p: p.detach().clone() for p in self.tensors.values()}
+        for p in self.kept:
+            p.add_(self.current["amount"])
+
+    def after_backward(self):
+        LOG.append(("after", self.name))
+        for p, kept in self.kept.items():
+            p.copy_(kept)
+
+    def route(self):
+        return "forward pass"
+
+
+@pytest.fixture(autouse=True)
+def empty_log():
+    LOG.clear()
+
+
+class Recorder(Classifier):
+    """Keeps the first entry of the first weight at several times, relative to the start of the batch."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen = []
+
+    def note(self, when):
+        self.seen.append((when, round(self.net[0].weight[0, 0].item() - self.begin, 3)))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        super().on_train_batch_start(batch, batch_idx)
+        self.begin = self.net[0].weight[0, 0].item()
+
+    def training_step(self, batch, batch_idx):
+        self.note("forward")
+        return super().training_step(batch, batch_idx)
+
+    def on_before_backward(self, loss):
+        self.note("backward")
+
+    def on_before_optimizer_step(self, optimizer):
+        self.note("step")
+
+
+def test_the_change_is_there_from_the_forward_to_the_backward_pass():
+    model = fit([Shift(1.0)], Recorder(lr=0.0), max_epochs=1, limit_train_batches=1)
+    assert model.seen == [("forward", 1.0), ("backward", 1.0), ("step", 0.0)]
+    assert same(model, Classifier())
+
+
+def test_several_are_undone_in_reverse_order():
+    fit([Shift(1.0, name="b"), Shift(2.0, name="a")], max_epochs=1, limit_train_batches=1)
+    assert LOG == [("before", "a"), ("before", "b"), ("after", "b"), ("after", "a")]
+
+
+def test_every_accumulated_batch_has_its_own_change():
+    model = fit([Shift(1.0)], Recorder(lr=0.0), max_epochs=1, accumulate_grad_batches=2, limit_train_batches=2)
+    both = [("forward", 1.0), ("backward", 1.0)]
+    assert model.seen == [*both, *both, ("step", 0.0)]
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_skipped_batch_leaves_no_change():
+    class Skips(Recorder):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 0 else loss
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.note("end")
+
+    model = fit([Shift(1.0)], Skips(lr=0.0), max_epochs=1, limit_train_batches=2)
+    skipped = [("forward", 1.0), ("step", 0.0), ("end", 0.0)]
+    assert model.seen == [*skipped, ("forward", 1.0), ("backward", 1.0), ("step", 0.0), ("end", 0.0)]
+
+
+def test_an_exception_leaves_neither_a_change_nor_a_wrapper():
+    class Fails(Recorder):
+        def training_step(self, batch, batch_idx):
+            self.strategy = self.trainer.strategy
+            raise RuntimeError("stop")
+
+    model = Fails()
+    with pytest.raises(RuntimeError, match="stop"):
+        fit([Shift(1.0)], model)
+    assert same(model, Classifier())
+    assert "training_step" not in vars(model.strategy)
+
+
+def test_a_fit_leaves_no_wrapper_and_no_hook():
+    class Keeps(Classifier):
+        def configure_optimizers(self):
+            self.kept = super().configure_optimizers()
+            return self.kept
+
+        def on_fit_end(self):
+            self.strategy = self.trainer.strategy
+
+    model = fit([Shift(1.0)], Keeps())
+    assert "training_step" not in vars(model.strategy)
+    assert not model.kept._optimizer_step_pre_hooks
+
+
+def test_validation_and_checkpoints_see_the_weights_without_the_change(tmp_path):
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / "model.ckpt")
+
+    class Validates(Recorder):
+        def val_dataloader(self):
+            return loader(16)
+
+        def validation_step(self, batch, batch_idx):
+            self.note("validation")
+
+    model = Validates(lr=0.0)
+    fit([Shift(1.0), Saves()], model, max_epochs=1, val_check_interval=2, num_sanity_val_steps=0)
+    assert [change for when, change in model.seen if when == "validation"] == [0.0, 0.0]
+    saved = torch.load(tmp_path / "model.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["net.0.weight"], Classifier().net[0].weight)
+
+
+def test_each_evaluation_of_a_closure_has_the_change():
+    class Searches(Recorder):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=1e-6, max_iter=3)
+
+    model = fit([Shift(1.0)], Searches(), max_epochs=1, limit_train_batches=1)
+    forwards = [change for when, change in model.seen if when == "forward"]
+    assert len(forwards) > 1
+    assert forwards == pytest.approx([1.0] * len(forwards), abs=1e-2)
+    assert [kind for kind, _ in LOG] == ["before", "after"] * len(forwards)
+
+
+def test_under_a_loss_scale_the_step_is_that_of_the_shifted_gradient():
+    def trained(**options):
+        return fit([Shift(0.1)], Classifier(), max_epochs=1, **options)
+
+    scaled = trained(plugins=[MixedPrecision("bf16-mixed", "cpu")])
+    assert_close(weights(scaled), weights(trained()), rtol=0.05, atol=0.02)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+    assert not same(trained(plugins=[plugin]), Classifier())
+    assert [kind for kind, _ in LOG] == ["before", "after"] * (len(LOG) // 2)
+
+
+class TwoLosses(Recorder):
+    """Manual optimization: two backward passes of one forward pass, a step, and another forward pass with its step."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        loss = super().training_step(batch, batch_idx)
+        optimizer.zero_grad()
+        self.manual_backward(loss / 2, retain_graph=True)
+        self.manual_backward(loss / 2)
+        optimizer.step()
+        self.note("between")
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.note("end")
+
+
+def test_manual_optimization_has_the_change_until_each_step():
+    model = fit([Shift(1.0)], TwoLosses(lr=0.0), max_epochs=1, limit_train_batches=1)
+    first = [("forward", 1.0), ("backward", 1.0), ("backward", 1.0), ("step", 0.0)]
+    assert model.seen == [*first, ("between", 1.0), ("forward", 1.0), ("backward", 1.0), ("step", 0.0), ("end", 0.0)]
+    assert same(model, Classifier())
+
+
+def test_other_techniques_see_the_weights_without_the_change():
+    """A penalty on the gradient route and a bound after the step act on the true weights."""
+    others = lambda: [L2Penalty(0.1, inject="gradient"), WeightClipping(0.05)]  # noqa: E731
+    model = fit([Shift(0.0), *others()], max_epochs=1)
+    assert same(model, fit(others(), max_epochs=1))
+    shifted = fit([Shift(1.0), *others()], max_epochs=1)
+    assert shifted.net[0].weight.abs().max() <= 0.05
+    assert not same(shifted, model)
+
+
+def test_without_such_a_technique_nothing_is_wrapped():
+    class Looks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            assert "training_step" not in vars(trainer.strategy)
+
+    fit([L2Penalty(0.1), Looks()], data=loader(16), max_epochs=1)

@@ -1,0 +1,187 @@
+"""What must hold after each step, over the table, and three wrong techniques that these laws catch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import fit, same
+from laws import check_overlap, check_routes, check_same_name, check_what_holds, is_penalty_with_routes
+from observed import optimizer_alone_moves, weights_are
+from table import ROWS, Row
+
+from lightning_reg.custom import (
+    NON_NEGATIVE,
+    POSITIVE,
+    Constraint,
+    ParameterRegularizer,
+    Penalty,
+    Phase,
+)
+from lightning_reg.functional import add_l2_gradient_, l2_penalty
+
+every_callback = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
+every_penalty = pytest.mark.parametrize(
+    "row", [pytest.param(row, id=name) for name, row in ROWS.items() if is_penalty_with_routes(row)]
+)
+
+
+@every_callback
+def test_what_a_row_promises_holds_after_each_step(row):
+    check_what_holds(row)
+
+
+@every_penalty
+def test_loss_route_equals_gradient_route(row):
+    check_routes(row)
+
+
+@every_callback
+def test_two_of_a_kind_may_overlap(row):
+    check_overlap(row)
+
+
+@every_callback
+def test_two_of_the_same_name_are_refused(row):
+    check_same_name(row)
+
+
+# Right techniques and wrong ones, as a contributor might write them --------------------------------------------------
+
+
+class SpectralNorm(Constraint):
+    """Keeps the largest singular value of each matrix at or below a bound."""
+
+    valid_ranges = {"max_norm": POSITIVE}
+    slack = 1.0
+
+    def __init__(self, max_norm, *, params="weights", name=None):
+        self.max_norm = max_norm
+        super().__init__(params, name)
+
+    def reproject(self, params):
+        for p in params:
+            norm = torch.linalg.matrix_norm(p, 2)
+            p.mul_(min(1.0, self.slack * self.current["max_norm"] / float(norm)))
+
+
+class LooseSpectralNorm(SpectralNorm):
+    """Wrong: it scales to 1.7 times its bound."""
+
+    slack = 1.7
+
+
+class SquaredPenalty(Penalty):
+    """J = L + λ/2 Σθ², written once more."""
+
+    factor = 1.0
+
+    def value(self, params):
+        return l2_penalty(params)
+
+    def add_gradient_(self, params, strength):
+        add_l2_gradient_(params, self.factor * strength)
+
+
+class DoubledPenalty(SquaredPenalty):
+    """Wrong: its gradient on the gradient route is doubled."""
+
+    factor = 2.0
+
+
+class Noise(ParameterRegularizer):
+    """Adds noise to the weights for one forward and backward pass."""
+
+    phase = Phase.FORWARD
+    valid_ranges = {"std": NON_NEGATIVE}
+
+    def __init__(self, std, *, params="weights", name=None):
+        self.std = std
+        super().__init__(params, name)
+        self._kept = []
+
+    def before_forward(self, step):
+        generator = torch.Generator().manual_seed(step.number)
+        self._kept = [(p, p.detach().clone()) for p in self.tensors.values()]
+        for p, _ in self._kept:
+            p.add_(torch.randn(p.shape, generator=generator), alpha=self.current["std"])
+
+    def after_backward(self):
+        for p, kept in self._kept:
+            p.copy_(kept)
+        self._kept = []
+
+    def route(self):
+        return "forward pass"
+
+
+class UnorderedNoise(Noise):
+    """Wrong: it uses Lightning's hooks, which undo two of a kind in the order of the list and not in reverse."""
+
+    def before_forward(self, step):
+        """Leave it to the hook."""
+
+    def after_backward(self):
+        """Leave it to the hook."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        with torch.no_grad():
+            self._kept = [(p, p.detach().clone()) for p in self.tensors.values()]
+            for p, _ in self._kept:
+                p.add_(torch.full_like(p, self.current["std"]))
+
+    def on_after_backward(self, trainer, pl_module):
+        super().on_after_backward(trainer, pl_module)
+        with torch.no_grad():
+            Noise.after_backward(self)
+
+
+def largest_singular_value_at_most(bound):
+    def check(expected, after):
+        assert float(torch.linalg.matrix_norm(after, 2)) <= bound * (1 + 1e-4)
+
+    return weights_are(check)
+
+
+def row_of(active, holds):
+    return Row(active=active, holds=holds, inactive=None, scheduled=None, parts=None)
+
+
+SPECTRAL = largest_singular_value_at_most(0.5)
+SQUARED = ROWS["L2Penalty"].holds
+
+
+@pytest.mark.parametrize("kind", [SpectralNorm, LooseSpectralNorm], ids=["right", "wrong"])
+def test_a_constraint_beyond_its_bound_is_caught(kind):
+    row = row_of(lambda: kind(0.5), SPECTRAL)
+    if kind is LooseSpectralNorm:
+        with pytest.raises(AssertionError):
+            check_what_holds(row)
+    else:
+        check_what_holds(row)
+
+
+@pytest.mark.parametrize("kind", [SquaredPenalty, DoubledPenalty], ids=["right", "wrong"])
+@pytest.mark.parametrize("check", [check_routes, check_what_holds], ids=["routes", "holds"])
+def test_a_penalty_with_a_doubled_gradient_is_caught(kind, check):
+    row = row_of(lambda: kind(0.1, inject="gradient"), SQUARED)
+    if kind is DoubledPenalty:
+        with pytest.raises(AssertionError):
+            check(row)
+    else:
+        check(row)
+
+
+@pytest.mark.parametrize("kind", [Noise, UnorderedNoise], ids=["right", "wrong"])
+def test_noise_that_is_not_removed_in_reverse_order_is_caught(kind):
+    row = row_of(lambda: kind(0.1), optimizer_alone_moves)
+    if kind is UnorderedNoise:
+        with pytest.raises(AssertionError, match=r"net\.0\.weight was changed by something else"):
+            check_overlap(row)
+    else:
+        check_overlap(row)
+
+
+def test_noise_acts_in_the_forward_pass():
+    """Otherwise the law above would hold for a technique that does nothing."""
+    assert not same(fit([Noise(0.1)]), fit())

@@ -1,0 +1,102 @@
+"""The structure of the package: no import circle, few public namespaces, and no technique that goes past the base class."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback
+
+import lightning_reg
+from lightning_reg.custom import Regularizer
+
+ROOT = Path(lightning_reg.__file__).parent
+MODULES = {
+    info.name: ROOT.parent.joinpath(*info.name.split(".")) for info in pkgutil.walk_packages([str(ROOT)], "lightning_reg.")
+}
+PUBLIC = {"lightning_reg", *(f"lightning_reg.{name}" for name in ("custom", "functional", "schedules"))}
+PACKAGES = {"constraints", "dropout", "gradients", "penalties", "pruning", "shrinkage"}
+
+
+def tree_of(name):
+    path = MODULES[name]
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+
+
+def imports_of(name):
+    """Return the modules of the package that a module imports, also for type checking and within functions."""
+    found = set()
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {n for n in names if n in MODULES} or {node.module}
+    return {module for module in found if module in MODULES}
+
+
+def circle_in(graph):
+    """Return a circle in a graph of imports, or ``None``."""
+    done, path = set(), []
+
+    def visit(node):
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        path.append(node)
+        circle = next(filter(None, map(visit, sorted(graph[node]))), None)
+        path.pop()
+        done.add(node)
+        return circle
+
+    return next(filter(None, map(visit, sorted(graph))), None)
+
+
+def test_there_is_no_import_circle():
+    assert len(MODULES) > 40
+    assert circle_in({name: imports_of(name) for name in MODULES}) is None
+
+
+def test_a_circle_would_be_found():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c", "a"]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_public_namespaces_list_their_names(name):
+    assigned = {
+        t.id for node in tree_of(name).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+    }
+    public = name in PUBLIC or name.removeprefix("lightning_reg.") in PACKAGES
+    assert not ("__all__" in assigned and not public)
+
+
+def test_what_is_not_public_begins_with_an_underscore():
+    visible = {name.split(".")[1] for name in MODULES}
+    assert {name for name in visible if not name.startswith("_")} == PACKAGES | {"custom", "functional", "schedules"}
+
+
+def callbacks():
+    for name in MODULES:
+        for value in vars(importlib.import_module(name)).values():
+            if inspect.isclass(value) and issubclass(value, Regularizer) and value is not Regularizer:
+                yield value
+
+
+HOOKS = {
+    name for name in dir(Callback) if name.startswith("on_") or name in ("setup", "teardown", "state_dict", "load_state_dict")
+}
+
+
+def test_no_technique_overrides_a_hook_of_lightning():
+    """The driver calls them at the right time and in the right order, whatever the order of the list."""
+    found = {
+        (cls.__name__, hook) for cls in callbacks() for hook in HOOKS if getattr(cls, hook) is not getattr(Regularizer, hook)
+    }
+    assert not found
+    assert len(HOOKS) > 30
+    assert len(set(callbacks())) > 30
