@@ -64,7 +64,7 @@ def loader(samples: int = 64, batch_size: int = 16) -> DataLoader[tuple[Tensor, 
 
 
 class Classifier(LightningModule):
-    """A small perceptron with normalisation and dropout, trained by SGD with momentum from a fixed start.
+    """A small perceptron with normalization and dropout, trained by SGD with momentum from a fixed start.
 
     The global generator is seeded before each batch, so that dropout draws the same wherever a run begins.
     """

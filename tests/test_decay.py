@@ -126,7 +126,7 @@ def test_decay_is_refused_for_a_fused_optimizer_under_a_loss_scale():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_soft_thresholds_minimise_their_objective(dtype):
+def test_soft_thresholds_minimize_their_objective(dtype):
     """The proximal map against a search over a grid, the identity at 0, and zeros that are exact."""
     w = torch.linspace(-2, 2, 41).to(dtype)
     moved = w.clone()
@@ -146,7 +146,7 @@ def test_group_soft_thresholds_leave_units_whose_norms_overflow():
     assert w.tolist() == torch.tensor([[2e19, 2e19], [0.0, 0.0]]).tolist()
 
 
-def test_group_soft_thresholds_minimise_their_objective():
+def test_group_soft_thresholds_minimize_their_objective():
     torch.manual_seed(0)
     w = torch.randn(5, 4, dtype=torch.float64)
     w[2] = 0.0

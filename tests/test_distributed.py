@@ -85,7 +85,7 @@ def test_a_penalty_counted_once_per_micro_batch_would_show(ranks):
 
 
 @pytest.mark.parametrize("run", ["unused", "unused, plain DDP"])
-def test_an_unused_layer_is_penalised_whether_ddp_looks_for_it_or_not(ranks, run):
+def test_an_unused_layer_is_penalized_whether_ddp_looks_for_it_or_not(ranks, run):
     one_process = train([L2Penalty(0.1, params="all")], Unused(), [0, 1], accumulate_grad_batches=2)
     assert_close(ranks[0][run], one_process, **TOLERANCE)
     assert not torch.equal(one_process["unused.weight"], Unused().unused.weight)

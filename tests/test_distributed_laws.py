@@ -87,7 +87,7 @@ def test_random_sets_keep_replicas_identical_in_any_order_and_equal_one_process(
         assert_close(found, three_steps(made(without), names, [0, 1], accumulate_grad_batches=2), **TOLERANCE)
 
 
-def test_accumulation_without_synchronisation_equals_one_process(ranks):
+def test_accumulation_without_synchronization_equals_one_process(ranks):
     """DDP reduces only in the last micro-batch of a step."""
     everything = [name for name in ROWS if name != "WeightDecayScheduler"]
     assert identical(ranks[0]["accumulated"], ranks[1]["accumulated"])

@@ -20,7 +20,9 @@ ROOT = HERE.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *GUIDES]}
 README = PAGES["README.md"]
-LINKED = {**PAGES, "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text()}
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
+CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+LINKED = {**PAGES, "CHANGELOG.md": CHANGELOG, ".github/CONTRIBUTING.md": CONTRIBUTING}
 
 
 def blocks(page, language):
@@ -130,7 +132,8 @@ def test_the_readme_is_short():
 
 def test_every_callback_is_in_the_readme():
     listed = [name for _, callbacks, _ in rows("README.md", "## All techniques") for name in re.findall(r"`(\w+)`", callbacks)]
-    assert sorted(listed) == sorted([*ROWS, "Penalty"])
+    assert set(listed) == {*ROWS, "Penalty"}
+    assert len(listed) == len(set(listed))
 
 
 def test_every_callback_has_its_formula():
@@ -142,6 +145,10 @@ def test_every_callback_has_its_formula():
     ]
     listed = {name for cell in first for name in re.findall(r"^`(\w+)", cell)}
     assert {*ROWS, "Penalty"} - {"WeightPruning"} <= listed
+
+
+def test_every_callback_is_in_the_changelog():
+    assert set(ROWS) - set(re.findall(r"`(\w+)`", CHANGELOG)) == set()
 
 
 def test_first_values_to_try_are_valid():
@@ -183,6 +190,13 @@ def documented_keys(column):
     return {re.findall("`(.+?)`", row[0])[0]: (set(re.findall(r"`(\w+)`", row[1])), row[column]) for row in table}
 
 
+def differences(documented, found):
+    """Return the callbacks that are documented to log a key but do not, and those that log it without a word."""
+    pairs = [("documented, not logged", documented, found), ("logged, not documented", found, documented)]
+    named = {(what, key): names - other.get(key, set()) for what, one, other in pairs for key, names in one.items()}
+    return {key: names for key, names in named.items() if names}
+
+
 def test_every_metric_is_documented_and_every_documented_metric_exists():
     found = defaultdict(set)
     for name, row in ROWS.items():
@@ -191,7 +205,7 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
                 found[key].add(name)
     for key in logged_keys(DropoutScheduler({"net.3": 0.2}), Classifier()):
         found[key].add("DropoutScheduler")
-    assert {key: callbacks for key, (callbacks, _) in documented_keys(3).items()} == found
+    assert differences({key: callbacks for key, (callbacks, _) in documented_keys(3).items()}, found) == {}
 
 
 def test_keys_of_several_optimizers_are_documented():
@@ -206,7 +220,7 @@ def test_keys_of_several_optimizers_are_documented():
             for suffix in ("_0", "_1") if number == "per optimizer" else ("",):
                 expected[key + suffix].add(name)
     del expected["p/<pattern>"]
-    assert found == expected
+    assert differences(expected, found) == {}
 
 
 # Links --------------------------------------------------------------------------------------------------------------
@@ -241,6 +255,7 @@ def test_every_guide_is_linked():
 
 
 def test_files_named_in_the_text_exist():
-    named = {name for text in PAGES.values() for name in re.findall(r"`((?:tests|examples)/[\w/.]+)`", text)}
+    paths = r"`((?:\.github|docs|examples|lightning_reg|tests)/[\w/.]+)`"
+    named = {name for text in [*PAGES.values(), CONTRIBUTING] for name in re.findall(paths, text)}
     assert "tests/table.py" in named
     assert not [name for name in named if not (ROOT / name).exists()]

@@ -245,7 +245,7 @@ def test_data_of_unknown_length():
             strengths(schedule, data=data, max_epochs=2)
 
 
-class Normalised(Classifier):
+class Normalized(Classifier):
     """A model whose weight averaging ends with an epoch that only renews statistics."""
 
     def __init__(self):
@@ -255,7 +255,7 @@ class Normalised(Classifier):
 
 def test_an_epoch_that_does_not_train_is_none():
     averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
-    seen = strengths(Linear(0.0, 1.2), averaging, model=Normalised(), max_epochs=3)
+    seen = strengths(Linear(0.0, 1.2), averaging, model=Normalized(), max_epochs=3)
     assert seen == pytest.approx([i / 10 for i in range(12)])
     ends = []
 
@@ -263,7 +263,7 @@ def test_an_epoch_that_does_not_train_is_none():
         def epoch_end(self, params, step):
             ends.append(step)
 
-    fit([Counts(0.1, every="epoch"), StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)], Normalised(), max_epochs=3)
+    fit([Counts(0.1, every="epoch"), StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)], Normalized(), max_epochs=3)
     assert ends == [Step(4), Step(8), Step(12)]
 
 

@@ -16,7 +16,7 @@ from lightning_reg.functional import sample_predictions
 
 
 class Predicts(Classifier):
-    """The model with batch normalisation, which keeps the modes that its modules are in while it predicts."""
+    """The model with batch normalization, which keeps the modes that its modules are in while it predicts."""
 
     def __init__(self, p=0.5):
         super().__init__()
@@ -46,7 +46,7 @@ def test_samples_are_stacked_and_differ():
     sampled, _ = predict([MonteCarloDropout(samples=5)], model)
     assert [batch.shape for batch in sampled] == [(5, 16, 10)] * 4
     assert all(not torch.equal(batch[0], batch[1]) for batch in sampled)
-    assert model.modes == {"net.3": True}  # batch normalisation is not among them
+    assert model.modes == {"net.3": True}  # batch normalization is not among them
     assert not any(modes(model).values())
     assert "predict_step" not in vars(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

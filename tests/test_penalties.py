@@ -241,7 +241,7 @@ class Unused(Classifier):
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_a_parameter_that_is_not_used_is_penalised_too(route):
+def test_a_parameter_that_is_not_used_is_penalized_too(route):
     model = fit([L2Penalty(0.1, inject=route)], Unused(), max_epochs=1, limit_train_batches=1)
     assert_close(model.unused.weight, torch.full((3, 3), 1 - 0.05 * 0.1))
 
@@ -331,7 +331,7 @@ class Tied(Classifier):
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_a_tied_weight_is_penalised_once(route):
+def test_a_tied_weight_is_penalized_once(route):
     class LayerByLayer(Callback):
         def on_before_backward(self, trainer, pl_module, loss):
             layers = [module for module in pl_module.modules() if isinstance(module, nn.Linear)]
@@ -572,7 +572,7 @@ class Searches(Regression):
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_a_line_search_sees_the_penalised_objective(route):
+def test_a_line_search_sees_the_penalized_objective(route):
     """Ridge in closed form; the naive penalty, of which the search sees only the gradient, misses it."""
     images, labels = (part.double() for part in next(iter(loader(64, batch_size=64))))
     gram = images.T @ images / 32 + 0.5 * torch.eye(64)

@@ -1,6 +1,6 @@
 """A linear model trained through a Trainer against scikit-learn's solvers, on the same objective.
 
-scikit-learn minimises, over n samples with centred columns and targets:
+scikit-learn minimizes, over n samples with centered columns and targets:
 
 - Ridge(alpha):                ||y - Xw||² + alpha ||w||²
 - Lasso(alpha):                ||y - Xw||² / (2n) + alpha ||w||₁

@@ -1,4 +1,4 @@
-"""Bounds that are learnt from earlier norms, and figures that survive a checkpoint."""
+"""Bounds that are learned from earlier norms, and figures that survive a checkpoint."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_frozen_weights_are_neither_pruned_nor_counted():
 
 
 class Normed(Watch):
-    """The model with batch normalisation; keeps what it was after each step and the optimizer's state after each epoch."""
+    """The model with batch normalization; keeps what it was after each step and the optimizer's state after each epoch."""
 
     def __init__(self, optimizer="sgd", **options):
         super().__init__(optimizer, **options)

@@ -1,0 +1,85 @@
+"""The metadata of the package: bounds, extras, pinned versions, and what the source distribution contains."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from processes import HERE
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = HERE.parent
+CONFIGURATION = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = CONFIGURATION["project"]
+EXTRAS = {extra: list(map(Requirement, listed)) for extra, listed in PROJECT["optional-dependencies"].items()}
+DEPENDENCIES = {requirement.name: requirement for requirement in map(Requirement, PROJECT["dependencies"])}
+PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def pinned(name):
+    """Return the packages that a file of ``.ci`` pins, each with all its versions."""
+    lines = [line for line in (ROOT / ".ci" / name).read_text().splitlines() if not line.startswith("#")]
+    found = {}
+    for requirement in map(Requirement, lines):
+        (version,) = requirement.specifier
+        found.setdefault(canonicalize_name(requirement.name), set()).add(version.version)
+    return found
+
+
+def lower_bound(requirement):
+    """Return the oldest version that a requirement allows."""
+    (bound,) = [spec.version for spec in requirement.specifier if spec.operator == ">="]
+    return bound
+
+
+def test_malicious_releases_are_excluded():
+    """See GHSA-w37p-236h-pfx3. The releases before and after them are allowed."""
+    allowed = DEPENDENCIES["lightning"].specifier
+    assert [version for version in ("2.6.1", "2.6.2", "2.6.3", "2.6.4") if version in allowed] == ["2.6.1", "2.6.4"]
+
+
+def test_the_readme_lists_every_extra():
+    section = (ROOT / "README.md").read_text().split("\n## Install\n")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(EXTRAS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_extras_to_install_exist(page):
+    assert set(re.findall(r"(?:\.|\.whl)\[(\w+)\]\"", page.read_text())) <= set(EXTRAS)
+
+
+def test_every_package_of_the_tests_is_pinned():
+    """Of the extras, ``bench`` alone is not: it needs torchvision."""
+    required = {*DEPENDENCIES, *(requirement.name for extra in EXTRAS.keys() - {"bench"} for requirement in EXTRAS[extra])}
+    assert set(map(canonicalize_name, required)) - {PROJECT["name"]} <= set(pinned("constraints.txt"))
+
+
+def test_pinned_versions_are_allowed():
+    versions = pinned("constraints.txt")
+    for requirement in [*DEPENDENCIES.values(), *(requirement for listed in EXTRAS.values() for requirement in listed)]:
+        assert all(version in requirement.specifier for version in versions.get(canonicalize_name(requirement.name), ()))
+
+
+def test_the_oldest_versions_tested_are_the_lower_bounds():
+    required = [*DEPENDENCIES.values(), *EXTRAS["cli"]]
+    oldest = {requirement.name: Requirement(f"x=={lower_bound(requirement)}").specifier for requirement in required}
+    tested = {name: versions for name, versions in pinned("oldest.txt").items() if name != "pytorch-lightning"}
+    assert tested.keys() == oldest.keys()
+    for name, versions in tested.items():
+        assert all(version in oldest[name] for version in versions), name
+
+
+def test_the_source_distribution_contains_what_the_tests_read():
+    texts = [path.read_text() for path in HERE.rglob("*.py")]
+    read = {path for text in texts for path in re.findall(r"\b(?:ROOT|HERE\.parent) / \"([\w.]+)\"", text)}
+    assert {"docs", "examples", "README.md", ".ci", ".github"} <= read
+    included = CONFIGURATION["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert read - {"pyproject.toml"} <= set(included)  # which it contains in any case
+    assert all((ROOT / name).exists() for name in included)
