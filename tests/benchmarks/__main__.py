@@ -1,27 +1,29 @@
 """Measure time and memory beside other implementations, and print the ratios: ``python -m tests.benchmarks``.
 
-Both implementations of a row are measured in the same run and take turns. Times are medians. Memory is the peak growth of the
-process's resident memory, which only Linux reports.
+Both implementations of a row are measured in the same run and take turns. Times are medians. Memory is the growth at its peak.
+With a GPU, tensors are on it; otherwise memory is the resident memory of the process, which only Linux reports.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import warnings
 
 import rich
 import torch
 from rich.table import Table
 
 from tests.benchmarks import cuda, dropout, gradients, penalties, pruning, scaling, steps
-from tests.benchmarks.measuring import Comparison, measure_both, parameters, shapes_of_124m
+from tests.benchmarks.measuring import DEVICE, Comparison, measure_both, parameters, shapes_of_124m
 
 SMALL, LARGE = "600 tensors of 32 × 32", "124M parameters in 148 tensors"
 
 
 def comparison_table(comparisons: list[Comparison], seconds: float) -> Table:
     """Measure comparisons, and return a table of the results."""
-    table = Table(title=f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32")
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+    table = Table(title=f"torch {torch.__version__}, {where}, float32")
     for column in ("Work", "ms", "other ms", "times as fast", "MB", "other MB"):
         table.add_column(column, justify="left" if column == "Work" else "right")
     for comparison in comparisons:
@@ -69,6 +71,11 @@ def main() -> None:
     seconds = parser.parse_args().seconds
     for name in ("lightning.pytorch", "torch._dynamo"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    if DEVICE == "cuda":
+        rich.print(cuda_table(seconds))
+    else:
+        rich.print("CUDA was not measured, because there is no CUDA device")
     small, large = parameters([(32, 32)] * 600), parameters(shapes_of_124m())
     comparisons = [
         *penalties.comparisons(SMALL, small),
@@ -89,10 +96,6 @@ def main() -> None:
         )
     rich.print(scaling_table(seconds))
     rich.print(step_table())
-    if torch.cuda.is_available():
-        rich.print(cuda_table(seconds))
-    else:
-        rich.print("CUDA was not measured, because there is no CUDA device")
 
 
 if __name__ == "__main__":

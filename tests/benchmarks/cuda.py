@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_reg.functional import add_l1_gradient_, add_l2_gradient_, clip_gradient_norm_, clip_unit_gradients_
-from tests.benchmarks.measuring import measure
+from tests.benchmarks.measuring import measure, peak_growth
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import Tensor
 
 
 class Bandwidth(NamedTuple):
@@ -46,11 +44,11 @@ def measure_bandwidth(device: torch.device | str, millions: int, seconds: float)
     source = torch.empty(size // 4, device=device)
     target = torch.empty_like(source)
     functions = [partial(target.copy_, source), *(function for _, function in work.values())]
-    copy_time, *times = measure([partial(_run_and_wait, function) for function in functions], seconds)
+    copy_time, *times = measure(functions, seconds)
     copy_bandwidth = 2 * size / copy_time
     rows = zip(work.items(), times, strict=True)
     return [
-        Bandwidth(name, passes * size / time / copy_bandwidth, _memory_growth(function))
+        Bandwidth(name, passes * size / time / copy_bandwidth, peak_growth(function))
         for (name, (passes, function)), time in rows
     ]
 
@@ -65,18 +63,3 @@ def count_syncs(function: Callable[[], object]) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in caught)
-
-
-def _run_and_wait(function: Callable[[], object]) -> None:
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _memory_growth(function: Callable[[], Tensor | object]) -> float:
-    if not torch.cuda.is_available():
-        return float("nan")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_reg.functional import Rate, find_dropout, inject_dropout, set_dropout_
-from tests.benchmarks.measuring import Comparison
+from tests.benchmarks.measuring import DEVICE, Comparison
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,10 +18,10 @@ RATES = [p / 12 for p in range(12)]
 
 def comparisons() -> list[Comparison]:
     """Return the comparisons with ``nn.Dropout``, and with setting its ``p``."""
-    x = torch.randn(256, 1024)
+    x = torch.randn(256, 1024, device=DEVICE)
     scheduled, injected, plain = nn.Dropout(0.3), nn.Identity(), nn.Dropout(0.3)
     (site,) = find_dropout(scheduled)
-    site.take(Rate(0.3))
+    site.take(Rate(0.3, DEVICE))
     inject_dropout({"identity": injected}, 0.3)
     layers = nn.Sequential(nn.Identity(), nn.Dropout(0.3))
     return [
@@ -51,14 +51,14 @@ def compiled(scheduled: bool) -> Callable[[], object]:
 
     def run() -> None:
         torch._dynamo.reset()
-        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5))
-        sites, rate = find_dropout(model), Rate(0.5)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5)).to(DEVICE)
+        sites, rate = find_dropout(model), Rate(0.5, DEVICE)
         if scheduled:
             sites[0].take(rate)
         run = torch.compile(model)
         for p in RATES:
             rate.set(p)
             set_dropout_(sites, p)
-            run(torch.ones(64, 64)).sum().backward()
+            run(torch.ones(64, 64, device=DEVICE)).sum().backward()
 
     return run

@@ -1,4 +1,4 @@
-"""Measurement of time and memory: functions take turns, times are medians, memory is the peak growth of the process."""
+"""Measurement of time and memory: functions take turns, times are medians, memory is the growth at its peak."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where everything is measured: on the GPU if there is one."""
 
 
 class Comparison(NamedTuple):
@@ -42,7 +46,7 @@ def shapes_of_124m() -> list[tuple[int, ...]]:
 
 def parameters(shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """Return random parameters of given shapes, with random gradients."""
-    params = [torch.randn(shape).requires_grad_() for shape in shapes]
+    params = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
     return params
@@ -73,12 +77,17 @@ def measure_both(comparison: Comparison, seconds: float) -> tuple[list[float], l
     times = measure([ours], seconds)
     memory = peak_growth(ours)
     start = time.perf_counter()
-    other_memory = peak_growth(other, warm=False)
+    other_memory = peak_growth(other, warm=False)  # it waits for the device
     return [*times, time.perf_counter() - start], [memory, other_memory]
 
 
 def peak_growth(work: Callable[[], object], *, warm: bool = True) -> float:
-    """Return the peak growth of the resident memory in MB, or NaN if the system does not report it."""
+    """Return the growth of the memory at its peak in MB: what is allocated on the GPU, or the resident memory of the process.
+
+    It is NaN if the system does not report it.
+    """
+    if DEVICE == "cuda":
+        return peak_growth_on_gpu(work, warm=warm)
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")
@@ -90,6 +99,18 @@ def peak_growth(work: Callable[[], object], *, warm: bool = True) -> float:
     reset.write_text("5")
     work()
     return (resident(status, "VmHWM") - before) / 1024
+
+
+def peak_growth_on_gpu(work: Callable[[], object], *, warm: bool = True) -> float:
+    """Return the growth of the allocated GPU memory at its peak in MB."""
+    if warm:
+        work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def resident(status: Path, key: str) -> int:
