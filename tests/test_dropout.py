@@ -178,11 +178,11 @@ class Recurrent(Classifier):
     [
         (
             DropoutInjection(0.1, after="pair"),
-            r"cannot drop the output of 'pair' \(Pair\): it returns tuple, expected one float tensor",
+            r"cannot apply dropout to the output of 'pair' \(Pair\): it returns tuple, expected one float tensor",
         ),
         (
             DropoutInjection(0.1, after="ids"),
-            r"cannot drop the output of 'ids' \(Identity\): it returns a tensor of torch.int64",
+            r"cannot apply dropout to the output of 'ids' \(Identity\): it returns a tensor of torch.int64",
         ),
     ],
 )

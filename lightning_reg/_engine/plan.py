@@ -34,8 +34,8 @@ class Plan:
     Args:
         total: The number of batches in the fit; infinite if the run has no end.
         per_epoch: The number of batches in an epoch; infinite if the length of the data is unknown.
-        per_step: The number of batches per optimizer step (``accumulate_grad_batches``), keyed by the first epoch with this
-            number.
+        per_step: The number of batches per optimizer step (``accumulate_grad_batches``), keyed by the first epoch to which
+            it applies.
 
     Example:
         >>> plan = Plan(total=100, per_epoch=10, per_step={0: 4})

@@ -101,7 +101,7 @@ class InjectedDropout:
         return dropout(output, self.rate.p, self.channelwise, self.samplewise)
 
     def _wrong_output_message(self, output: Any) -> str:
-        what = f"cannot drop the output of {self.name!r} ({type(self.module).__name__})"
+        what = f"cannot apply dropout to the output of {self.name!r} ({type(self.module).__name__})"
         if not isinstance(output, torch.Tensor):
             return f"{what}: it returns {type(output).__name__}, expected one float tensor; select a module inside it"
         if not output.is_floating_point():
@@ -116,7 +116,7 @@ def inject_dropout(
     samplewise: bool = False,
     always: bool = False,
 ) -> list[InjectedDropout]:
-    """Add dropout after modules: yᵢ = xᵢ · mᵢ / (1 − p) with mᵢ ~ Bernoulli(1 − p), while they are in training mode.
+    """Add dropout after modules while they are in training mode: yᵢ = xᵢ · mᵢ / (1 − p) with mᵢ ~ Bernoulli(1 − p).
 
     It uses forward hooks, so no key of the state dict is renamed. It also works in a model that has already been compiled and
     run. For recurrent modules and ``nn.MultiheadAttention``, only the output is dropped, not the hidden states or the attention
@@ -209,7 +209,7 @@ class DropoutInjection(ModuleRegularizer):
         self._rate = Rate(self.current["p"])
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        """Return the modules whose outputs are dropped."""
+        """Return the modules after which dropout is added."""
         return self.matching(pl_module, self.after)
 
     @property
@@ -218,7 +218,7 @@ class DropoutInjection(ModuleRegularizer):
         return not callable(self.p) or self._applied is not None
 
     def sites(self, pl_module: LightningModule) -> list[InjectedDropout]:
-        """Return the injected dropout, or before the fit, the dropout that it will inject."""
+        """Return the injected dropout; outside a fit, the dropout that a fit would inject."""
         return self.injected or [
             InjectedDropout(name, module, self._rate, self.channelwise, self.samplewise)
             for name, module in self.find(pl_module).items()
@@ -246,7 +246,7 @@ class DropoutInjection(ModuleRegularizer):
             self.log_metrics(progress=progress)
 
     def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
-        """Yield the metrics; the rate only if it is used, and not replaced by a scheduler that logs its own."""
+        """Yield the metrics, without the rate if a scheduler has replaced it, because the scheduler logs its own."""
         is_replaced = bool(self.injected) and all(site.rate is not self._rate for site in self.injected)
         yield from ((key, value) for key, value in super().collect_metrics() if key != "p" or not is_replaced)
 
@@ -258,7 +258,7 @@ class DropoutInjection(ModuleRegularizer):
         self.injected = []
 
     def acts_on(self) -> str:
-        """List the modules whose outputs are dropped."""
+        """List the modules after which dropout is added."""
         return f"after {abbreviate([site.name for site in self.injected])}"
 
 

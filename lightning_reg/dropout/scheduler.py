@@ -32,9 +32,9 @@ class DropoutScheduler(ModuleRegularizer):
 
     Runs in: ``on_train_batch_start``, whenever the scheduled value has changed.
 
-    It sets the rates of ``nn.Dropout`` and its variants, ``nn.AlphaDropout`` and ``nn.FeatureAlphaDropout``,
-    ``nn.MultiheadAttention``, recurrent modules with several layers, ``DropPath``, and ``StochasticDepth`` (see
-    ``lightning_reg.DROPOUT_ATTRIBUTES``), and of your own classes through ``attributes``.
+    It sets the rates of ``nn.Dropout`` and its variants (including ``nn.AlphaDropout``), ``nn.MultiheadAttention``, recurrent
+    modules with more than one layer, ``DropPath``, and ``StochasticDepth``. These are listed in
+    ``lightning_reg.DROPOUT_ATTRIBUTES``; ``attributes`` adds your own classes.
     It also sets the rate of dropout that a ``DropoutInjection`` has added, unless that has its own schedule. Select it by
     ``modules="DropoutInjection"`` or by the name of the module that it follows.
     The original rates are restored after the fit.
@@ -52,8 +52,8 @@ class DropoutScheduler(ModuleRegularizer):
     - a depth profile: ``{"encoder.layers.0.*": 0.0, "encoder.layers.1.*": Linear(0.0, 0.2)}``
 
     Args:
-        p: The probability of a zero, in [0, 1], or a schedule. Or a mapping from patterns of module names (or class names) to
-            numbers or schedules; modules that match no pattern keep their rates.
+        p: The probability of a zero, in [0, 1], or a schedule, or a mapping from patterns of module names or class names to
+            these. Modules that match no pattern keep their rates.
         modules: Patterns of module names (``"encoder.*"``; ``*`` also matches dots) or class names (``"DropPath"``) of the
             modules to schedule. ``"*"`` selects all modules with dropout.
         attributes: The attribute with the dropout rate in further classes of modules, by the name of the class, as in

@@ -174,7 +174,7 @@ class WeightPruning(ParameterRegularizer):
     # Pruning --------------------------------------------------------------------------------------------------------
 
     def _prune(self, params: dict[str, Parameter], target: float, step: Step) -> None:
-        """Let the masks grow to a sparsity. If this raises an error, nothing has changed."""
+        """Let the masks grow to a sparsity. All checks come first, so an error leaves the weights as they are."""
         check_rising(f"{self.name}: sparsity={self.sparsity!r}", [self._highest, target])
         self._highest = target
         total = sum(p.numel() for p in params.values())

@@ -1,1 +1,1 @@
-"""Benchmarks of time and memory, each beside another implementation of the same work."""
+"""Benchmarks of time and memory, compared with other implementations of the same work."""

@@ -1,4 +1,4 @@
-"""Measure time and memory beside other implementations, and print the ratios: ``python -m tests.benchmarks``.
+"""Compare time and memory with other implementations: ``python -m tests.benchmarks``.
 
 Both implementations of a row are measured in the same run and take turns. Times are medians. Memory is the growth at its peak.
 With a GPU, tensors are on it; otherwise memory is the resident memory of the process, which only Linux reports.

@@ -1,4 +1,4 @@
-"""Scheduled and injected dropout beside ``nn.Dropout``, in eager code and under ``torch.compile``."""
+"""Scheduled and injected dropout, compared with ``nn.Dropout``, in eager code and under ``torch.compile``."""
 
 from __future__ import annotations
 

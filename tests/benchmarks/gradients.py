@@ -1,4 +1,4 @@
-"""Gradient clipping beside the functions of torch and timm."""
+"""Gradient clipping, compared with the functions of torch and timm."""
 
 from __future__ import annotations
 

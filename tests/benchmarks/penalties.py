@@ -1,4 +1,4 @@
-"""Penalties beside autograd, and beside a lower bound on their time."""
+"""Penalties, compared with autograd and with a lower bound on their time."""
 
 from __future__ import annotations
 

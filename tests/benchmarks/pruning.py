@@ -1,4 +1,4 @@
-"""Global magnitude pruning beside torch's own, which Lightning's ``ModelPruning`` calls."""
+"""Global magnitude pruning, compared with torch's function, which Lightning's ``ModelPruning`` calls."""
 
 from __future__ import annotations
 
