@@ -6,6 +6,8 @@ import importlib
 import inspect
 import pkgutil
 
+from processes import HERE, run_script
+
 import lightning_reg
 from lightning_reg import custom, functional
 from lightning_reg._engine.regularizer import Regularizer
@@ -46,3 +48,9 @@ def test_every_function_beside_a_callback_is_exported():
     defined = {name for module, callbacks in CALLBACKS.items() if callbacks for name in public(module, inspect.isfunction)}
     assert len(defined) > 20
     assert defined - {*vars(functional), *lightning_reg.__all__} == HELPERS
+
+
+def test_the_benchmarks_start():
+    """They import the table and everything that it needs, in a process of their own."""
+    printed = run_script("-m", "tests.benchmarks", "--help", folder=HERE.parent)
+    assert "--seconds" in printed

@@ -1,1 +1,6 @@
-"""Benchmarks of time and memory, compared with other implementations of the same work."""
+"""Benchmarks: ``python -m tests.benchmarks``. The modules of the tests import each other by their plain names, as in pytest."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from table import ROWS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-from tests.table import ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
