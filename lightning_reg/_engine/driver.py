@@ -143,8 +143,8 @@ class Driver:
 
     def _undo_forward(self, *_: Any) -> None:
         """Undo the changes for the forward pass, in reverse order."""
-        with torch.no_grad():
-            while self._in_forward:
+        while self._in_forward:
+            with torch.no_grad():
                 self._in_forward.pop().after_backward()
 
     def before_backward(self, loss: Tensor) -> None:

@@ -1,25 +1,20 @@
-"""Running metrics of a technique: kept on the device, and read only when something is logged or saved."""
+"""Running metrics of a technique: sums on the device, read only when something is logged or saved."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchmetrics import MeanMetric, SumMetric
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
     from torch import Tensor
-
-
-_KINDS: dict[str, type[MeanMetric | SumMetric]] = {"MeanMetric": MeanMetric, "SumMetric": SumMetric}
 
 
 class RunningMetrics:
     """Metrics by name. Means start again when they are read; sums go on over the whole fit.
 
-    Their values must be equal on every rank, so reading them needs no communication.
+    Their values are equal on every rank, so reading them needs no communication. Each step adds one number to one tensor: the
+    update of a torchmetrics metric would cost more than clipping itself on a small model.
 
     Example:
         >>> import torch
@@ -31,42 +26,37 @@ class RunningMetrics:
     """
 
     def __init__(self) -> None:
-        self._metrics: dict[str, MeanMetric | SumMetric] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._steps: dict[str, int] = {}
 
     def mean(self, key: str, value: Tensor) -> None:
         """Add a value of this step to a mean over the steps since it was last read."""
-        self._metric(key, "MeanMetric", value.device).update(value.float())
+        self.sum(key, value)
+        self._steps[key] = self._steps.get(key, 0) + 1
 
     def sum(self, key: str, value: Tensor) -> None:
         """Add a value of this step to a sum over the fit."""
-        self._metric(key, "SumMetric", value.device).update(value.float())
-
-    def _metric(self, key: str, kind: str, device: torch.device) -> MeanMetric | SumMetric:
-        if key not in self._metrics:
-            metric = _KINDS[kind](nan_strategy="disable", sync_on_compute=False)  # a search for NaN would wait for the device
-            metric.persistent(True)
-            self._metrics[key] = metric
-        return self._metrics[key].to(device) if self._metrics[key].device != device else self._metrics[key]
+        before = self._sums.get(key)
+        self._sums[key] = value.float() if before is None else before.to(value.device) + value
 
     def compute_and_reset(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the name and value of every sum, and of every mean that was updated; reset the means."""
-        for key, metric in self._metrics.items():
-            if isinstance(metric, SumMetric):
-                yield key, metric.sum_value.clone()  # right after a resume compute() would warn that nothing was added yet
-            elif metric.update_called:
-                yield key, metric.compute()
-                metric.reset()
+        """Yield the name and value of every metric, and reset the means."""
+        for key in list(self._sums):
+            if key in self._steps:
+                yield key, self._sums.pop(key) / self._steps.pop(key)
+            else:
+                yield key, self._sums[key]
 
     def reset(self) -> None:
         """Forget everything."""
-        self._metrics.clear()
+        self._sums.clear()
+        self._steps.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on."""
-        return {key: {"kind": type(metric).__name__, "state": metric.state_dict()} for key, metric in self._metrics.items()}
+        """Return what a resumed run needs to go on; empty if there is nothing."""
+        sums = {key: value.cpu() for key, value in self._sums.items()}
+        return {"sums": sums, "steps": dict(self._steps)} if sums else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another run stopped."""
-        self.reset()
-        for key, saved in state.items():
-            self._metric(key, saved["kind"], next(iter(saved["state"].values())).device).load_state_dict(saved["state"])
+        self._sums, self._steps = dict(state.get("sums", {})), dict(state.get("steps", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
@@ -99,4 +100,4 @@ class GradientClipping(GradientProcessing):
     def record_clipping(self, optimizer: Optimizer, norm: Tensor, bound: float | Tensor) -> None:
         """Count this step in the metrics, given its largest norm and the bound. Call it only if ``self.has_logger``."""
         self.running.mean(self.label("clipped_steps", optimizer), norm > bound)
-        self.running.sum(self.label("nonfinite_steps", optimizer), ~norm.isfinite())
+        self.running.sum(self.label("nonfinite_steps", optimizer), (norm < math.inf).logical_not_())
