@@ -254,7 +254,7 @@ def test_masks_of_compiled_code_are_bernoulli_and_the_mean_is_kept(kind, backend
     torch.manual_seed(0)
     layer, rate = kind(0.5), Rate(0.5)
     (site,) = find_dropout(layer)
-    site.take(rate)
+    site.use(rate)
     compiled = torch.compile(layer, backend=backend)
     x = torch.ones(DROPS[kind][1])
     for p in (0.02, 0.3, 0.9):
@@ -271,7 +271,7 @@ def test_masks_of_compiled_code_are_bernoulli_and_the_mean_is_kept(kind, backend
         assert abs(draws.mean() - 1) < 5 * (variance / n) ** 0.5
         fourth = (1 - p) * (p / (1 - p)) ** 4 + p
         assert abs(draws.var() - variance) < 5 * ((fourth - variance**2) / n) ** 0.5 + 1e-4
-    site.release()
+    site.restore()
 
 
 @pytest.mark.parametrize(("kind", "shape"), [(nn.AlphaDropout, (400, 500)), (nn.FeatureAlphaDropout, (400, 500, 1))])
@@ -310,7 +310,7 @@ def test_the_ends_are_those_of_torchs_kernel_and_have_gradients(kind):
             leaf = x.clone().requires_grad_()
             if driven:
                 (site,) = find_dropout(layer)
-                site.take(Rate(p))
+                site.use(Rate(p))
             y = torch.compile(layer, backend="aot_eager")(leaf) if driven else layer(leaf)
             y.square().sum().backward()
             results.append((y.detach(), leaf.grad))
@@ -341,7 +341,7 @@ def test_samples_are_dropped_as_a_whole(p):
 def test_a_single_sample_has_its_channels_in_front(kind, shape):
     layer = kind(0.5)
     (site,) = find_dropout(layer)
-    site.take(Rate(0.5))
+    site.use(Rate(0.5))
     y = torch.compile(layer, backend="eager")(torch.ones(shape)).flatten(1)
     assert (y == y[:, :1]).all()
     assert 200 < (y[:, 0] == 0).sum() < 300
@@ -350,7 +350,7 @@ def test_a_single_sample_has_its_channels_in_front(kind, shape):
 def test_in_place_dropout_stays_in_place():
     layer = nn.Dropout(0.5, inplace=True)
     (site,) = find_dropout(layer)
-    site.take(Rate(0.5))
+    site.use(Rate(0.5))
     x = torch.ones(100)
     y = torch.compile(layer, backend="aot_eager")(x)
     assert torch.equal(x, y)
@@ -364,7 +364,7 @@ def test_a_subclass_that_drops_in_its_own_way_keeps_it():
 
     layer = Doubles(0.5)
     (site,) = find_dropout(layer)
-    site.take(Rate(1.0))
+    site.use(Rate(1.0))
     assert torch.equal(torch.compile(layer, backend="eager")(torch.ones(3)), torch.full((3,), 2.0))
 
 

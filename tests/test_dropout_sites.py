@@ -93,7 +93,7 @@ def test_what_is_driven_drops(part):
     model = Everywhere()
     scheduler = DropoutScheduler(1.0, modules=part, attributes={"Attention": "attention_dropout"})
     (site,) = scheduler.assign(model, [])["p"]
-    before = site.own
+    before = site.original
     set_dropout_([site], 1.0)
     x, y = torch.randn(2, 3, 5, 8)
     if part == "MultiheadAttention":
@@ -124,7 +124,7 @@ def test_the_table_can_be_extended(monkeypatch):
     model = nn.Sequential(Attention(0.3))
     assert find_dropout(model) == []
     monkeypatch.setitem(lightning_reg.DROPOUT_ATTRIBUTES, Attention, "attention_dropout")
-    assert [(site.name, site.own) for site in find_dropout(model)] == [("0", 0.3)]
+    assert [(site.name, site.original) for site in find_dropout(model)] == [("0", 0.3)]
     with pytest.raises(
         TypeError, match=r"0.missing \(Attention\) must be a number .*, but the module has no attribute 'missing'"
     ):

@@ -56,7 +56,7 @@ class InjectedDropout:
         self._handle: RemovableHandle | None = None
 
     @property
-    def own(self) -> float:
+    def original(self) -> float:
         """The original rate."""
         return self._original_rate.number
 
@@ -65,14 +65,14 @@ class InjectedDropout:
         """A key that is unique among the sites of a model."""
         return id(self.module), f"injected {id(self._original_rate)}"
 
-    def take(self, rate: Rate) -> None:
+    def use(self, rate: Rate) -> None:
         """Use a scheduled rate instead of the original one."""
         self.rate = rate
 
     def set(self, p: float) -> None:
         """Do nothing: the forward pass reads the scheduled rate directly."""
 
-    def release(self) -> None:
+    def restore(self) -> None:
         """Use the original rate again."""
         self.rate = self._original_rate
 

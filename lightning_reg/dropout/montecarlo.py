@@ -145,7 +145,7 @@ class MonteCarloDropout(Regularizer):
         return [*find_dropout(pl_module, self.attributes), *injected]
 
     def _warn_of_rates_of_zero(self, sites: list[DropoutSite]) -> None:
-        if not any(site.own for site in sites):
+        if not any(site.original for site in sites):
             rank_zero_warn(
                 f"{self.name}: all dropout rates are 0, so all predictions of a batch will be equal: {describe(sites)}"
             )

@@ -143,9 +143,9 @@ class DropoutScheduler(ModuleRegularizer):
         super().attach(trainer, pl_module)
         self.sites = self.assign(pl_module, self._regularizers)
         for key, sites in self.sites.items():
-            self._rates[key] = Rate(sites[0].own, pl_module.device)  # the rate until the first batch
+            self._rates[key] = Rate(sites[0].original, pl_module.device)  # the rate until the first batch
             for site in sites:
-                site.take(self._rates[key])
+                site.use(self._rates[key])
         self._warn_of_recompilation(pl_module)
         if inert := inert_dropout(pl_module):
             rank_zero_warn(f"{self.name}: {inert}; to drop its output, use DropoutInjection")
@@ -166,7 +166,7 @@ class DropoutScheduler(ModuleRegularizer):
         """Restore the original rates."""
         super().detach()
         for site in (site for sites in self.sites.values() for site in sites):
-            site.release()
+            site.restore()
         self.sites = {}
         self._rates = {}
         self._regularizers = []

@@ -39,20 +39,20 @@ class DropoutSite(Protocol):
     module: nn.Module
 
     @property
-    def own(self) -> float:
+    def original(self) -> float:
         """The original rate."""
 
     @property
     def key(self) -> tuple[int, str]:
         """A key that is unique among the sites of a model."""
 
-    def take(self, rate: Rate) -> None:
+    def use(self, rate: Rate) -> None:
         """Use a scheduled rate instead of the original one."""
 
     def set(self, p: float) -> None:
         """Update the site after its scheduled rate has changed."""
 
-    def release(self) -> None:
+    def restore(self) -> None:
         """Use the original rate again."""
 
 
@@ -75,14 +75,14 @@ class ModuleSite:
         what = f"{name}.{attribute} ({self.kind})"
         if not hasattr(module, attribute):
             raise TypeError(f"{what} must be a number in {PROBABILITY}, but the module has no attribute {attribute!r}")
-        self.own = PROBABILITY.check(what, getattr(module, attribute))
+        self.original = PROBABILITY.check(what, getattr(module, attribute))
 
     @property
     def key(self) -> tuple[int, str]:
         """A key that is unique among the sites of a model."""
         return id(self.module), self.attribute
 
-    def take(self, rate: Rate) -> None:
+    def use(self, rate: Rate) -> None:
         """Use a scheduled rate instead of the original one. In compiled code, torch's dropout modules read it as a tensor."""
         swap_class_(self.module, self.attribute, rate)
 
@@ -90,7 +90,7 @@ class ModuleSite:
         """Set the attribute, which eager code reads."""
         setattr(self.module, self.attribute, p)
 
-    def release(self) -> None:
+    def restore(self) -> None:
         """Use the original rate again."""
         restore_class_(self.module, self.attribute)
 
@@ -105,7 +105,7 @@ def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None)
         attributes: Further classes or class names, each with its attribute. They take precedence over ``DROPOUT_ATTRIBUTES``.
 
     Returns:
-        A site for each module, with its name, the attribute, and the original rate ``own``.
+        A site for each module, with its name, the attribute, and the rate that it was made with, ``original``.
 
     Raises:
         TypeError: If a module does not have its attribute, or it is not a number.
@@ -113,7 +113,7 @@ def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None)
 
     Example:
         >>> model = nn.TransformerEncoderLayer(8, 2, dropout=0.2)
-        >>> [(site.name, site.attribute, site.own) for site in find_dropout(model)]
+        >>> [(site.name, site.attribute, site.original) for site in find_dropout(model)]
         [('self_attn', 'dropout', 0.2), ('dropout', 'p', 0.2), ('dropout1', 'p', 0.2), ('dropout2', 'p', 0.2)]
     """
     table = {**(attributes or {}), **{cls: name for cls, name in DROPOUT_ATTRIBUTES.items() if cls not in (attributes or {})}}
@@ -167,7 +167,7 @@ def describe(sites: Iterable[DropoutSite], limit: int = 3) -> str:
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for site in sites:
-        kinds[f"{site.kind} {site.own:g}"].append(site.name)
+        kinds[f"{site.kind} {site.original:g}"].append(site.name)
     return "; ".join(f"{kind}: {abbreviate(names, limit)}" for kind, names in kinds.items())
 
 

@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def decay_weights_(params: Sequence[Tensor], share: float) -> None:
-    """Shrink each entry by the same fraction of itself: θ ← (1 − share) · θ.
+def decay_weights_(params: Sequence[Tensor], fraction: float) -> None:
+    """Shrink each entry by the same fraction of itself: θ ← (1 − fraction) · θ.
 
     Args:
         params: Tensors, which are changed in place.
-        share: The fraction to remove. For the decay of AdamW, it is the learning rate times the weight decay.
+        fraction: The fraction to remove. For the decay of AdamW, it is the learning rate times the weight decay.
 
     Example:
         >>> theta = torch.tensor([1.0, -2.0])
@@ -40,7 +40,7 @@ def decay_weights_(params: Sequence[Tensor], share: float) -> None:
         tensor([ 0.7500, -1.5000])
     """
     if params:
-        torch._foreach_mul_(local_tensors(params), 1 - share)
+        torch._foreach_mul_(local_tensors(params), 1 - fraction)
 
 
 def decay_groups(module: nn.Module, weight_decay: float, *, params: Params = "weights") -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def comparisons() -> list[Comparison]:
     x = torch.randn(256, 1024, device=DEVICE)
     scheduled, injected, plain = nn.Dropout(0.3), nn.Identity(), nn.Dropout(0.3)
     (site,) = find_dropout(scheduled)
-    site.take(Rate(0.3, DEVICE))
+    site.use(Rate(0.3, DEVICE))
     inject_dropout({"identity": injected}, 0.3)
     layers = nn.Sequential(nn.Identity(), nn.Dropout(0.3))
     return [
@@ -54,7 +54,7 @@ def compiled(scheduled: bool) -> Callable[[], object]:
         model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5))
         sites, rate = find_dropout(model), Rate(0.5)
         if scheduled:
-            sites[0].take(rate)
+            sites[0].use(rate)
         run = torch.compile(model)
         for p in RATES:
             rate.set(p)
