@@ -232,7 +232,7 @@ class Steps(Schedule):
     def __init__(self, values: list[float], at: list[float | str]) -> None:
         if len(values) != len(at) + 1:
             raise ValueError(
-                f"Steps: values must have one value more than there are markers, got {len(values)} values and {len(at)} "
+                f"Steps: there must be one more value than there are markers, got {len(values)} values and {len(at)} "
                 "markers: the first value applies before the first marker"
             )
         self.values = [_REAL.check("Steps: each value", value) for value in values]

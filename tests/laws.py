@@ -79,7 +79,7 @@ def check_overlap(row: Row) -> None:
 
 def check_same_name(row: Row) -> None:
     """Two of the same name are refused before training, and the error says how to name one of them."""
-    with pytest.raises(ValueError, match=r"two callbacks are called '.*': give one of them a name of its own, name='…'"):
+    with pytest.raises(ValueError, match=r"two callbacks have the name '.*': set name='…' for one of them"):
         fit([row.active(), row.active()], Classifier(**row.options))
 
 

@@ -279,7 +279,7 @@ def test_an_optimizer_whose_steps_cannot_be_followed_is_refused():
         def configure_optimizers(self):
             return Unhooked(self.parameters(), lr=0.1)
 
-    with pytest.raises(RuntimeError, match="Unhooked does not run the hooks of its steps"):
+    with pytest.raises(RuntimeError, match="Unhooked does not run torch's step hooks"):
         fit([WeightClipping(0.01)], Uses())
 
 

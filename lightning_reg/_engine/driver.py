@@ -236,7 +236,7 @@ class Driver:
         if self._about_to_step and self._scaler is None:
             names = ", ".join(type(optimizer).__name__ for optimizer in self._about_to_step)
             raise RuntimeError(
-                f"{names} does not run the hooks of its steps, so nothing could act on the updated weights: make it a subclass "
+                f"{names} does not run torch's step hooks, so nothing could act on the updated weights: make it a subclass "
                 "of torch.optim.Optimizer that calls super().__init__"
             )
         self._about_to_step.clear()

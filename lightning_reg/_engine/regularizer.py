@@ -152,7 +152,7 @@ class _NewStateKey(str):
 
 
 def _same_name(name: str) -> str:
-    return f"two callbacks are called {name!r}: give one of them a name of its own, name='…', for metrics and checkpoints"
+    return f"two callbacks have the name {name!r}: set name='…' for one of them, because metrics and checkpoints use the name"
 
 
 def regularizers_of(trainer: Trainer) -> list[Regularizer]:

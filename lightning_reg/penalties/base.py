@@ -165,7 +165,7 @@ class Penalty(ParameterRegularizer):
         value = self.value(params)
         what = f"{self.name}: value() must return a differentiable scalar tensor, got"
         if not isinstance(value, Tensor):
-            raise TypeError(f"{what} {value!r} of type {type(value).__name__}")
+            raise TypeError(f"{what} {value!r:.80} of type {type(value).__name__}")
         if value.ndim:
             raise ValueError(f"{what} a tensor of shape {tuple(value.shape)}: sum over all entries")
         if not value.requires_grad:

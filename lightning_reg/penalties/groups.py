@@ -75,7 +75,7 @@ class GroupLassoPenalty(Penalty):
 
     It pulls whole units toward zero. A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is
     transposed), or the vector of a token in an embedding.
-    Gradient steps hover around zero and do not stay there. For exact zeros, use ``GroupSoftThresholding``.
+    Gradient steps leave weights near zero, not exactly at it. For exact zeros, use ``GroupSoftThresholding``.
     Works with sharded parameters (FSDP2), but not with FSDP1.
 
     Args:
@@ -83,7 +83,7 @@ class GroupLassoPenalty(Penalty):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
-            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:

@@ -119,7 +119,7 @@ class L1Penalty(Penalty):
     optimizer step.
 
     It pulls each weight toward zero with the same force, whatever its magnitude.
-    Gradient steps hover around zero and do not stay there. For exact zeros, use ``SoftThresholding``.
+    Gradient steps leave weights near zero, not exactly at it. For exact zeros, use ``SoftThresholding``.
     Works with sharded parameters.
 
     Args:
@@ -127,7 +127,7 @@ class L1Penalty(Penalty):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
-            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
@@ -169,7 +169,7 @@ class L2Penalty(Penalty):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
-            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
@@ -206,7 +206,7 @@ class ElasticNetPenalty(Penalty):
 
     It equals scikit-learn's ``ElasticNet(alpha, l1_ratio)`` with ``l1 = alpha * l1_ratio``, ``l2 = alpha * (1 - l1_ratio)``,
     and half the mean squared error as the loss.
-    Gradient steps hover around zero and do not stay there. For exact zeros, use ``L2Penalty`` with ``SoftThresholding``.
+    Gradient steps leave weights near zero, not exactly at it. For exact zeros, use ``L2Penalty`` with ``SoftThresholding``.
     Works with sharded parameters.
 
     Args:
@@ -215,7 +215,7 @@ class ElasticNetPenalty(Penalty):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
-            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:

@@ -106,7 +106,7 @@ class OrthogonalityPenalty(Penalty):
         params: The parameters to act on, with two or more dimensions: ``"weights"`` (no biases or normalization parameters), a
             glob, a list of these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
-            loss wherever that is exact.
+            loss wherever that is exact, and the gradients otherwise.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
@@ -154,7 +154,7 @@ class StartingPointPenalty(Penalty):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
-            graph, for large models. ``"auto"`` uses the loss wherever that is exact.
+            graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:

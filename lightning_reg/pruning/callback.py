@@ -64,8 +64,8 @@ class WeightPruning(ParameterRegularizer):
 
     Args:
         sparsity: The fraction of all selected weights to prune, in [0, 1), including those already pruned; or a schedule that
-            does not fall. ``Cubic(0.0, 0.9, until=0.7)`` has the shape that Zhu and Gupta recommend, and leaves the last 30% of
-            training to recover. For ``"2:4"``, 0.5, or a step from 0 to 0.5.
+            never decreases. ``Cubic(0.0, 0.9, until=0.7)`` has the shape that Zhu and Gupta recommend, and leaves the last 30%
+            of training to recover. For ``"2:4"``, 0.5, or a step from 0 to 0.5.
         criterion: ``"magnitude"`` (the smallest weights are pruned first), ``"random"``, or a callable
             ``(name, parameter) -> scores`` that returns a tensor of the parameter's shape; the lowest scores are pruned first.
             With several processes, the mean of their scores is used.

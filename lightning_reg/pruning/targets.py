@@ -37,7 +37,7 @@ def known_targets(value: Value) -> list[float]:
 
 
 def check_schedule(what: str, value: Value, structure: Structure) -> None:
-    """Check that a schedule does not fall, and that it has only values that the structure can reach.
+    """Check that a schedule never decreases, and that it has only values that the structure can reach.
 
     Args:
         what: The name of the callback, for the error message.
@@ -58,20 +58,20 @@ def check_schedule(what: str, value: Value, structure: Structure) -> None:
 
 
 def check_rising(what: str, targets: Sequence[float]) -> None:
-    """Check that sparsities do not fall, since pruned weights do not come back.
+    """Check that sparsities never decrease, since pruned weights do not come back.
 
     Args:
         what: What has these values, for the error message.
         targets: The sparsities in the order in which they are reached.
 
     Raises:
-        ValueError: If they fall.
+        ValueError: If they decrease.
     """
     for earlier, later in pairwise(targets):
         if later < earlier - _ROUNDING:
             raise ValueError(
-                f"{what} falls from {earlier:g} to {later:g}, but pruned weights do not come back: use a schedule that does "
-                "not fall"
+                f"{what} falls from {earlier:g} to {later:g}, but pruned weights do not come back: use a schedule that "
+                "never decreases"
             )
 
 

@@ -73,7 +73,7 @@ def decay_groups(module: nn.Module, weight_decay: float, *, params: Params = "we
 
 
 class WeightDecay(ParameterRegularizer):
-    """Decoupled weight decay for any optimizer: θ ← θ − η·w·θ, where η is the learning rate of the parameter group.
+    """Decoupled weight decay for any optimizer: θ ← θ − η·λ·θ, where η is the learning rate of the parameter group.
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after all gradient processing. With a float16 loss scaler,
     ``register_step_pre_hook`` of the optimizer. Not in a step that a loss scaler or a guard skips.
@@ -84,7 +84,7 @@ class WeightDecay(ParameterRegularizer):
     Works with sharded parameters.
 
     Args:
-        weight_decay: w ≥ 0, or a schedule. The default of torch's AdamW is 0.01.
+        weight_decay: λ ≥ 0, or a schedule. The default of torch's AdamW is 0.01.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.

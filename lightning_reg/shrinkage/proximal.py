@@ -1,4 +1,4 @@
-"""Proximal steps, which give exact zeros. The subgradient steps of a penalty only hover around them."""
+"""Proximal steps, which give exact zeros. With a penalty, weights only come close to zero."""
 
 from __future__ import annotations
 
