@@ -217,6 +217,7 @@ def test_channels_need_a_dimension():
             r"DropoutScheduler: no module with dropout has a name or class that matches 'nett.\*'; close matches: net.3",
         ),
     ],
+    ids=["rate above 1", "negative rate", "schedule above 1", "no modules", "unknown modules", "no dropout"],
 )
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -190,6 +190,17 @@ def test_injected_dropout_is_driven_by_the_module_that_it_follows_or_by_its_kind
             "set either channelwise or samplewise",
         ),
     ],
+    ids=[
+        "two schedulers",
+        "injection and scheduler",
+        "two globs",
+        "glob without dropout",
+        "no globs",
+        "rate above 1",
+        "schedule above 1",
+        "callable above 1",
+        "channels and samples",
+    ],
 )
 def test_bad_arguments_are_refused(callbacks, message):
     with pytest.raises(ValueError, match=message):

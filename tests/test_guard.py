@@ -245,6 +245,7 @@ def test_sparse_gradients_are_watched_too():
         (lambda: NonFiniteGradientGuard("ignore"), "policy must be 'skip', 'zero' or 'raise', got 'ignore'"),
         (lambda: NonFiniteGradientGuard(patience=0), "NonFiniteGradientGuard: patience must be an integer ≥ 1, got 0"),
     ],
+    ids=["unknown policy", "patience of 0"],
 )
 def test_arguments_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -204,6 +204,7 @@ class Bare(LightningModule):
             r"the rate of DropoutInjection-ReLU is unknown, because no fit has used its schedule p=Linear\(0.0, 0.5\) yet",
         ),
     ],
+    ids=["no samples", "fractional samples", "iterator of batches", "no dropout", "unknown rate"],
 )
 def test_what_cannot_work_is_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -85,6 +85,7 @@ def test_a_scheduled_deviation_multiplies_the_fading():
         (lambda: GradientNoise(0.1, decay=-0.1), r"GradientNoise: decay must be a number in \[0, inf\), got -0.1"),
         (lambda: GradientNoise(0.1, seed=-1), r"GradientNoise: seed must be an integer in \[0, 2147483648\), got -1"),
     ],
+    ids=["negative std", "negative decay", "negative seed"],
 )
 def test_arguments_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -220,6 +220,7 @@ def test_gradients_are_masked_dense_or_sparse():
         lambda params: torch.optim.AdamW(params, lr=0.1, amsgrad=True),
         lambda params: torch.optim.RMSprop(params, lr=0.1, momentum=0.9, centered=True),
     ],
+    ids=["SGD", "AdamW", "RMSprop"],
 )
 def test_an_optimizer_forgets_what_is_masked_and_nothing_else(make):
     torch.manual_seed(0)

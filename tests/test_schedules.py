@@ -22,7 +22,7 @@ GRID = np.linspace(0.0, 1.0, 41)
         (Exponential(1.0, 1e-4), lambda x: np.logspace(0, -4, len(x))),
         (Steps([0.5, 0.1, 0.0], at=[0.25, 0.75]), lambda x: np.select([x < 0.25, x < 0.75], [0.5, 0.1], 0.0)),
     ],
-    ids=repr,
+    ids=["linear", "linear between markers", "cosine", "cubic", "exponential", "steps"],
 )
 def test_values_follow_the_formula(schedule, reference):
     np.testing.assert_allclose([schedule(x) for x in GRID], reference(GRID), rtol=1e-12, atol=1e-12)
@@ -137,6 +137,7 @@ def test_a_plain_function_is_a_schedule():
         (lambda: Exponential(1.0, 0.0), r"Exponential: end must be a number in \(0, inf\], got 0.0"),
         (lambda: Linear(0, float("nan")), r"Linear: end must be a number .* got nan"),
     ],
+    ids=["unknown unit", "fraction above 1", "markers decrease", "too few values", "epochs decrease", "end of 0", "end of NaN"],
 )
 def test_malformed_schedules_are_refused_at_once(make, message):
     with pytest.raises(ValueError, match=message):
@@ -155,7 +156,9 @@ def test_a_schedule_that_leaves_the_range_is_refused():
         fit([L1Penalty(lambda progress: -progress)], max_epochs=1, limit_train_batches=2)
 
 
-@pytest.mark.parametrize("schedule", [Linear(0.0, 1.0), Steps([0, 1], at=[0.5]), lambda progress: progress])
+@pytest.mark.parametrize(
+    "schedule", [Linear(0.0, 1.0), Steps([0, 1], at=[0.5]), lambda progress: progress], ids=["linear", "steps", "callable"]
+)
 def test_a_fraction_of_an_endless_run_is_refused(schedule):
     with pytest.raises(ValueError, match=r"L1Penalty: strength=.* the run has no end \(max_epochs=-1\).*'3ep' or '500st'"):
         fit([L1Penalty(schedule)], max_epochs=-1)

@@ -58,6 +58,15 @@ def test_all_means_all_and_a_tied_parameter_counts_once():
         (["weights", "!head.*"], [name for name in WEIGHTS if name != "embed.weight"]),
         (lambda name, p, module: isinstance(module, nn.PReLU), ["prelu.weight"]),
     ],
+    ids=[
+        "glob",
+        "glob and exclusion",
+        "weights and exclusions",
+        "exclusion first",
+        "tied weight",
+        "excluded tied weight",
+        "callable",
+    ],
 )
 def test_globs_and_callables(params, names):
     assert list(select_parameters(Zoo(), params)) == names
@@ -83,6 +92,7 @@ def test_compiled_modules_keep_their_names():
         (lambda name, p, module: False, r"params=<lambda> selects no parameter; close matches: encoder.weight, encoder.bias"),
         (["encoder.*", "!*"], r"params=\['encoder.\*', '!\*'\] selects no parameter"),
     ],
+    ids=["unknown name", "unknown exclusion", "exclusion alone", "empty list", "callable", "everything excluded"],
 )
 def test_a_selection_of_nothing_is_refused_with_near_names(params, message):
     model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 2)})

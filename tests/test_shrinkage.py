@@ -102,6 +102,7 @@ def test_training_draws_what_it_would_draw_without():
         (lambda: RandomShrinkage(0.1, every="batch"), "RandomShrinkage: every must be 'step' or 'epoch', got 'batch'"),
         (lambda: RandomShrinkage(0.1, seed=-1), r"RandomShrinkage: seed must be an integer in \[0, 2147483648\), got -1"),
     ],
+    ids=["epsilon above 1", "negative epsilon", "unknown every", "negative seed"],
 )
 def test_arguments_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -94,7 +94,9 @@ def test_missing_and_empty_gradients_are_left_out():
     assert clip_unit_gradients_([], 0.1) == 1
 
 
-@pytest.mark.parametrize("act", [lambda p: clip_unit_gradients_([p], 0.1), lambda p: centralize_gradients_([p])])
+@pytest.mark.parametrize(
+    "act", [lambda p: clip_unit_gradients_([p], 0.1), lambda p: centralize_gradients_([p])], ids=["clip", "centralize"]
+)
 def test_sparse_gradients_are_refused(act):
     layer = nn.Embedding(4, 2, sparse=True)
     layer(torch.tensor([1])).sum().backward()
@@ -146,6 +148,7 @@ def test_the_callback_clips_as_the_function_does_in_a_hook_of_the_module():
         ),
         (lambda: AdaptiveGradientClipping(eps=0.0), r"AdaptiveGradientClipping: eps must be a number in \(0, inf\], got 0.0"),
     ],
+    ids=["clip_factor of 0", "eps of 0"],
 )
 def test_bounds_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -435,6 +435,7 @@ def test_two_of_four_is_refused_where_it_cannot_be():
         (lambda name, p: p * torch.nan, r"for 'net\.0\.weight' .* got 1024 scores that are infinite or NaN"),
         (lambda name, p: 3.0, r"for 'net\.0\.weight' .* got 3\.0 of type float"),
     ],
+    ids=["wrong shape", "NaN", "float"],
 )
 def test_scores_that_are_none_are_refused(scores, message):
     with pytest.raises((ValueError, TypeError), match=message):
@@ -544,6 +545,7 @@ def validated(callbacks, **options):
         ([MaxNorm(0.3), WeightPruning(Linear(0.0, 0.2), rewind_to_step=0)], lambda net: norms_of(net).max() < 0.3001),
         ([NonNegative(), WeightPruning(0.2, rewind_to_step=0)], lambda net: min(net.net[i].weight.min() for i in (0, 4)) >= 0),
     ],
+    ids=["UnitNorm", "MaxNorm", "NonNegative"],
 )
 def test_constraints_hold_in_what_is_validated_after_a_pruning(callbacks, holds):
     model = validated(callbacks)
