@@ -19,14 +19,14 @@ from lightning.pytorch import LightningModule
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import ElasticNet, Lasso, Ridge
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_reg import ElasticNetPenalty, Exponential, L1Penalty, L2Penalty, SoftThresholding
 
 X, Y = load_diabetes(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
 Y = (Y - Y.mean()) / Y.std()
-DATA = DataLoader(TensorDataset(torch.tensor(X), torch.tensor(Y)), batch_size=len(X))
+DATA = DataLoader([(torch.tensor(X), torch.tensor(Y))], batch_size=None)  # one batch, collated once
 ALPHA, RATIO = 0.1, 0.5
 
 
