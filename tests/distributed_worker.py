@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from digits import DigitsClassifier
-from helpers import QUIET, Memory, digits
+from helpers import QUIET, Memory, digits, seed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class Digits(DigitsClassifier):
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         images, labels, numbers = batch
-        torch.manual_seed(int(numbers[0]))
+        seed(int(numbers[0]))
         return nn.functional.cross_entropy(self(images.view(-1, 8, 8)), labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
