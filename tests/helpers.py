@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from lightning.pytorch import Callback
 
@@ -26,6 +27,9 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+"""How near two ranks are to one process, which sums in another order."""
 
 UNITS = {
     nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
@@ -104,6 +108,36 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
+class Gan(Classifier):
+    """Two networks with an optimizer each, in manual optimization, with a loss that forbids changes in place.
+
+    Args:
+        stepping: The optimizers that step.
+    """
+
+    def __init__(self, stepping: Sequence[int] = (0, 1), lr: float = 0.01, **options: float) -> None:
+        super().__init__(lr=lr, **options)
+        self.automatic_optimization = False
+        self.stepping = stepping
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        for index in self.stepping:
+            optimizers[index].zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx).exp())
+            optimizers[index].step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(self.net[i].parameters(), lr=self.lr, weight_decay=self.weight_decay) for i in (0, 4)]
+
+
+class Fused(Classifier):
+    """The model with an optimizer that unscales gradients within its step."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), fused=True)
+
+
 def fit(
     callbacks: Sequence[Callback] = (),
     model: LightningModule | None = None,
@@ -126,7 +160,24 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def same(one: nn.Module, other: nn.Module) -> bool:
     """Return whether two models have bit-identical state."""
     mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    return mine.keys() == theirs.keys() and identical(mine, theirs)
+
+
+def identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Return whether two sets of tensors, which must have the same names, are bit-identical."""
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def distance(one: nn.Module, other: nn.Module) -> Tensor:
+    """Return how far apart the weights of two models are."""
+    mine, theirs = weights(one), weights(other)
+    return torch.stack([(mine[name].float() - theirs[name].float()).norm() for name in mine]).norm()
+
+
+def vars_of(callback: Callback) -> dict[str, Any]:
+    """Return the arguments of a callback, except for its name."""
+    return {name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters if name != "name"}
 
 
 def parameter(values: Any, grad: Any = None, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import observed
+import pytest
+from helpers import Classifier
 
 from lightning_reg import (
     ActivityPenalty,
@@ -336,6 +338,19 @@ ROWS = {
         exempt={"second_fit": "its masks go on in the second fit of the same model"},
     ),
 }
+
+
+every_callback = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
+
+
+def changes(row: Row) -> bool:
+    """Return whether the active callback of a row changes ordinary training."""
+    return "changes_training" not in row.exempt
+
+
+def model(row: Row, kind: type[Classifier] = Classifier) -> Classifier:
+    """Return a fresh model of a kind, as the row needs it."""
+    return kind(**row.options)
 
 
 def everything() -> list[Regularizer]:

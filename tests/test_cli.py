@@ -8,12 +8,11 @@ import digits
 import docstring_parser
 import pytest
 import yaml
-from helpers import QUIET, Classifier, loader, same
+from helpers import QUIET, Classifier, loader, same, vars_of
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
 from processes import HERE, run_script
 from table import ROWS, everything
-from test_laws import vars_of
 
 import lightning_reg
 from lightning_reg import Cosine, DropoutInjection, DropoutScheduler, L1Penalty, Linear

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers import UNITS, Classifier, Memory, fit, same
+from helpers import UNITS, Classifier, Gan, Memory, fit, same
 from lightning.pytorch.plugins.precision import MixedPrecision
-from test_laws import Gan
 from torch import nn
 from torch.testing import assert_close
 
@@ -230,6 +229,7 @@ def test_each_optimizer_has_its_own_fraction():
             "min_norm must be at most max_norm, got min_norm=1.25 and max_norm=1",
         ),
     ],
+    ids=["bound of 0", "negative lower bound", "lower bound above upper", "rate above 1", "scheduled lower bound above upper"],
 )
 def test_intervals_that_are_none_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Classifier, fit, same, weights
+from helpers import Classifier, Fused, fit, same, weights
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.testing import assert_close
@@ -116,10 +116,6 @@ def test_a_second_decay_is_said():
 
 
 def test_decay_is_refused_for_a_fused_optimizer_under_a_loss_scale():
-    class Fused(Classifier):
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), fused=True)
-
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="WeightDecay acts before the optimizer step, but the fused Adam"):
         fit([WeightDecay(0.1)], Fused(), plugins=[precision])

@@ -7,11 +7,10 @@ import shlex
 from collections import defaultdict
 
 import pytest
-from helpers import Classifier, Memory, fit
+from helpers import Classifier, Gan, Memory, fit
 from lightning.pytorch import Callback
 from processes import HERE, run_script
 from table import ROWS
-from test_laws import Gan
 
 import lightning_reg
 from lightning_reg import DropoutScheduler

@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from helpers import Classifier, Memory, digits, fit, loader
+from helpers import Classifier, Gan, Memory, digits, fit, loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -299,28 +299,9 @@ def test_an_optimizer_that_steps_behind_lightnings_back_is_said():
         fit([L2Penalty(0.1)], Raw())
 
 
-class TwoOptimizers(Classifier):
-    """The model with an optimizer for each of its layers, in manual optimization."""
-
-    def __init__(self, lr):
-        super().__init__(lr=lr)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(self.net[i].parameters(), lr=self.lr) for i in (0, 4)]
-
-
 def test_the_logged_penalty_is_that_of_all_optimizers():
-    (first, *_) = logged([L1Penalty(1.0)], TwoOptimizers(lr=0.0), max_epochs=1).values()
-    assert first["reg/L1Penalty/penalty"] == pytest.approx(
-        sum(TwoOptimizers(lr=0.0).net[i].weight.abs().sum().item() for i in (0, 4))
-    )
+    (first, *_) = logged([L1Penalty(1.0)], Gan(lr=0.0), max_epochs=1).values()
+    assert first["reg/L1Penalty/penalty"] == pytest.approx(sum(Gan(lr=0.0).net[i].weight.abs().sum().item() for i in (0, 4)))
 
 
 def test_a_copy_of_the_model_taken_during_the_fit_is_plain():
@@ -413,8 +394,8 @@ def test_progress_does_not_run_over_in_manual_optimization():
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Seen(Linear(0.0, 1.0))], TwoOptimizers(lr=0.01), max_epochs=1)
+    fit([Seen(Linear(0.0, 1.0))], Gan(lr=0.01), max_epochs=1)
     assert_close(seen, [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75])
     seen.clear()
-    fit([Seen(Linear(0.0, 1.0))], TwoOptimizers(lr=0.01), max_epochs=-1, max_steps=4)
+    fit([Seen(Linear(0.0, 1.0))], Gan(lr=0.01), max_epochs=-1, max_steps=4)
     assert_close(seen, [0.0, 0.0, 0.5, 0.5])

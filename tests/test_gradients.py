@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, Memory, fit, parameter, same
+from helpers import Classifier, Fused, Memory, fit, parameter, same
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.testing import assert_close
@@ -193,11 +193,6 @@ PROCESSING = [
 ]
 
 
-class Fused(Classifier):
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), fused=True)
-
-
 @pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
 def test_a_fused_optimizer_is_refused_only_under_a_loss_scale(callback):
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
@@ -315,6 +310,15 @@ def test_no_gradient_at_all_is_fine():
         (lambda: GradientValueClipping(-1), r"GradientValueClipping: clip_value must be a number in \(0, inf\], got -1"),
         (lambda: PeakGradientDropping(-1), "PeakGradientDropping: k must be an integer ≥ 0, got -1"),
         (lambda: PeakGradientDropping(0.5), "PeakGradientDropping: k must be an integer ≥ 0, got 0.5"),
+    ],
+    ids=[
+        "max_norm of 0",
+        "max_norm of NaN",
+        "norm_type of 0",
+        "unknown scope",
+        "negative clip_value",
+        "negative k",
+        "fractional k",
     ],
 )
 def test_bounds_out_of_range_are_refused(make, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import random
 import sys
@@ -12,11 +11,11 @@ from contextlib import nullcontext
 import lightning.pytorch.callbacks
 import pytest
 import torch
-from helpers import Classifier, Memory, fit, loader, same, weights
+from helpers import Classifier, Gan, Memory, distance, fit, loader, same, vars_of, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
-from table import ROWS, SEED, SETS, everything
+from table import ROWS, SEED, SETS, changes, every_callback, everything, model
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,19 +26,8 @@ from lightning_reg import L1Penalty, L2Penalty
 from lightning_reg._engine.regularizer import Regularizer
 from lightning_reg.dropout import rates
 
-every_callback = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
 with_parts = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.parts])
 scheduled = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.scheduled])
-
-
-def changes(row):
-    """Return whether the active callback of a row changes ordinary training."""
-    return "changes_training" not in row.exempt
-
-
-def model(row, kind=Classifier):
-    """Return a fresh model of a kind, as the row needs it."""
-    return kind(**row.options)
 
 
 def test_every_public_callback_has_a_row():
@@ -263,25 +251,6 @@ def test_an_exception_leaves_nothing_behind(row):
     assert surroundings(failed) == before
 
 
-class Gan(Classifier):
-    """Two networks with an optimizer each, in manual optimization; only one optimizer steps."""
-
-    def __init__(self, stepping=(0, 1), **options):
-        super().__init__(**options)
-        self.automatic_optimization = False
-        self.stepping = stepping
-
-    def training_step(self, batch, batch_idx):
-        optimizers = self.optimizers()
-        for index in self.stepping:
-            optimizers[index].zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx).exp())
-            optimizers[index].step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(self.net[i].parameters(), lr=0.01, weight_decay=self.weight_decay) for i in (0, 4)]
-
-
 @every_callback
 def test_only_parameters_of_the_optimizer_that_steps_are_touched(row):
     if "several_optimizers" in row.exempt:
@@ -375,12 +344,6 @@ def test_double_precision_is_kept(row):
         assert same(inactive, plain)
 
 
-def distance(one, other):
-    """Return how far apart the weights of two models are."""
-    mine, theirs = weights(one), weights(other)
-    return torch.stack([(mine[name].float() - theirs[name].float()).norm() for name in mine]).norm()
-
-
 @every_callback
 def test_a_checkpoint_loads_into_the_plain_model(row, tmp_path):
     trained = model(row)
@@ -450,7 +413,3 @@ def test_repr_is_the_call_that_made_it(row):
     named = type(row.active())(**{**vars_of(row.active()), "name": "mine"})
     assert repr(named).endswith("name='mine')")
     assert named.state_key != row.active().state_key
-
-
-def vars_of(callback):
-    return {name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters if name != "name"}

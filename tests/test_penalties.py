@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import UNITS, Classifier, Memory, fit, loader, parameter, same, weights
+from helpers import UNITS, Classifier, Fused, Gan, Memory, fit, loader, parameter, same, weights
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -289,32 +289,15 @@ def test_a_penalty_of_ones_own_is_the_same_on_both_routes():
     assert not same(by_loss, fit(model=Unused()))
 
 
-class Manual(Classifier):
-    """Two optimizers in manual optimization, with a loss that forbids changes in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx).sigmoid())
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(self.net[i].parameters(), lr=0.1, weight_decay=self.weight_decay) for i in (0, 4)]
-
-
 def test_manual_optimization_takes_the_gradient_route_for_the_optimizer_that_steps():
-    decayed = Manual()
+    decayed = Gan()
     decayed.weight_decay = 0.01
-    assert same(fit([L2Penalty(0.01, params=["net.0.*", "net.4.*"])], Manual()), fit(model=decayed))
+    assert same(fit([L2Penalty(0.01, params=["net.0.*", "net.4.*"])], Gan()), fit(model=decayed))
 
 
 def test_the_naive_penalty_cannot_change_such_a_loss():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        fit([Naive()], Manual())
+        fit([Naive()], Gan())
 
 
 class Tied(Classifier):
@@ -372,17 +355,12 @@ def test_a_penalty_is_evaluated_once_in_a_step_and_its_value_only_where_it_is_ne
 
 def test_a_loss_route_that_cannot_be_exact_is_refused():
     with pytest.raises(ValueError, match=r"L1Penalty: inject='loss' is not exact in manual optimization.*inject='gradient'"):
-        fit([L1Penalty(0.1, inject="loss")], Manual())
-
-
-class Fused(Classifier):
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)
+        fit([L1Penalty(0.1, inject="loss")], Gan())
 
 
 def test_the_gradient_route_is_refused_where_gradients_stay_scaled():
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    with pytest.raises(ValueError, match=r"L1Penalty acts before .* the fused SGD unscales .* fused=False"):
+    with pytest.raises(ValueError, match=r"L1Penalty acts before .* the fused Adam unscales .* fused=False"):
         fit([L1Penalty(0.1, inject="gradient")], Fused(), plugins=[precision])
 
 
@@ -610,6 +588,7 @@ class Wrong(Penalty):
         (lambda params: params[0].data.sum(), ValueError, r"got a tensor without a graph: compute it from params"),
         (lambda params: (params[0] - params[0]).sum() / 0.0, ValueError, "got NaN for finite parameters"),
     ],
+    ids=["float", "matrix", "no graph", "NaN"],
 )
 def test_a_value_that_is_no_penalty_is_refused(make, error, message, route):
     with pytest.raises(error, match=message):
@@ -635,8 +614,9 @@ def test_the_starting_point_of_another_model_is_refused():
             lambda: fit([ActivityPenalty(0.1, modules="Relu")]),
             r"ActivityPenalty: no module has a name or class .* close matches: ReLU",
         ),
-        (lambda: fit([ActivityPenalty(0.1, modules="ReLU")], Manual()), "ActivityPenalty adds to the loss, which in manual"),
+        (lambda: fit([ActivityPenalty(0.1, modules="ReLU")], Gan()), "ActivityPenalty adds to the loss, which in manual"),
     ],
+    ids=["negative strength", "unknown p", "no modules", "unknown modules", "manual optimization"],
 )
 def test_bad_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

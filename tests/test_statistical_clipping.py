@@ -8,11 +8,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import QUIET, Classifier, Memory, fit, loader, parameter, same
+from helpers import QUIET, Classifier, Gan, Memory, fit, loader, parameter, same
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resume_worker import Resumable
-from test_laws import Gan
 from torch.testing import assert_close
 
 from lightning_reg import GradientNormClipping, QuantileGradientClipping, ZScoreGradientClipping
@@ -123,7 +122,9 @@ class Survives(Watch):
             p.grad.nan_to_num_(0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("make", [lambda: QuantileGradientClipping(0.25), lambda: ZScoreGradientClipping(0.5, warmup=2)])
+@pytest.mark.parametrize(
+    "make", [lambda: QuantileGradientClipping(0.25), lambda: ZScoreGradientClipping(0.5, warmup=2)], ids=["quantile", "z-score"]
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_does_not_end_the_statistics(make, bad):
     """Published callbacks lose their statistics for good: their mean is NaN from then on."""
@@ -168,6 +169,7 @@ def test_a_second_fit_begins_anew():
         lambda: ZScoreGradientClipping(0.5, warmup=2),
         lambda: GradientNormClipping(1.0),
     ],
+    ids=["quantile", "z-score", "norm"],
 )
 def test_what_is_logged_after_a_resume_in_mid_epoch_is_what_would_have_been(make, tmp_path):
     def run(epochs, folder, resume=None):
@@ -207,6 +209,7 @@ def test_a_checkpoint_with_another_window_is_refused(tmp_path):
         (lambda: ZScoreGradientClipping(decay=1.5), r"ZScoreGradientClipping: decay must be a number in \[0, 1\], got 1.5"),
         (lambda: ZScoreGradientClipping(warmup=0), "ZScoreGradientClipping: warmup must be an integer ≥ 1, got 0"),
     ],
+    ids=["quantile of 0", "quantile of 1", "window of 0", "z of 0", "decay above 1", "warmup of 0"],
 )
 def test_arguments_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
