@@ -1,6 +1,7 @@
 """One of two ranks that share a device over gloo: the GPU where there is one, else the processor.
 
-Started by ``test_cuda.py``, each rank as a node of its own, which is how Lightning lets two have the same device.
+Started by ``test_cuda.py`` through ``torch.distributed.run``. Each rank becomes a node of its own, which is how Lightning lets
+two have the same device.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rank = int(os.environ["RANK"])
+    os.environ.update(LOCAL_RANK="0", GROUP_RANK=str(rank))
     options = {**QUIET, "accelerator": "auto", "max_epochs": 1, "num_nodes": 2, "use_distributed_sampler": False}
     model = Digits()
     trainer = Trainer(**options, strategy=DDPStrategy(process_group_backend="gloo"), callbacks=everything())

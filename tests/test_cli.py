@@ -11,7 +11,7 @@ import yaml
 from helpers import QUIET, Classifier, loader, same, vars_of
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
-from processes import HERE, run_script
+from processes import ROOT, run_script
 from table import ROWS, everything
 
 import lightning_reg
@@ -92,7 +92,7 @@ def test_a_depth_profile_in_yaml(tmp_path):
 
 
 def test_yaml():
-    cli = run("--config", str(HERE.parent / "examples" / "digits.yaml"), "--trainer.max_epochs=1")
+    cli = run("--config", str(ROOT / "examples" / "digits.yaml"), "--trainer.max_epochs=1")
     expected = digits.candidates()[digits.ALL]
     expected[1] = lightning_reg.L2Penalty(Linear(0.0, 1e-2, until=0.5))
     assert list(map(repr, regularizers(cli))) == list(map(repr, expected))
@@ -122,7 +122,7 @@ def test_bad_values_are_refused_with_the_reason(capsys):
 def test_the_script_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [*SHORT, *FLAGS, f"--trainer.default_root_dir={tmp_path}"]
-    run_script(str(HERE.parent / "examples" / "digits.py"), *flags)
+    run_script(str(ROOT / "examples" / "digits.py"), *flags)
     (saved,) = tmp_path.glob("**/config.yaml")
     names = [cb["class_path"] for cb in yaml.safe_load(saved.read_text())["trainer"]["callbacks"]]
     assert names == ["lightning_reg.L1Penalty", "lightning_reg.DropoutInjection"]

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 from distributed_worker import Digits, train
-from helpers import fit, loader, same
-from processes import HERE, environment
-from table import ROWS, everything
-from test_laws import changes, distance, model
+from helpers import TOLERANCE, distance, fit, identical, loader, same
+from processes import run_script
+from table import changes, every_callback, everything, model
 from torch.testing import assert_close
 
 from tests.benchmarks.cuda import count_syncs, measure_bandwidth
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-every_callback = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items()])
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
@@ -61,25 +55,15 @@ def test_no_step_makes_the_host_wait_for_the_gpu(row):
     assert (ours > plain) is ("waits" in row.exempt)
 
 
-def test_two_ranks_on_one_device_stay_identical(tmp_path):
+def test_two_ranks_on_one_device_stay_identical(two_ranks, tmp_path):
     """On the GPU where there is one, else on the processor: what is tested is that ranks can share a device."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-    command = [sys.executable, str(HERE / "device_worker.py"), str(tmp_path)]
-    running = [
-        subprocess.Popen(command, env={**environment(), **shared, "RANK": rank, "NODE_RANK": rank}, stderr=subprocess.PIPE)
-        for rank in ("0", "1")
-    ]
-    errors = [process.communicate(timeout=300)[1].decode()[-2000:] for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
+    run_script(*two_ranks("device_worker.py"), str(tmp_path))
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert one["device"] == other["device"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
-    assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in one["weights"])
+    assert identical(one["weights"], other["weights"])
     if one["device"] == "cpu":
         alone = train(everything(), Digits(), [0, 1], accumulate_grad_batches=2, max_epochs=1)
-        assert_close(one["weights"], alone, rtol=1e-4, atol=1e-6)
+        assert_close(one["weights"], alone, **TOLERANCE)
 
 
 def test_what_is_measured_on_a_gpu_runs_anywhere():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from distributed_worker import Digits, Sharded, train
+from helpers import TOLERANCE, identical
 from laws_worker import TENSOR_PARALLEL, Parallel, made, three_steps
-from processes import HERE, run_script
 from table import PAIRS, ROWS, SEED, SETS
 from torch.testing import assert_close
 
@@ -14,21 +14,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
     pytest.mark.filterwarnings("ignore:.*acts on parameters that the optimizer decays too"),
 ]
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
+WORKER = "laws_worker.py"
 every_row = pytest.mark.parametrize("name", ROWS)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Return what each of two processes trained."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_script(*launcher, str(HERE / "laws_worker.py"), str(folder), timeout=600)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-
-
-def identical(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def one_process(row, model, **trainer):

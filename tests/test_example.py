@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
-from processes import HERE, environment, run_script
+from processes import ROOT, environment, run_script
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
 
@@ -23,7 +23,7 @@ NOTICES = ["available:", "Tip:", "many workers", "deprecated", "Warning", "fit` 
 def job(tmp_path_factory):
     """Run the example in a terminal of 80 columns and return the folder and all that it printed."""
     folder = tmp_path_factory.mktemp("job")
-    command = [sys.executable, str(HERE.parent / "examples" / "digits.py")]
+    command = [sys.executable, str(ROOT / "examples" / "digits.py")]
     with (folder / "printed").open("w") as printed:
         done = subprocess.run(
             command, env=environment(columns=80), cwd=folder, stdout=printed, stderr=subprocess.STDOUT, timeout=600, check=False
@@ -155,7 +155,7 @@ def test_bad_values_of_the_data_are_refused(flag, message):
 
 
 def test_schedules_of_dropout_are_compared(tmp_path):
-    script = str(HERE.parent / "examples" / "dropout_schedules.py")
+    script = str(ROOT / "examples" / "dropout_schedules.py")
     printed = run_script(script, "--epochs=4", "--seeds=2", folder=tmp_path, columns=200)
     rows = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
     assert rows == ["none", "constant", "early", "late"]
@@ -168,7 +168,7 @@ def test_schedules_of_dropout_are_compared(tmp_path):
 def test_the_pruning_curve_is_drawn(tmp_path):
     """In short form; that magnitude beats chance at 80 % is seen after few epochs already."""
     flags = ["--epochs=6", "--seeds=2", f"--output={tmp_path}"]
-    printed = run_script(str(HERE.parent / "examples" / "pruning_curve.py"), *flags, folder=tmp_path, columns=200)
+    printed = run_script(str(ROOT / "examples" / "pruning_curve.py"), *flags, folder=tmp_path, columns=200)
     accuracies = {
         int(line.split("│")[1].strip().rstrip("%")): [float(number) for number in re.findall(r"([\d.]+)% ±", line)]
         for line in printed.splitlines()
