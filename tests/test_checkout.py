@@ -80,3 +80,7 @@ def test_ranks_are_started_in_one_place():
     """By the fixture that marks its tests as distributed."""
     launcher = '"torch.distributed' + '.run"'
     assert [path.name for path in HERE.rglob("*.py") if launcher in path.read_text()] == ["conftest.py"]
+
+
+def test_tests_of_two_ranks_are_marked(request, two_ranks):
+    assert {"slow", "distributed"} <= {mark.name for mark in request.node.iter_markers()}

@@ -119,6 +119,7 @@ def test_bad_values_are_refused_with_the_reason(capsys):
         run("--trainer.callbacks+=L1Penalty", "--trainer.callbacks.strength=-1")
 
 
+@pytest.mark.slow
 def test_the_script_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [*SHORT, *FLAGS, f"--trainer.default_root_dir={tmp_path}"]

@@ -154,6 +154,7 @@ def test_bad_values_of_the_data_are_refused(flag, message):
         LightningCLI(digits.DigitsClassifier, digits.Digits, args=[f"--data.{flag}"], run=False, seed_everything_default=0)
 
 
+@pytest.mark.slow
 def test_schedules_of_dropout_are_compared(tmp_path):
     script = str(ROOT / "examples" / "dropout_schedules.py")
     printed = run_script(script, "--epochs=4", "--seeds=2", folder=tmp_path, columns=200)
@@ -165,6 +166,7 @@ def test_schedules_of_dropout_are_compared(tmp_path):
     assert matplotlib.image.imread(tmp_path / "runs/dropout_schedules/curves.png")[..., :3].std() > 0.05
 
 
+@pytest.mark.slow
 def test_the_pruning_curve_is_drawn(tmp_path):
     """In short form; that magnitude beats chance at 80 % is seen after few epochs already."""
     flags = ["--epochs=6", "--seeds=2", f"--output={tmp_path}"]

@@ -6,7 +6,8 @@ import importlib
 import inspect
 import pkgutil
 
-from processes import HERE, run_script
+import pytest
+from processes import ROOT, run_script
 
 import lightning_reg
 from lightning_reg import custom, functional
@@ -50,7 +51,8 @@ def test_every_function_beside_a_callback_is_exported():
     assert defined - {*vars(functional), *lightning_reg.__all__} == HELPERS
 
 
+@pytest.mark.slow
 def test_the_benchmarks_start():
     """They import the table and everything that it needs, in a process of their own."""
-    printed = run_script("-m", "tests.benchmarks", "--help", folder=HERE.parent)
+    printed = run_script("-m", "tests.benchmarks", "--help", folder=ROOT)
     assert "--seconds" in printed
