@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import QUIET, Classifier, Memory, fit, loader, same
@@ -39,7 +42,9 @@ class Huber(Penalty):
         super().__init__(strength, params=params, inject=inject, name=name)
 
     def value(self, params):
-        return sum(torch.nn.functional.huber_loss(p, torch.zeros_like(p), reduction="sum", delta=self.delta) for p in params)
+        return sum(
+            torch.nn.functional.huber_loss(p, torch.zeros_like(p), reduction="sum", delta=self.current["delta"]) for p in params
+        )
 
 
 def test_a_class_written_by_the_rules_works():
@@ -102,6 +107,101 @@ def test_ranges_may_leave_out_what_the_constructor_does_not_take():
             return self.current["weight"] * sum(p.square().sum() for p in params)
 
     assert repr(Fixed(0.5)) == "Fixed(0.5)"
+
+
+def with_range(**attributes):
+    """Return a penalty class with more attributes."""
+    body = {"value": lambda self, params: sum(p.square().sum() for p in params), **attributes}
+    return type("Custom", (Penalty,), body)
+
+
+def stores(*names):
+    """Return a constructor that takes a strength and other arguments, and stores some of them."""
+
+    def __init__(self, strength, delta=1.0):  # noqa: N807
+        for name in names:
+            setattr(self, name, delta)
+        Penalty.__init__(self, strength)
+
+    return __init__
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        pytest.param({"valid_ranges": {"strength": (0.0, 1.0)}}, r"valid_ranges\['strength'\] must be an Interval", id="tuple"),
+        pytest.param({"valid_ranges": {"strenght": POSITIVE}}, "leaves out 'strength' of Penalty", id="misspelled"),
+        pytest.param(
+            {"valid_ranges": {**Penalty.valid_ranges, "dleta": POSITIVE}, "__init__": stores("delta")},
+            "Custom.valid_ranges has dleta, which __init__ does not store",
+            id="unknown",
+        ),
+        pytest.param({"__init__": stores(), "delta": 1.0}, "add self.delta = delta", id="class attribute"),
+    ],
+)
+def test_mistakes_in_a_class_are_named(attributes, message):
+    with pytest.raises(TypeError, match=message):
+        with_range(**attributes)(0.1)
+
+
+@pytest.mark.parametrize("name", ["state", "running", "scale", "value", "members"])
+def test_an_argument_with_a_name_of_the_base_class_is_refused(name):
+    namespace = {"Penalty": Penalty}
+    body = f"def __init__(self, strength, {name}=1.0):\n    Penalty.__init__(self, strength)\n"
+    exec(body, namespace)
+    cls = with_range(__init__=namespace["__init__"])
+    expected = "add self.members = members" if name == "members" else f"the argument '{name}' has the name of an attribute"
+    with pytest.raises(TypeError, match=expected):
+        cls(0.1)
+
+
+def test_ranges_are_checked_where_arguments_are_passed_on():
+    with pytest.raises(TypeError, match="leaves out 'strength' of Penalty"):
+
+        class Forgets(Penalty):
+            valid_ranges = {"delta": POSITIVE}
+
+            def __init__(self, delta, **options):
+                self.delta = delta
+                super().__init__(**options)
+
+
+def test_entries_of_state_are_those_of_the_parents_too():
+    class More(QuantileGradientClipping):
+        state_entries = ("seen",)
+
+    assert set(More(0.5).state) == {"memory", "seen"}
+
+
+def test_a_class_without_a_phase_or_a_selection_is_refused():
+    class NoPhase(ParameterRegularizer):
+        def __init__(self):
+            super().__init__("weights", None)
+
+        def route(self):
+            return "nowhere"
+
+    with pytest.raises(TypeError, match=r"NoPhase must say when it acts in the step: set phase = Phase"):
+        NoPhase()
+    with pytest.raises(TypeError, match="NoSelection overrides weights, which act on selected parameters, but selects none"):
+        type("NoSelection", (Regularizer,), {"weights": lambda self, params, optimizer, step: None})
+
+
+def test_a_constraint_without_a_projection_is_abstract():
+    with pytest.raises(TypeError, match=r"abstract.*reproject"):
+        type("Empty", (Constraint,), {})("weights", None)
+
+
+def test_an_argument_that_is_a_tensor_can_be_shown():
+    class Mask(Constraint):
+        def __init__(self, mask=None, *, params="weights", name=None):
+            self.mask = mask
+            super().__init__(params, name)
+
+        def reproject(self, params):
+            pass
+
+    assert repr(Mask(torch.tensor([1, 0]))) == "Mask(mask=tensor([1, 0]))"
 
 
 def test_arguments_that_are_passed_on_need_not_be_stored_again():
@@ -183,6 +283,81 @@ def test_a_checkpoint_of_another_layout_is_a_clear_error(tmp_path, saved, found)
     resumed = Trainer(**QUIET, max_epochs=2, callbacks=[QuantileGradientClipping(0.5)])
     with pytest.raises(ValueError, match=rf"QuantileGradientClipping: .* has {found}, expected layout 1: another version"):
         resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "old.ckpt")
+
+
+def test_state_of_a_subclass_of_its_own_is_resumed():
+    class Counts(L1Penalty):
+        count = 0
+
+        def state_dict(self):
+            return {**super().state_dict(), "count": 3}
+
+        def load_state_dict(self, state_dict):
+            super().load_state_dict(state_dict)
+            self.count = state_dict["count"]
+
+    later = Counts(0.1)
+    later.load_state_dict(Counts(0.1).state_dict())
+    assert later.count == 3
+
+
+def test_evaluation_accepts_a_checkpoint_of_another_layout(tmp_path):
+    class Validates(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.log("loss", super().training_step(batch, batch_idx))
+
+    options = {**QUIET, "enable_checkpointing": True, "default_root_dir": tmp_path / "run"}
+    trainer = Trainer(**options, max_epochs=1, callbacks=[QuantileGradientClipping(0.5)])
+    trainer.fit(Validates(), loader(), loader())
+    trainer.save_checkpoint(tmp_path / "old.ckpt")
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    checkpoint["callbacks"][trainer.callbacks[0].state_key]["layout"] = 99
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    other = Trainer(**options, callbacks=[QuantileGradientClipping(0.5)])
+    (result,) = other.validate(Validates(), loader(), ckpt_path=tmp_path / "old.ckpt", weights_only=False)
+    assert result["loss"] == trainer.callback_metrics["loss"]
+
+
+def test_keys_of_callbacks_are_strings_like_any_other():
+    one, other = L1Penalty(0.1), L1Penalty(0.2)
+    assert one.state_key == other.state_key == copy.deepcopy(one).state_key
+    assert pickle.loads(pickle.dumps({one.state_key: 1})) == {other.state_key: 1}
+    with pytest.raises(ValueError, match="two callbacks have the name 'L1Penalty': set name='…' for one of them"):
+        Trainer(**QUIET, callbacks=[one, other])
+
+
+def test_predict_hooks_are_called_in_pairs_and_only_in_predict():
+    calls = []
+
+    class Counts(Regularizer):
+        phase = Phase.DROPOUT
+
+        def __init__(self, *, name=None):
+            super().__init__(name)
+
+        def start_predict(self, trainer, pl_module):
+            calls.append("start")
+
+        def stop_predict(self):
+            calls.append("stop")
+
+        def acts_on(self):
+            return "predictions"
+
+        def route(self):
+            return "forward pass"
+
+    class Predicts(Classifier):
+        def predict_step(self, batch, batch_idx):
+            return self.net(batch[0])
+
+    trainer = Trainer(**QUIET, max_epochs=1, callbacks=[Counts()])
+    model = Predicts()
+    trainer.fit(model, loader())
+    assert calls == []
+    trainer.predict(model, loader())
+    trainer.fit(model, loader())
+    assert calls == ["start", "stop"]
 
 
 def test_the_state_key_is_that_of_the_name_and_a_plain_string_once_set_up():

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.testing import assert_close
 
-from lightning_reg import L2Penalty, WeightClipping
+from lightning_reg import DropoutInjection, L2Penalty, NonFiniteGradientGuard, WeightClipping
 from lightning_reg.custom import NON_NEGATIVE, ParameterRegularizer, Phase
 
 LOG = []
@@ -24,17 +24,18 @@ class Shift(ParameterRegularizer):
     def __init__(self, amount, *, params="net.0.weight", name=None):
         self.amount = amount
         super().__init__(params, name)
+        self.kept = {}
 
-    def before_forward(self, step):
+    def before_forward(self, params, step):
         LOG.append(("before", self.name))
-        self.kept = {p: p.detach().clone() for p in self.tensors.values()}
-        for p in self.kept:
+        for p in params:
+            self.kept[p] = p.detach().clone()
             p.add_(self.current["amount"])
 
-    def after_backward(self):
+    def after_backward(self, params):
         LOG.append(("after", self.name))
-        for p, kept in self.kept.items():
-            p.copy_(kept)
+        for p in params:
+            p.copy_(self.kept.pop(p))
 
     def route(self):
         return "forward pass"
@@ -199,6 +200,127 @@ def test_manual_optimization_has_the_change_until_each_step():
     first = [("forward", 1.0), ("backward", 1.0), ("backward", 1.0), ("step", 0.0)]
     assert model.seen == [*first, ("between", 1.0), ("forward", 1.0), ("backward", 1.0), ("step", 0.0), ("end", 0.0)]
     assert same(model, Classifier())
+
+
+class Closure(Recorder):
+    """Manual optimization with a closure that the optimizer evaluates."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = super(Closure, self).training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+def test_a_closure_in_manual_optimization_has_the_change():
+    model = fit([Shift(1.0)], Closure(lr=0.0), max_epochs=1, limit_train_batches=1)
+    assert model.seen == [("forward", 1.0), ("backward", 1.0), ("step", 0.0)]
+    assert same(model, Classifier())
+
+
+@pytest.mark.parametrize("how", ["guard", "scaler"])
+def test_the_change_is_back_after_a_skipped_step(how):
+    class Skipped(Recorder):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss * float("nan"))
+            optimizer.step()
+            self.note("between")
+
+    callbacks = [Shift(1.0), *([NonFiniteGradientGuard()] if how == "guard" else [])]
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))] if how == "scaler" else []
+    model = fit(callbacks, Skipped(), max_epochs=1, limit_train_batches=1, plugins=plugins)
+    assert model.seen[-1] == ("between", 1.0)
+    assert same(model, Classifier())
+
+
+def test_a_step_of_one_optimizer_leaves_the_graph_of_another_alone():
+    """A GAN's generator and discriminator share a forward pass, with one technique on both."""
+
+    class Gan(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            generator, discriminator = self.optimizers()
+            fake = self.net[:2](batch[0])
+            discriminator.zero_grad()
+            self.manual_backward(self.net[2:](fake.detach()).square().mean())
+            discriminator.step()
+            generator.zero_grad()
+            self.manual_backward(-self.net[2:](fake).square().mean())
+            generator.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.net[:2], self.net[2:])]
+
+    shifted = fit([Shift(0.1, params="weights")], Gan(), max_epochs=1)
+    plain = fit([], Gan(), max_epochs=1)
+    assert not same(shifted, plain)
+    assert (shifted.net[0].weight - plain.net[0].weight).abs().max() < 0.05  # the change of 0.1 itself is gone
+
+
+def test_an_error_in_a_technique_leaves_nothing_behind():
+    class Fails(Shift):
+        def before_forward(self, params, step):
+            if step.number == 1:
+                raise RuntimeError("stop")
+            super().before_forward(params, step)
+
+    class Keeps(Classifier):
+        def on_train_start(self):
+            self.strategy = self.trainer.strategy
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.after = self.net[0].weight.detach().clone()
+
+    model = Keeps()
+    with pytest.raises(RuntimeError, match="stop"):
+        fit([Shift(1.0, name="a"), Fails(1.0, name="b")], model)
+    assert torch.equal(model.net[0].weight, model.after)
+    assert not {"training_step", "optimizer_step"} & set(vars(model.strategy))
+
+
+def test_an_error_while_undoing_does_not_keep_the_rest_from_being_undone():
+    class Fails(Shift):
+        def after_backward(self, params):
+            raise RuntimeError("cannot undo")
+
+    class Keeps(Classifier):
+        def configure_optimizers(self):
+            self.kept = super().configure_optimizers()
+            return self.kept
+
+    model = Keeps()
+    with pytest.raises(RuntimeError, match="cannot undo"):
+        fit([Fails(1.0), DropoutInjection(0.1, after="ReLU")], model)
+    assert not model.kept._optimizer_step_post_hooks
+    assert not model.net[2]._forward_hooks
+
+
+def test_penalties_take_the_gradient_route_beside_such_a_technique():
+    """On the loss they would be evaluated at the changed weights."""
+    penalty = L2Penalty(0.1)
+    automatic = fit([Shift(1.0), penalty], max_epochs=1)
+    assert penalty.route() == "gradient"
+    assert same(automatic, fit([Shift(1.0), L2Penalty(0.1, inject="gradient")], max_epochs=1))
+    with pytest.raises(ValueError, match="inject='loss' is not exact beside Shift, which changes the weights"):
+        fit([Shift(1.0), L2Penalty(0.1, inject="loss")])
 
 
 def test_other_techniques_see_the_weights_without_the_change():

@@ -99,13 +99,13 @@ class Noise(ParameterRegularizer):
         super().__init__(params, name)
         self._kept = []
 
-    def before_forward(self, step):
+    def before_forward(self, params, step):
         generator = torch.Generator().manual_seed(step.number)
-        self._kept = [(p, p.detach().clone()) for p in self.tensors.values()]
+        self._kept = [(p, p.detach().clone()) for p in params]
         for p, _ in self._kept:
             p.add_(torch.randn(p.shape, generator=generator), alpha=self.current["std"])
 
-    def after_backward(self):
+    def after_backward(self, params):
         for p, kept in self._kept:
             p.copy_(kept)
         self._kept = []
@@ -117,10 +117,10 @@ class Noise(ParameterRegularizer):
 class UnorderedNoise(Noise):
     """Wrong: it uses Lightning's hooks, which undo two of a kind in the order of the list and not in reverse."""
 
-    def before_forward(self, step):
+    def before_forward(self, params, step):
         """Leave it to the hook."""
 
-    def after_backward(self):
+    def after_backward(self, params):
         """Leave it to the hook."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -133,7 +133,7 @@ class UnorderedNoise(Noise):
     def on_after_backward(self, trainer, pl_module):
         super().on_after_backward(trainer, pl_module)
         with torch.no_grad():
-            Noise.after_backward(self)
+            Noise.after_backward(self, None)
 
 
 def largest_singular_value_at_most(bound):

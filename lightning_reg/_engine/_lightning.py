@@ -54,7 +54,7 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], C
     setattr(owner, name, wraps(method)(wrapper(method)))  # Lightning reads the signature
 
     def restore() -> None:
-        delattr(owner, name)
+        vars(owner).pop(name, None)
         vars(owner).update(own)
 
     return restore
@@ -127,6 +127,20 @@ def ends_epoch(trainer: Trainer) -> bool:
 def accumulates(trainer: Trainer) -> bool:
     """Return whether the optimizer does not step after the current batch."""
     return trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+
+
+def wrap_optimizer_step(trainer: Trainer, after: Callable[[], None]) -> Callable[[], None]:
+    """Call a function after every step of a Lightning optimizer, also after a skipped one; return a function to stop that."""
+
+    def wrapper(optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            output = optimizer_step(*args, **kwargs)
+            after()
+            return output
+
+        return wrapped
+
+    return wrap_method(trainer.strategy, "optimizer_step", wrapper)
 
 
 def wrap_training_step(trainer: Trainer, before: Callable[[], None], after: Callable[[Any], None]) -> Callable[[], None]:

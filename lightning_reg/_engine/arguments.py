@@ -134,7 +134,7 @@ class SignatureRepr:
             value = self._repr_value(parameter.name)
             if parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
                 shown.append(_readable(value))
-            elif value != parameter.default:
+            elif not _equal(value, parameter.default):
                 shown.append(f"{parameter.name}={_readable(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -158,6 +158,13 @@ def close_matches(wanted: str, names: Iterable[str], limit: int = 5) -> str:
     known = list(dict.fromkeys(names))
     close = get_close_matches(wanted.strip("!*"), known, n=limit, cutoff=0.4) or known[:limit]
     return ", ".join(close) + (", …" if len(known) > len(close) and close == known[:limit] else "")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError, TypeError):  # an array or tensor of several elements
+        return False
 
 
 def _readable(value: Any) -> str:

@@ -6,6 +6,7 @@ are sorted by class and name, so that even sums of floats are equal to the last 
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,7 @@ class Driver:
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
         self._trained = False  # whether the epoch has had a step
         self._in_training_step = False
-        self._in_forward: list[Technique] = []  # those that have changed weights for the current forward pass
+        self._in_forward: list[tuple[Technique, list[Parameter]]] = []  # what was changed for the current forward pass
         self._stepped: set[Optimizer] = set()
         self._about_to_step: set[Optimizer] = set()
         self._skipped: set[Optimizer] = set()
@@ -75,20 +76,19 @@ class Driver:
                 self._hook(optimizer.register_step_pre_hook(self._before_update))
             if isinstance(optimizer, LBFGS):
                 self._hook(optimizer.register_step_pre_hook(self._penalize_closure))
-            if self._acting["before_forward"]:  # a step of manual optimization, within the training step
-                self._hook(optimizer.register_step_pre_hook(self._undo_forward))
+            if self._acting["before_forward"] and not self._automatic:
+                self._hook(optimizer.register_step_pre_hook(self._before_manual_step))
         if self._acting["before_forward"]:
-            undo = _lightning.wrap_training_step(self.trainer, self._enter_training_step, self._leave_training_step)
-            self._undo.append(undo)
+            enter, leave, resume = self._enter_training_step, self._leave_training_step, self._after_manual_step
+            self._undo.append(_lightning.wrap_training_step(self.trainer, enter, leave))
+            self._undo.append(_lightning.wrap_optimizer_step(self.trainer, resume))
 
     def stop(self) -> None:
-        """Leave no trace in the module, the optimizers and the strategy."""
-        self._undo_forward()
-        for undo in self._undo:
-            undo()
+        """Leave no trace in the module, the optimizers and the strategy, even if undoing one thing fails."""
+        with ExitStack() as stack:
+            for undo in (*(technique.detach for technique in self.techniques[::-1]), *self._undo[::-1], self._undo_forward):
+                stack.callback(undo)  # called in reverse order, each of them, whatever the others raise
         self._undo.clear()
-        for technique in self.techniques:
-            technique.detach()
 
     def plan(self) -> None:
         """Resolve the schedules, once the length of the fit is known."""
@@ -125,13 +125,15 @@ class Driver:
             self._undo_forward()
 
     def _before_forward(self) -> None:
-        """Let techniques change the weights for a forward and backward pass."""
-        self._undo_forward()  # if no backward pass followed the last one
-        step = self._step()
-        with torch.no_grad():
-            for technique in self._acting["before_forward"]:
-                self._in_forward.append(technique)
-                technique.before_forward(step)
+        """Let techniques change the weights for a forward and backward pass, unless they have done so already."""
+        step, changed = self._step(), [(technique, p) for technique, params in self._in_forward for p in params]
+        for technique in self._acting["before_forward"]:
+            known = {id(p) for other, p in changed if other is technique}
+            params = [p for p in self._all_parameters(technique) if id(p) not in known]
+            if params:
+                with torch.no_grad():
+                    technique.before_forward(params, step)
+                self._in_forward.append((technique, params))
 
     def after_backward(self) -> None:
         """Undo the changes for the forward pass; in manual optimization only before the step.
@@ -141,11 +143,42 @@ class Driver:
         if self._automatic:
             self._undo_forward()
 
-    def _undo_forward(self, *_: Any) -> None:
-        """Undo the changes for the forward pass, in reverse order."""
+    def _undo_forward(self, optimizer: Optimizer | None = None) -> None:
+        """Undo the changes for the forward pass in reverse order: of all parameters, or of those that an optimizer holds.
+
+        The graphs of other optimizers' parameters may still be needed, and must not see them change.
+        """
+        left = []
         while self._in_forward:
-            with torch.no_grad():
-                self._in_forward.pop().after_backward()
+            technique, params = self._in_forward.pop()
+            held = params if optimizer is None else _held_by(optimizer, params)
+            if len(held) < len(params):
+                done = set(map(id, held))
+                left.append((technique, [p for p in params if id(p) not in done]))
+            if held:
+                with torch.no_grad():
+                    technique.after_backward(held)
+        self._in_forward = left[::-1]
+
+    def _before_manual_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Let each evaluation of a closure see the changes, and the update the true weights."""
+        given = args[1] if len(args) > 1 else kwargs.get("closure")
+        if given is None:
+            self._undo_forward(optimizer)
+            return args, kwargs
+
+        def closure() -> Any:
+            self._before_forward()
+            result = given()
+            self._undo_forward(optimizer)
+            return result
+
+        return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
+
+    def _after_manual_step(self) -> None:
+        """Change the weights again: another forward pass may follow in this training step."""
+        if self._in_training_step and not self._automatic:
+            self._before_forward()
 
     def before_backward(self, loss: Tensor) -> None:
         """Add to the loss what belongs there."""
@@ -164,7 +197,8 @@ class Driver:
             return
         self._about_to_step.add(optimizer)
         self._skipped.discard(optimizer)
-        self._undo_forward()
+        if self._in_forward:
+            self._undo_forward(optimizer)
         acting = [cb for cb in self._acting["gradients"] if not (self._penalized and cb.adds_to_loss)]
         if acting or self._acting["should_step"]:
             step = self._step()
@@ -213,13 +247,12 @@ class Driver:
                         technique.weights(params, optimizer, step)
         self._steps_in_batch += 1
         if optimizer not in self._about_to_step:
+            self._after_manual_step()
             rank_zero_warn(
                 f"{type(optimizer).__name__} stepped without Lightning's knowledge, so no penalty was added to its gradients "
                 "and nothing clipped them: use self.optimizers() without use_pl_optimizer=False"
             )
         self._about_to_step.discard(optimizer)
-        if self._in_training_step and not self._automatic:
-            self._before_forward()  # another forward pass may follow in this training step
 
     def _is_step(self, optimizer: Optimizer) -> bool:
         """Return whether there was something to step with, and no guard has skipped the step."""
@@ -282,6 +315,12 @@ class Driver:
 
     def _all_parameters(self, technique: Technique) -> list[Parameter]:
         return list(dict.fromkeys(p for optimizer in self.trainer.optimizers for p in technique.parameters_of(optimizer)))
+
+
+def _held_by(optimizer: Optimizer, params: Sequence[Parameter]) -> list[Parameter]:
+    """Return those parameters that an optimizer holds."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in params if id(p) in held]
 
 
 def _add_(loss: Tensor, value: Tensor, factor: float, scaler: torch.amp.GradScaler | None) -> None:

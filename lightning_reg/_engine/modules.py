@@ -43,7 +43,7 @@ class ModuleRegularizer(Regularizer):
         name: The name in metrics and checkpoints.
     """
 
-    effect: ClassVar[str]
+    effect: ClassVar[str] = "have any effect"
     """What modules in eval mode will not do, for a warning such as "net.1 will not drop anything"."""
 
     def __init__(self, name: str | None) -> None:

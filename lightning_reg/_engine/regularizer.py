@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
@@ -9,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.driver import Driver
 from lightning_reg._engine.summary import print_line, print_summary
-from lightning_reg._engine.technique import Technique
+from lightning_reg._engine.technique import STATE_LAYOUT, Technique
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -28,7 +29,7 @@ class Regularizer(Technique, Callback):
         super().__init__(name)
         self._driver: Driver | None = None
         self._state_key = self._generate_state_key(name=self.name)
-        self._was_set_up = False
+        self._was_set_up = self._predicting = self._evaluating = False
 
     @property
     def state_key(self) -> str:
@@ -37,14 +38,20 @@ class Regularizer(Technique, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the configuration against the run."""
-        self._was_set_up = True
+        self._was_set_up, self._evaluating = True, stage != "fit"
         if stage == "fit":
             self._check_fit(trainer)
             self.running.reset()
             if self.resets_each_fit:  # a checkpoint is loaded later
                 self.reset()
-        if stage == "fit" or (stage == "predict" and self.overrides("start_predict")):
             self.prepare(trainer, pl_module)
+        if stage == "predict" and self.overrides("start_predict"):
+            self.prepare_predict(trainer, pl_module)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of the run that is resumed. Evaluation needs none, so it accepts any layout."""
+        if not (self._evaluating and state_dict.get("layout") != STATE_LAYOUT):
+            super().load_state_dict(state_dict)
 
     def _check_fit(self, trainer: Trainer) -> None:
         if self.deepspeed_alternative and _lightning.uses_deepspeed(trainer):
@@ -107,11 +114,12 @@ class Regularizer(Technique, Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change what predictions need."""
+        self._predicting = True
         self.start_predict(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as it was."""
-        self.stop_predict()
+        self._stop_predict()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
@@ -121,17 +129,23 @@ class Regularizer(Technique, Callback):
         """Leave the model as it was."""
         self._stop()
 
+    def _stop_predict(self) -> None:
+        if self._predicting:
+            self._predicting = False
+            self.stop_predict()
+
     def _stop(self) -> None:
-        self.stop_predict()
+        self._stop_predict()
         if self._driver:
-            self._driver.stop()
-            self._driver = None
+            driver, self._driver = self._driver, None
+            driver.stop()
 
 
 class _NewStateKey(str):
-    """The state key of a callback that no Trainer has set up yet: it raises an error if it equals another callback's.
+    """The state key of a callback that no Trainer has set up yet.
 
-    Lightning compares the keys of a new Trainer's callbacks, and its own error does not say that ``name=`` sets the key.
+    Where Lightning compares the keys of a new Trainer's callbacks, it raises our error: Lightning's own does not say that
+    ``name=`` sets the key. Everywhere else it is a string like any other.
     """
 
     def __new__(cls, key: str, owner: Regularizer) -> _NewStateKey:
@@ -142,13 +156,15 @@ class _NewStateKey(str):
     owner: Regularizer
 
     def __eq__(self, other: object) -> bool:
-        if str.__eq__(self, other) is not True:
-            return False
-        if isinstance(other, _NewStateKey) and other.owner is not self.owner:
+        equal = str.__eq__(self, other)
+        if equal is True and sys._getframe(1).f_code.co_name == "_validate_callbacks_list":
             raise ValueError(_same_name(self.owner.name))
-        return True
+        return equal
 
     __hash__ = str.__hash__
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
 
 
 def _same_name(name: str) -> str:

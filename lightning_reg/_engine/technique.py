@@ -1,6 +1,6 @@
 """What a technique is: a name, a phase of the step, values that may be scheduled, metrics, state, and methods to override.
 
-A technique subclasses :class:`~lightning_reg.custom.Regularizer` or one of its bases for selected parameters and modules. It
+A technique subclasses ``lightning_reg.custom.Regularizer`` or one of its bases for selected parameters and modules. It
 says its ``phase`` and the ``valid_ranges`` of its values, and overrides the one or two methods that do something. The driver
 (:mod:`lightning_reg._engine.driver`) calls them at the right time.
 """
@@ -15,6 +15,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments
+from lightning_reg._engine.class_checks import check_arguments, check_class
 from lightning_reg._engine.metrics import RunningMetrics
 from lightning_reg._tensors.shards import full_tensor
 from lightning_reg.schedules import Schedule, Value
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 STATE_LAYOUT = 1
 """The layout of a technique's state in a checkpoint. Raise it whenever an older state could be misread."""
+
+
+_PARAMETER_METHODS = ("before_forward", "should_step", "gradients", "before_update", "weights", "reproject")
 
 
 class Phase(IntEnum):
@@ -62,8 +66,8 @@ class Technique(SignatureRepr, ABC):
         name: The name in metrics and checkpoints. By default the class, with the selection where that is not the default.
 
     Raises:
-        TypeError: If an argument of the constructor is not stored under its own name. When a subclass is defined: if its
-            ``valid_ranges`` leave out one of the parent's values that its constructor takes.
+        TypeError: If an argument of the constructor is not stored under its own name, and for other mistakes in a class, see
+            ``class_checks``.
     """
 
     phase: ClassVar[Phase]
@@ -83,17 +87,23 @@ class Technique(SignatureRepr, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        _check_inherited_ranges(cls)
+        check_class(cls)
+        ignored = [method for method in _PARAMETER_METHODS if cls.overrides(method)]
+        if ignored and not cls.overrides("parameters_of"):
+            raise TypeError(
+                f"{cls.__name__} overrides {', '.join(ignored)}, which act on selected parameters, but selects none: subclass "
+                "ParameterRegularizer, or override parameters_of too"
+            )
 
     def __init__(self, name: str | None) -> None:
         self.name = name or ""
-        self._check_arguments_are_stored()
+        check_arguments(self)
         self.name = name or self._default_name()
         self.current = {key: self._check_value(key, valid, value) for key, valid, value in self._values_given()}
         self.has_logger = False  # whether the fit has a logger
         self.logging = False  # whether this step is logged
         self.running = RunningMetrics()  # update them only if there is a logger
-        self.state: dict[str, dict[Any, Any]] = {entry: {} for entry in self.state_entries}
+        self.state: dict[str, dict[Any, Any]] = {entry: {} for entry in _all_state_entries(type(self))}
         self._applied: dict[str, float] | None = None
         self._schedules: dict[str, Callable[[float], float]] = {}
         self._step_metrics: dict[str, float | Tensor] = {}
@@ -107,23 +117,24 @@ class Technique(SignatureRepr, ABC):
         """Look up what it acts on; called when the fit starts, once the modules and the optimizers exist."""
 
     def detach(self) -> None:
-        """Undo :meth:`attach`; called when the fit is over, also after an exception."""
+        """Undo ``attach``; called when the fit is over, also after an exception."""
 
     def values_changed(self) -> None:
         """Apply new values in ``self.current``; called before the first batch that they apply to."""
 
-    def before_forward(self, step: Step) -> None:
-        """Change the weights for one forward and backward pass; called before each forward pass of a training step."""
+    def before_forward(self, params: list[Parameter], step: Step) -> None:
+        """Change selected parameters for one forward and backward pass; called before each forward pass of a training step."""
 
-    def after_backward(self) -> None:
-        """Undo :meth:`before_forward`; called after the backward pass, and before anything else sees the gradients.
+    def after_backward(self, params: list[Parameter]) -> None:
+        """Undo ``before_forward`` for these parameters; called after the backward pass, before techniques use the gradients.
 
-        Several techniques are undone in reverse order.
+        In manual optimization they are those of the optimizer that is about to step. Several techniques are undone in reverse
+        order.
         """
 
     @property
     def adds_to_loss(self) -> bool:
-        """Whether it adds :meth:`loss_term` to the loss in this fit."""
+        """Whether it adds ``loss_term`` to the loss in this fit."""
         return False
 
     def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
@@ -141,7 +152,7 @@ class Technique(SignatureRepr, ABC):
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Change the gradients of the stepping optimizer's selected parameters; called after unscaling, before the update.
 
-        Not called if the loss of this step contains its :meth:`loss_term`.
+        Not called if the loss of this step contains its ``loss_term``.
         """
 
     def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
@@ -154,17 +165,20 @@ class Technique(SignatureRepr, ABC):
         """Change all optimizers' selected parameters after the last batch of an epoch, before its validation."""
 
     def reproject(self, params: list[Parameter]) -> None:
-        """Enforce again what :meth:`weights` enforces, after other techniques have acted at the end of an epoch."""
+        """Enforce again what ``weights`` enforces, after other techniques have acted at the end of an epoch."""
 
     def fit_summary(self) -> str | None:
         """Return a line about the whole fit, to print when it ends; ``None`` for nothing."""
         return None
 
+    def prepare_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check what can be checked before predictions; called in ``setup`` if the class overrides ``start_predict``."""
+
     def start_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Change what predictions need; called when ``trainer.predict`` starts."""
 
     def stop_predict(self) -> None:
-        """Undo :meth:`start_predict`; called when ``trainer.predict`` ends, also after an exception."""
+        """Undo ``start_predict``; called when ``trainer.predict`` ends, also after an exception."""
 
     def parameters_of(self, optimizer: Optimizer) -> list[Parameter]:
         """Return the selected parameters that an optimizer holds, in its order."""
@@ -216,14 +230,16 @@ class Technique(SignatureRepr, ABC):
             ValueError: If the state has another layout.
         """
         if state_dict.get("layout") != STATE_LAYOUT:
+            if "layout" not in state_dict and not self.state and "figures" not in state_dict:  # a subclass has its own state
+                return
             found = f"layout {state_dict['layout']}" if "layout" in state_dict else f"the keys {sorted(map(str, state_dict))}"
             raise ValueError(
                 f"{self.name}: the checkpoint's state of this callback has {found}, expected layout {STATE_LAYOUT}: another "
                 "version of lightning_reg saved it. Resume with that version, or start a new fit from the checkpoint's weights "
                 "(model.load_state_dict(checkpoint['state_dict']))"
             )
-        self.running.load_state_dict(state_dict["metrics"])
-        self.unpack_state(state_dict["state"])
+        self.running.load_state_dict(state_dict.get("metrics", {}))
+        self.unpack_state(state_dict.get("state", {}))
 
     def pack_state(self) -> dict[str, Any]:
         """Return the state as full tensors and plain numbers; empty if there is none."""
@@ -231,7 +247,7 @@ class Technique(SignatureRepr, ABC):
         return packed if any(packed.values()) else {}
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
-        """Take over what :meth:`pack_state` returned."""
+        """Take over what ``pack_state`` returned."""
         for name, entry in self.state.items():
             entry.clear()
             entry.update(packed.get(name, {}))
@@ -295,16 +311,6 @@ class Technique(SignatureRepr, ABC):
 
     # Arguments and names --------------------------------------------------------------------------------------------
 
-    def _check_arguments_are_stored(self) -> None:
-        """Raise an error if a subclass has not stored an argument of its constructor, which ``repr`` and schedules read."""
-        missing = [argument.name for argument in constructor_arguments(type(self)) if not hasattr(self, argument.name)]
-        if missing:
-            stored = "; ".join(f"self.{name} = {name}" for name in missing)
-            raise TypeError(
-                f"{type(self).__name__}.__init__ must store each argument under its own name before it calls "
-                f"super().__init__: add {stored}"
-            )
-
     def _repr_value(self, argument: str) -> Any:
         """Return a constructor's argument for ``repr``: a generated name is as good as none."""
         is_generated = argument == "name" and self.name == self._default_name()
@@ -322,16 +328,9 @@ class Technique(SignatureRepr, ABC):
         return "-".join([type(self).__name__, *(re.sub(r"\W+", "_", part).strip("_") for part in parts)])
 
 
-def _check_inherited_ranges(cls: type[Technique]) -> None:
-    """Raise an error if a class redefines ``valid_ranges`` and forgets a parent's value that its constructor still takes."""
-    inherited = {key: parent for parent in reversed(cls.__mro__[1:]) for key in vars(parent).get("valid_ranges", ())}
-    arguments = {argument.name for argument in constructor_arguments(cls)}
-    forgotten = {key: parent for key, parent in inherited.items() if key in arguments and key not in cls.valid_ranges}
-    for key, parent in forgotten.items():
-        raise TypeError(
-            f"{cls.__name__}.valid_ranges leaves out {key!r} of {parent.__name__}, which its constructor takes: write "
-            f"valid_ranges = {{**{parent.__name__}.valid_ranges, …}}"
-        )
+def _all_state_entries(cls: type[Technique]) -> list[str]:
+    """Return the entries of a class and its parents."""
+    return [entry for parent in reversed(cls.__mro__) for entry in vars(parent).get("state_entries", ())]
 
 
 def _packed(value: Any) -> Any:

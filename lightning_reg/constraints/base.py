@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 from lightning_reg._engine.parameters import ParameterRegularizer
@@ -45,6 +46,10 @@ class Constraint(ParameterRegularizer):
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Project the weights."""
         self.reproject(params)
+
+    @abstractmethod
+    def reproject(self, params: list[Parameter]) -> None:
+        """Project the weights, in place."""
 
     def route(self) -> str:
         """Return where it acts: after the optimizer step."""

@@ -95,6 +95,15 @@ class MonteCarloDropout(Regularizer):
         if not _lightning.builds_modules_later(pl_module):
             self._check(trainer, pl_module)
 
+    def prepare_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the model has dropout, and that its batches can be predicted several times."""
+        self.prepare(trainer, pl_module)
+        if self.samples and "dataloader_iter" in inspect.signature(pl_module.predict_step).parameters:
+            raise ValueError(
+                "MonteCarloDropout: predict_step(dataloader_iter) fetches its batches itself, so a batch cannot be predicted "
+                f"{self.samples} times: write predict_step(batch, batch_idx) instead"
+            )
+
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sites(trainer, pl_module):
             raise ValueError(
@@ -104,11 +113,6 @@ class MonteCarloDropout(Regularizer):
     def start_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Switch dropout on, and predict each batch several times."""
         self._check(trainer, pl_module)
-        if self.samples and "dataloader_iter" in inspect.signature(pl_module.predict_step).parameters:
-            raise ValueError(
-                "MonteCarloDropout: predict_step(dataloader_iter) fetches its batches itself, so a batch cannot be predicted "
-                f"{self.samples} times: write predict_step(batch, batch_idx) instead"
-            )
         for callback in injections_of(regularizers_of(trainer)):
             if not callback.rate_is_known:
                 raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
 from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import is_cpu, sum_scalars
@@ -121,6 +122,9 @@ class Penalty(ParameterRegularizer):
         """Return the reason why adding the penalty to the loss is not exact in this fit, or ``None`` if it is exact."""
         if not pl_module.automatic_optimization:
             return "in manual optimization, where a loss may belong to any of the optimizers and may not allow in-place changes"
+        changing = next((cb.name for cb in regularizers_of(trainer) if cb.overrides("before_forward")), None)
+        if changing:
+            return f"beside {changing}, which changes the weights for the forward pass"
         if _lightning.has_shards(trainer, self.tensors.values()):
             return "for sharded parameters"
         if _lightning.ddp_tracks_parameters(trainer):
