@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import torch
 from helpers import Classifier, fit, same, weights
 from observed import Observed, optimizer_alone_moves
 from torch.testing import assert_close
 
-from lightning_reg import Penalty
+from lightning_reg import Penalty, Steps
 from lightning_reg._engine.arguments import constructor_arguments
 from lightning_reg.custom import ParameterRegularizer, Regularizer
+from lightning_reg.schedules import Schedule
 
 if TYPE_CHECKING:
     from table import Row
@@ -41,6 +45,43 @@ def check_routes(row: Row) -> None:
     assert_close(weights(to_gradients), weights(to_loss), rtol=1e-4, atol=1e-6)
     with pytest.raises(AssertionError):
         assert_close(weights(to_loss), weights(fit()), rtol=1e-4, atol=1e-6)
+
+
+class AfterTwo(Classifier):
+    """The model, with a copy of its weights after two of eight steps."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == 2:
+            self.early = weights(self)
+
+
+def check_schedule(row: Row) -> None:
+    """A schedule's first value acts until its marker and not beyond: neither the first nor the last value acts throughout."""
+    callback = row.scheduled()
+    schedules = {key: value for key, value in vars(callback).items() if isinstance(value, Schedule)}
+    assert schedules
+    ends = {key: (schedule.extremes[0], schedule.extremes[-1]) for key, schedule in schedules.items()}
+
+    def trained(**values: Any) -> AfterTwo:
+        return fit([changed(callback, **values)], AfterTwo(**row.options))
+
+    switched = trained(**{key: Steps(list(values), at=["3st"]) for key, values in ends.items()})
+    first = trained(**{key: values[0] for key, values in ends.items()})
+    assert_close(switched.early, first.early, rtol=0.0, atol=0.0)
+    assert not same(switched, first)
+
+
+def random_states(row: Row, callbacks: list[Regularizer]) -> tuple[Any, ...]:
+    """Return the states of all global random generators after a fit."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  the global generator is what is tested
+    fit(callbacks, Classifier(**row.options))
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+
+
+def check_random_numbers(row: Row) -> None:
+    """Training draws the same random numbers with and without the callback."""
+    assert random_states(row, [row.active()]) == random_states(row, [])
 
 
 def overlapping(row: Row) -> list[Regularizer]:

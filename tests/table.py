@@ -93,6 +93,7 @@ DENSE = {"sparse_gradients": "what it does to a gradient needs all of its entrie
 DEVICES = {"devices": "each device has a random generator of its own"}
 MASKS = {
     **DEVICES,
+    "random_numbers": "its masks come from the global generator, as those of torch's dropout do",
     "accumulation": "its masks are drawn anew for each micro-batch; test_dropout.py tests that the rate is that of the step",
     "tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does",
 }

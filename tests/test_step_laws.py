@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import fit, same
-from laws import check_overlap, check_routes, check_same_name, check_what_holds, is_penalty_with_routes
+from laws import (
+    check_overlap,
+    check_random_numbers,
+    check_routes,
+    check_same_name,
+    check_schedule,
+    check_what_holds,
+    is_penalty_with_routes,
+)
 from observed import optimizer_alone_moves, weights_are
 from table import ROWS, Row
 
+from lightning_reg import Linear
 from lightning_reg.custom import (
     NON_NEGATIVE,
     POSITIVE,
@@ -33,6 +42,18 @@ def test_what_a_row_promises_holds_after_each_step(row):
 @every_penalty
 def test_loss_route_equals_gradient_route(row):
     check_routes(row)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in ROWS.items() if row.scheduled])
+def test_schedule_switches_at_its_marker(row):
+    check_schedule(row)
+
+
+@every_callback
+def test_global_random_generators_are_left_alone(row):
+    if "random_numbers" in row.exempt:
+        pytest.skip(row.exempt["random_numbers"])
+    check_random_numbers(row)
 
 
 @every_callback
@@ -180,6 +201,51 @@ def test_noise_that_is_not_removed_in_reverse_order_is_caught(kind):
             check_overlap(row)
     else:
         check_overlap(row)
+
+
+class EndValue(SquaredPenalty):
+    """Wrong: it uses the last value of its schedule from the start."""
+
+    @property
+    def scale(self):
+        return self.strength.extremes[-1] if callable(self.strength) else self.strength
+
+
+class FirstValue(SquaredPenalty):
+    """Wrong: it never looks at its schedule again."""
+
+    @property
+    def scale(self):
+        return self.strength.extremes[0] if callable(self.strength) else self.strength
+
+
+@pytest.mark.parametrize("kind", [SquaredPenalty, EndValue, FirstValue], ids=["right", "end value", "first value"])
+def test_an_ignored_schedule_is_caught(kind):
+    row = Row(lambda: kind(0.1), SQUARED, inactive=None, scheduled=lambda: kind(Linear(0.01, 0.1)), parts=None)
+    if kind is SquaredPenalty:
+        check_schedule(row)
+    else:
+        with pytest.raises(AssertionError):
+            check_schedule(row)
+
+
+class GlobalNoise(Noise):
+    """Wrong: it draws from the global generator."""
+
+    def before_forward(self, params, step):
+        self._kept = [(p, p.detach().clone()) for p in params]
+        for p in params:
+            p.add_(torch.randn(p.shape), alpha=self.current["std"])
+
+
+@pytest.mark.parametrize("kind", [Noise, GlobalNoise], ids=["right", "wrong"])
+def test_noise_from_the_global_generator_is_caught(kind):
+    row = row_of(lambda: kind(0.1), optimizer_alone_moves)
+    if kind is Noise:
+        check_random_numbers(row)
+    else:
+        with pytest.raises(AssertionError):
+            check_random_numbers(row)
 
 
 def test_noise_acts_in_the_forward_pass():
