@@ -187,7 +187,7 @@ def test_injected_dropout_is_driven_by_the_module_that_it_follows_or_by_its_kind
         (lambda: [DropoutScheduler({"*": lambda t: 2.0})], r"DropoutScheduler: p/\*=.* at progress 0 must be a number"),
         (
             lambda: [DropoutInjection(0.1, after="ReLU", channelwise=True, samplewise=True)],
-            "set either channelwise or samplewise",
+            "set only one of channelwise, samplewise, and shared_dims",
         ),
     ],
 )

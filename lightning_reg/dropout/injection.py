@@ -50,7 +50,8 @@ class InjectedDropout:
         always: bool = False,
         shared_dims: Sequence[int] = (),
     ) -> None:
-        self.name, self.module, self.rate = name, module, rate
+        self.name = self.label = name
+        self.module, self.rate = module, rate
         self.channelwise, self.samplewise, self.shared_dims, self.always = channelwise, samplewise, shared_dims, always
         self._original_rate = rate
         self._handle: RemovableHandle | None = None

@@ -15,14 +15,14 @@ from lightning_reg._engine.arguments import check_integer
 from lightning_reg._engine.regularizer import Regularizer, regularizers_of
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.injection import injections_of
-from lightning_reg.dropout.sites import describe, find_dropout
+from lightning_reg.dropout.sites import HOW_TO_REGISTER, describe, find_dropout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_reg.dropout.sites import DropoutSite
+    from lightning_reg.dropout.sites import DropoutSite, ModuleSite
 
 
 def sample_predictions(predict: Callable[[], Any], samples: int) -> Any:
@@ -60,13 +60,14 @@ class MonteCarloDropout(Regularizer):
     Args:
         samples: The number of predictions of each batch, ≥ 1. They are stacked in a new dimension 0; anything but tensors
             becomes a list. ``None`` predicts once and does not stack.
-        attributes: The attribute with the dropout rate in further classes of modules, by the name of the class, as in
-            ``{"Attention": "attention_dropout"}``.
+        attributes: The attribute with the dropout rate in further classes of modules, or a list of attributes, by the name of
+            the class, as in ``{"Attention": "attention_dropout"}``.
         name: The name in checkpoints. By default it is the name of the class.
 
     Raises:
-        ValueError: If ``samples`` is not an integer ≥ 1, the model has no dropout, or a ``DropoutInjection`` has a schedule
-            that no fit has used yet.
+        ValueError: If ``samples`` is not an integer ≥ 1, the model has no dropout, a class in ``attributes`` does not exist, or
+            a ``DropoutInjection`` has a schedule that no fit has used yet.
+        TypeError: If an attribute is missing or is not a number.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -80,7 +81,7 @@ class MonteCarloDropout(Regularizer):
     deepspeed_alternative = None
 
     def __init__(
-        self, samples: int | None = None, *, attributes: dict[str, str] | None = None, name: str | None = None
+        self, samples: int | None = None, *, attributes: dict[str, str | list[str]] | None = None, name: str | None = None
     ) -> None:
         if samples is not None:
             check_integer("MonteCarloDropout: samples", samples, 1)
@@ -98,7 +99,8 @@ class MonteCarloDropout(Regularizer):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sites(trainer, pl_module):
             raise ValueError(
-                "MonteCarloDropout: the model has no dropout; to add some, use DropoutInjection in the same trainer"
+                "MonteCarloDropout: the model has no dropout; to add some, use DropoutInjection in the same trainer; if a "
+                f"module keeps its rate in an attribute, {HOW_TO_REGISTER}"
             )
 
     def start_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,7 +120,7 @@ class MonteCarloDropout(Regularizer):
             self._undo.append(callback.detach)
             callback.inject(pl_module, always=True)
         self._warn_of_rates_of_zero(self._sites(trainer, pl_module))
-        for site in find_dropout(pl_module, self.attributes):
+        for site in self._own_sites(pl_module):
             self._undo.append(partial(setattr, site.module, "training", site.module.training))
             site.module.training = True  # not train(), which would also change the mode of its children
         # In eval mode, a transformer layer takes a fast path that skips dropout.
@@ -142,7 +144,13 @@ class MonteCarloDropout(Regularizer):
 
     def _sites(self, trainer: Trainer, pl_module: LightningModule) -> list[DropoutSite]:
         injected = [site for callback in injections_of(regularizers_of(trainer)) for site in callback.sites(pl_module)]
-        return [*find_dropout(pl_module, self.attributes), *injected]
+        return [*self._own_sites(pl_module), *injected]
+
+    def _own_sites(self, pl_module: LightningModule) -> list[ModuleSite]:
+        try:
+            return find_dropout(pl_module, self.attributes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"MonteCarloDropout: {error}") from None
 
     def _warn_of_rates_of_zero(self, sites: list[DropoutSite]) -> None:
         if not any(site.original for site in sites):
