@@ -112,7 +112,7 @@ def test_what_is_driven_drops(part):
 
 def test_an_inert_rate_is_warned_of():
     with pytest.warns(UserWarning, match=r"DropoutScheduler: single has a single layer, .* use DropoutInjection"):
-        fit([DropoutScheduler(0.5)], Everywhere(), max_epochs=1)
+        fit([DropoutScheduler(0.5, attributes={"Attention": "attention_dropout"})], Everywhere(), max_epochs=1)
     model = Classifier()
     model.net[3] = nn.Identity()
     model.rnn = nn.GRU(2, 2)

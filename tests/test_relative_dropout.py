@@ -119,7 +119,7 @@ def test_a_factor_keeps_the_profile_over_depth():
 
 def test_a_factor_of_one_changes_nothing():
     torch.manual_seed(0)
-    one = fit([DropoutScheduler(1.0, relative=True)], Deep(), max_epochs=1)
+    one = fit([DropoutScheduler(1.0, relative=True, attributes=BOTH)], Deep(), max_epochs=1)
     other = fit([], Deep(), max_epochs=1)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
 
@@ -177,7 +177,7 @@ def test_a_product_above_one_is_refused_before_the_fit(p, message):
 def test_a_product_above_one_of_a_function_is_refused_when_it_is_reached():
     model = Deep()
     with pytest.raises(
-        ValueError, match=r"DropoutScheduler: p=3.01 times the rate of blocks.2 \(DropPath\), 0.333333, is 1.00333"
+        ValueError, match=r"DropoutScheduler-blocks_2: p=3.01 times the rate of blocks.2 \(DropPath\), 0.333333, is 1.00333"
     ):
         fit([DropoutScheduler(lambda t: 0.0 if t < 0.5 else 3.01, modules="blocks.2", relative=True)], model, max_epochs=1)
     assert [block.drop_prob for block in model.blocks] == PROFILE

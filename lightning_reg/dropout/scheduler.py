@@ -18,10 +18,11 @@ from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.injection import DropoutInjection, injections_of
 from lightning_reg.dropout.rates import Rate, reads_tensor
+from lightning_reg.dropout.readers import find_readers, how_to_register, suggested_attributes
 from lightning_reg.dropout.sites import (
-    HOW_TO_REGISTER,
     DropoutSite,
     ModuleSite,
+    abbreviate,
     describe,
     find_dropout,
     inert_dropout,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.arguments import Interval
     from lightning_reg._engine.regularizer import Regularizer
+    from lightning_reg.dropout.readers import Reader
     from lightning_reg.schedules import Value
 
 
@@ -145,8 +147,8 @@ class DropoutScheduler(ModuleRegularizer):
         if not sites:
             inert = f" ({inert_dropout(pl_module)})" if inert_dropout(pl_module) else ""
             raise ValueError(
-                f"DropoutScheduler: the model has no dropout to schedule{inert}; to add some, use DropoutInjection; if a "
-                f"module keeps its rate in an attribute, {HOW_TO_REGISTER}"
+                f"DropoutScheduler: the model has no dropout to schedule{inert}; to add some, use DropoutInjection; "
+                f"{how_to_register(pl_module)}"
             )
         selected = list({site.key: site for pattern in _list(self.modules) for site in _matching(sites, pattern)}.values())
         if not isinstance(self.p, Mapping):
@@ -168,7 +170,9 @@ class DropoutScheduler(ModuleRegularizer):
         for shared in self._rates:
             for site in shared.sites:
                 site.use(shared.rate)
-        self._warn_of_recompilation(pl_module)
+        readers = find_readers(pl_module)
+        self._warn_of_recompilation(pl_module, readers)
+        self._warn_of_unknown_rates(readers)
         if self.relative and not any(shared.original for shared in self._rates):
             rank_zero_warn(f"{self.name}: all rates are 0, so no factor changes them: {self.acts_on()}")
         if inert := inert_dropout(pl_module):
@@ -242,16 +246,31 @@ class DropoutScheduler(ModuleRegularizer):
                     "select different modules, or give DropoutInjection a number instead of a schedule"
                 )
 
-    def _warn_of_recompilation(self, pl_module: LightningModule) -> None:
+    def _warn_of_recompilation(self, pl_module: LightningModule, readers: Sequence[Reader]) -> None:
         """Warn if scheduled rates are part of a compiled graph."""
         scheduled = [key for key, _, value in self._values_given() if callable(value)]
         sites = [site for key in scheduled for site in self.sites[key] if isinstance(site, ModuleSite)]
+        read = {key: reader.name for reader in readers for key in reader.reads}
         # torch runs recurrent modules without compiling them
-        slow = [site for site in sites if not (reads_tensor(site.module) or isinstance(site.module, nn.RNNBase))]
+        slow = [
+            site for site in sites if site.key in read or not (reads_tensor(site.module) or isinstance(site.module, nn.RNNBase))
+        ]
         if slow and _lightning.is_compiled(pl_module):
+            by = abbreviate(list(dict.fromkeys(read[site.key] for site in slow if site.key in read)))
+            what = f"{describe(slow)} (read as a number by {by})" if by else describe(slow)
             rank_zero_warn(
-                f"{self.name}: {describe(slow)}: torch compiles the model again for each value of such an attribute, and stops "
+                f"{self.name}: {what}: torch compiles the model again for each value of such an attribute, and stops "
                 "compiling after a few: use a schedule with few values (Steps), or exclude these modules with modules="
+            )
+
+    def _warn_of_unknown_rates(self, readers: Sequence[Reader]) -> None:
+        """Warn of rates in attributes that nobody registered, if all dropout is to be scheduled."""
+        known = {site.key for sites in self.sites.values() for site in sites}
+        found = suggested_attributes((reader for reader in readers if any(reader.rates.values())), known)
+        if found and self.modules == "*" and not isinstance(self.p, Mapping):
+            rank_zero_warn(
+                f"{self.name}: some modules keep dropout rates in attributes that are not scheduled; to schedule them too, "
+                f"set attributes={found | (self.attributes or {})!r}"
             )
 
 

@@ -28,8 +28,6 @@ A class with several rates has a list of attributes. An entry also covers subcla
 a callback, as in ``attributes={"Attention": "attention_dropout"}``.
 """
 
-HOW_TO_REGISTER = "name its class and the attribute, as in attributes={'Attention': 'attention_dropout'}"
-
 
 class DropoutSite(Protocol):
     """A place in a model that has a dropout rate."""
