@@ -196,3 +196,20 @@ def test_factors_of_zero_are_warned_of():
     model.net[3].p = 0.0
     with pytest.warns(UserWarning, match="DropoutScheduler: all rates are 0, so no factor changes them: Dropout 0: net.3"):
         fit([DropoutScheduler(2.0, relative=True)], model, max_epochs=1)
+
+
+def test_the_summary_says_who_sets_the_rate_of_injected_dropout(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def shown(*schedulers):
+        fit([DropoutInjection(0.2, after=["ReLU", "net.0"]), *schedulers], max_epochs=1, enable_model_summary=True)
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if "│ DropoutInjection-" in line]
+        return row.split("│")[2].strip()
+
+    assert shown() == "after net.0, net.2"
+    assert shown(DropoutScheduler(0.3)) == "after net.0, net.2; DropoutScheduler sets p"
+    assert shown(DropoutScheduler(0.3, modules="net.3")) == "after net.0, net.2"
+    one = DropoutScheduler(0.3, modules="net.0", name="one")
+    assert shown(one) == "after net.0, net.2; one sets p of net.0"
+    other = DropoutScheduler(0.3, modules="net.2", name="other")
+    assert shown(one, other) == "after net.0, net.2; one sets p of net.0; other sets p of net.2"

@@ -53,6 +53,7 @@ class InjectedDropout:
         self.name = self.label = name
         self.module, self.rate = module, rate
         self.channelwise, self.samplewise, self.shared_dims, self.always = channelwise, samplewise, shared_dims, always
+        self.set_by = ""
         self._original_rate = rate
         self._handle: RemovableHandle | None = None
 
@@ -66,16 +67,16 @@ class InjectedDropout:
         """A key that is unique among the sites of a model."""
         return id(self.module), f"injected {id(self._original_rate)}"
 
-    def use(self, rate: Rate) -> None:
-        """Use a scheduled rate instead of the original one."""
-        self.rate = rate
+    def use(self, rate: Rate, by: str = "") -> None:
+        """Use a scheduled rate instead of the original one; ``by`` names the callback that sets it."""
+        self.rate, self.set_by = rate, by
 
     def set(self, p: float) -> None:
         """Do nothing: the forward pass reads the scheduled rate directly."""
 
     def restore(self) -> None:
         """Use the original rate again."""
-        self.rate = self._original_rate
+        self.rate, self.set_by = self._original_rate, ""
 
     def insert(self) -> None:
         """Register the forward hook, after the hooks that the module already has."""
@@ -285,13 +286,21 @@ class DropoutInjection(ModuleRegularizer):
         self.injected = []
 
     def acts_on(self) -> str:
-        """List the modules after which dropout is added."""
-        return f"after {abbreviate([site.name for site in self.injected])}"
+        """List the modules after which dropout is added, and the scheduler that sets their rate, if there is one."""
+        where = f"after {abbreviate([site.name for site in self.injected])}"
+        scheduled = {by: [site.name for site in self.injected if site.set_by == by] for by in _schedulers(self.injected)}
+        of = {by: "" if len(names) == len(self.injected) else f" of {abbreviate(names)}" for by, names in scheduled.items()}
+        return "; ".join([where, *(f"{by} sets p{which}" for by, which in of.items())])
 
 
 def injections_of(regularizers: Iterable[Regularizer]) -> list[DropoutInjection]:
     """Return the callbacks that inject dropout."""
     return [callback for callback in regularizers if isinstance(callback, DropoutInjection)]
+
+
+def _schedulers(sites: Iterable[InjectedDropout]) -> list[str]:
+    """Return the names of the callbacks that set the rates of injected dropout."""
+    return list(dict.fromkeys(site.set_by for site in sites if site.set_by))
 
 
 def _check_sharing(channelwise: bool, samplewise: bool, shared_dims: Any) -> None:

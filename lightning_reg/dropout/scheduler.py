@@ -169,7 +169,7 @@ class DropoutScheduler(ModuleRegularizer):
             self._rates += self._share(key, sites, pl_module)
         for shared in self._rates:
             for site in shared.sites:
-                site.use(shared.rate)
+                site.use(shared.rate, self.name)
         readers = find_readers(pl_module)
         self._warn_of_recompilation(pl_module, readers)
         self._warn_of_unknown_rates(readers)

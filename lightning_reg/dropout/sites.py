@@ -50,8 +50,8 @@ class DropoutSite(Protocol):
     def key(self) -> tuple[int, str]:
         """A key that is unique among the sites of a model."""
 
-    def use(self, rate: Rate) -> None:
-        """Use a scheduled rate instead of the original one."""
+    def use(self, rate: Rate, by: str = "") -> None:
+        """Use a scheduled rate instead of the original one; ``by`` names the callback that sets it."""
 
     def set(self, p: float) -> None:
         """Update the site after its scheduled rate has changed."""
@@ -88,7 +88,7 @@ class ModuleSite:
         """A key that is unique among the sites of a model."""
         return id(self.module), self.attribute
 
-    def use(self, rate: Rate) -> None:
+    def use(self, rate: Rate, by: str = "") -> None:
         """Use a scheduled rate instead of the original one. In compiled code, torch's dropout modules read it as a tensor."""
         swap_class_(self.module, self.attribute, rate)
 
