@@ -24,6 +24,7 @@ from lightning_reg.constraints.norms import (
 from lightning_reg.dropout.functions import (
     alpha_dropout as alpha_dropout,
     dropout as dropout,
+    packed_dropout as packed_dropout,
 )
 from lightning_reg.dropout.injection import (
     inject_dropout as inject_dropout,

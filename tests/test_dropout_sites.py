@@ -112,7 +112,7 @@ def test_what_is_driven_drops(part):
 
 def test_an_inert_rate_is_warned_of():
     with pytest.warns(UserWarning, match=r"DropoutScheduler: single has a single layer, .* use DropoutInjection"):
-        fit([DropoutScheduler(0.5)], Everywhere(), max_epochs=1)
+        fit([DropoutScheduler(0.5, attributes={"Attention": "attention_dropout"})], Everywhere(), max_epochs=1)
     model = Classifier()
     model.net[3] = nn.Identity()
     model.rnn = nn.GRU(2, 2)
@@ -187,7 +187,7 @@ def test_injected_dropout_is_driven_by_the_module_that_it_follows_or_by_its_kind
         (lambda: [DropoutScheduler({"*": lambda t: 2.0})], r"DropoutScheduler: p/\*=.* at progress 0 must be a number"),
         (
             lambda: [DropoutInjection(0.1, after="ReLU", channelwise=True, samplewise=True)],
-            "set either channelwise or samplewise",
+            "set only one of channelwise, samplewise, and shared_dims",
         ),
     ],
     ids=[

@@ -624,14 +624,11 @@ def test_bad_arguments_are_refused(make, message):
 
 
 def test_activities_that_are_no_float_tensor_are_refused():
-    class Recurrent(Classifier):
-        def __init__(self):
-            super().__init__()
-            self.rnn = nn.GRU(8, 64, batch_first=True)
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
 
-        def training_step(self, batch, batch_idx):
-            states, _ = self.rnn(batch[0].view(-1, 8, 8))
-            return super().training_step((states[:, -1], batch[1]), batch_idx)
-
-    with pytest.raises(TypeError, match=r"ActivityPenalty: 'rnn' \(GRU\) returns tuple, expected one float tensor"):
-        fit([ActivityPenalty(0.1, modules="rnn")], Recurrent())
+    model = Classifier()
+    model.net[0] = nn.Sequential(model.net[0], Pair())
+    with pytest.raises(TypeError, match=r"ActivityPenalty: 'net.0.1' \(Pair\) returns tuple, expected one float tensor"):
+        fit([ActivityPenalty(0.1, modules="Pair")], model)

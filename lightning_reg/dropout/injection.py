@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_reg._engine.arguments import PROBABILITY
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
+from lightning_reg._engine.outputs import batch_dim, batch_first, describe_output, is_float, main_output
 from lightning_reg._engine.technique import Phase
-from lightning_reg.dropout.functions import dropout
+from lightning_reg.dropout.functions import dropout, packed_dropout
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
 from lightning_reg.dropout.sites import abbreviate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.schedules import Value
-
-_OUTPUT_FIRST = (nn.RNNBase, nn.MultiheadAttention)  # these return a tuple that starts with their output
 
 
 class InjectedDropout:
@@ -37,6 +35,7 @@ class InjectedDropout:
         channelwise: Drop whole channels.
         samplewise: Drop whole samples.
         always: Drop in eval mode too.
+        shared_dims: Dimensions of the output along which one mask is shared.
     """
 
     kind = "DropoutInjection"
@@ -49,9 +48,12 @@ class InjectedDropout:
         channelwise: bool = False,
         samplewise: bool = False,
         always: bool = False,
+        shared_dims: Sequence[int] = (),
     ) -> None:
-        self.name, self.module, self.rate = name, module, rate
-        self.channelwise, self.samplewise, self.always = channelwise, samplewise, always
+        self.name = self.label = name
+        self.module, self.rate = module, rate
+        self.channelwise, self.samplewise, self.shared_dims, self.always = channelwise, samplewise, shared_dims, always
+        self.set_by = ""
         self._original_rate = rate
         self._handle: RemovableHandle | None = None
 
@@ -65,16 +67,16 @@ class InjectedDropout:
         """A key that is unique among the sites of a model."""
         return id(self.module), f"injected {id(self._original_rate)}"
 
-    def use(self, rate: Rate) -> None:
-        """Use a scheduled rate instead of the original one."""
-        self.rate = rate
+    def use(self, rate: Rate, by: str = "") -> None:
+        """Use a scheduled rate instead of the original one; ``by`` names the callback that sets it."""
+        self.rate, self.set_by = rate, by
 
     def set(self, p: float) -> None:
         """Do nothing: the forward pass reads the scheduled rate directly."""
 
     def restore(self) -> None:
         """Use the original rate again."""
-        self.rate = self._original_rate
+        self.rate, self.set_by = self._original_rate, ""
 
     def insert(self) -> None:
         """Register the forward hook, after the hooks that the module already has."""
@@ -91,22 +93,34 @@ class InjectedDropout:
     def _drop(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not (module.training or self.always):
             return None
-        if isinstance(module, _OUTPUT_FIRST) and isinstance(output, tuple):
-            return (self._dropped(output[0]), *output[1:])
-        return self._dropped(output)
+        main = main_output(module, output)
+        dropped = self._dropped(main)
+        return dropped if main is output else (dropped, *output[1:])
 
-    def _dropped(self, output: Any) -> Tensor:
-        if not isinstance(output, torch.Tensor) or not output.is_floating_point() or (self.channelwise and output.ndim < 2):
-            raise TypeError(self._wrong_output_message(output))
-        return dropout(output, self.rate.p, self.channelwise, self.samplewise)
+    def _dropped(self, output: Any) -> Any:
+        if not is_float(output):
+            expected = "a float tensor" if isinstance(output, Tensor) else "one float tensor; select a module inside it"
+            raise TypeError(self._wrong_output_message(f"it returns {describe_output(output)}, expected {expected}"))
+        ndim = output.data.ndim + 1 if isinstance(output, PackedSequence) else output.ndim
+        if self.channelwise and (ndim < 2 or isinstance(output, PackedSequence)):
+            raise TypeError(self._wrong_output_message(f"channels are in dimension 1, but the output {_shape_of(output)}"))
+        if missing := [dim for dim in self.shared_dims if not -ndim <= dim < ndim]:
+            raise TypeError(
+                self._wrong_output_message(f"shared_dims has the dimension {missing[0]}, but the output {_shape_of(output)}")
+            )
+        if isinstance(output, PackedSequence):
+            first = batch_first(self.module)
+            return packed_dropout(output, self.rate.p, self._shared(ndim, 0 if first else 1), first)
+        if self.samplewise and (samples := batch_dim(self.module, output)) != 0:
+            return dropout(output, self.rate.p, shared_dims=self._shared(ndim, samples))
+        return dropout(output, self.rate.p, self.channelwise, self.samplewise, self.shared_dims)
 
-    def _wrong_output_message(self, output: Any) -> str:
-        what = f"cannot apply dropout to the output of {self.name!r} ({type(self.module).__name__})"
-        if not isinstance(output, torch.Tensor):
-            return f"{what}: it returns {type(output).__name__}, expected one float tensor; select a module inside it"
-        if not output.is_floating_point():
-            return f"{what}: it returns a tensor of {output.dtype}, expected a float tensor"
-        return f"{what}: channels are in dimension 1, but the output has shape {tuple(output.shape)}"
+    def _shared(self, ndim: int, samples: int | None) -> Sequence[int]:
+        """Return the dimensions along which one mask is shared, where the samples are in a known dimension."""
+        return [dim for dim in range(ndim) if dim != samples] if self.samplewise else self.shared_dims
+
+    def _wrong_output_message(self, why: str) -> str:
+        return f"cannot apply dropout to the output of {self.name!r} ({type(self.module).__name__}): {why}"
 
 
 def inject_dropout(
@@ -115,19 +129,22 @@ def inject_dropout(
     channelwise: bool = False,
     samplewise: bool = False,
     always: bool = False,
+    shared_dims: Sequence[int] = (),
 ) -> list[InjectedDropout]:
     """Add dropout after modules while they are in training mode: yᵢ = xᵢ · mᵢ / (1 − p) with mᵢ ~ Bernoulli(1 − p).
 
     It uses forward hooks, so no key of the state dict is renamed. It also works in a model that has already been compiled and
     run. For recurrent modules and ``nn.MultiheadAttention``, only the output is dropped, not the hidden states or the attention
-    weights.
+    weights. A ``PackedSequence`` is dropped as if it were padded.
 
     Args:
         modules: The modules, by the names that error messages use.
         rate: The probability of a zero, in [0, 1], or a ``Rate`` that can be changed later.
         channelwise: Drop whole channels (dimension 1).
-        samplewise: Drop whole samples (dimension 0).
+        samplewise: Drop whole samples. They are in dimension 0, or where the ``batch_first`` of a recurrent or attention module
+            says.
         always: Drop in eval mode too.
+        shared_dims: Dimensions of the output along which one mask is shared.
 
     Returns:
         The injected dropout of each module. Call ``remove()`` on it to remove it.
@@ -136,13 +153,15 @@ def inject_dropout(
         TypeError: In the forward pass, if a module returns anything but one float tensor.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(4, 8)
         >>> (injected,) = inject_dropout({"layer": layer}, rate=1.0)
         >>> layer(torch.ones(2, 4)).count_nonzero().item(), layer.eval()(torch.ones(2, 4)).count_nonzero().item()
         (0, 16)
     """
     shared = rate if isinstance(rate, Rate) else Rate(rate)
-    injected = [InjectedDropout(name, module, shared, channelwise, samplewise, always) for name, module in modules.items()]
+    how = channelwise, samplewise, always, shared_dims
+    injected = [InjectedDropout(name, module, shared, *how) for name, module in modules.items()]
     for site in injected:
         site.insert()
     return injected
@@ -156,21 +175,27 @@ class DropoutInjection(ModuleRegularizer):
     The dropout is a forward hook, so no key of the state dict is renamed, and checkpoints load into the plain model.
     The hook is removed after the fit.
     Under ``torch.compile``, all values of p share one graph.
-    For recurrent modules and ``nn.MultiheadAttention``, only the output is dropped.
+    For recurrent modules and ``nn.MultiheadAttention``, only the output is dropped. For ``nn.LSTMCell``, it is h.
+    A ``PackedSequence`` is dropped as if it were padded, so each sample has the same dimensions as in a padded batch.
     Masks come from torch's global generator, as with ``nn.Dropout``. ``seed_everything`` seeds all ranks alike, so all ranks
     draw the same masks, each for its own samples.
 
     Args:
         p: The probability of a zero, in [0, 1], or a schedule. Srivastava et al. recommend 0.5 after hidden layers.
         after: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). Each
-            module must return one float tensor.
+            module must return one float tensor, or be a recurrent or attention module.
         channelwise: Drop whole channels (dimension 1) instead of single entries.
-        samplewise: Drop whole samples (dimension 0). After the branch of a residual block, this is stochastic depth.
+        samplewise: Drop whole samples. After the branch of a residual block, this is stochastic depth. Samples are in dimension
+            0, or where the ``batch_first`` of a recurrent or attention module says.
+        shared_dims: Dimensions of the output along which one mask is shared. ``[1]`` after ``nn.LSTM(batch_first=True)`` is
+            locked dropout: the same entries are dropped in every time step of a sample. By default, every entry has its own.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: If p is outside [0, 1], ``after`` matches nothing, or both ``channelwise`` and ``samplewise`` are set.
-        TypeError: In the first forward pass, if a module returns anything but one float tensor.
+        ValueError: If p is outside [0, 1], ``after`` matches nothing, or more than one of ``channelwise``, ``samplewise``, and
+            ``shared_dims`` is set.
+        TypeError: If ``shared_dims`` is not a list of integers. In the first forward pass, if a module returns anything but one
+            float tensor, or its output does not have one of the dimensions.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -179,6 +204,7 @@ class DropoutInjection(ModuleRegularizer):
     Reference:
         N. Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", 2014.
         G. Huang et al., "Deep Networks with Stochastic Depth", 2016 (samples).
+        Y. Gal, Z. Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016 (time).
     """
 
     phase = Phase.DROPOUT
@@ -194,16 +220,17 @@ class DropoutInjection(ModuleRegularizer):
         after: str | list[str],
         channelwise: bool = False,
         samplewise: bool = False,
+        shared_dims: list[int] | tuple[int, ...] | None = None,
         name: str | None = None,
     ) -> None:
         if not after:
             raise ValueError("DropoutInjection: after must name modules or classes, as in after=['ReLU'], got nothing")
-        if channelwise and samplewise:
-            raise ValueError("DropoutInjection: set either channelwise or samplewise, got channelwise=True and samplewise=True")
+        _check_sharing(channelwise, samplewise, shared_dims)
         self.p = p
         self.after = after
         self.channelwise = channelwise
         self.samplewise = samplewise
+        self.shared_dims = shared_dims
         super().__init__(name)
         self.injected: list[InjectedDropout] = []
         self._rate = Rate(self.current["p"])
@@ -233,7 +260,8 @@ class DropoutInjection(ModuleRegularizer):
         """Add dropout after the modules, with ``always`` in eval mode too."""
         self._rate.to(pl_module.device)
         self._rate.set(self.current["p"] if self.rate_is_known else 0.0)  # the rate until the first batch
-        self.injected = inject_dropout(self.find(pl_module), self._rate, self.channelwise, self.samplewise, always)
+        how = self.channelwise, self.samplewise, always, self.shared_dims or ()
+        self.injected = inject_dropout(self.find(pl_module), self._rate, *how)
 
     def values_changed(self) -> None:
         """Set the rate."""
@@ -258,10 +286,38 @@ class DropoutInjection(ModuleRegularizer):
         self.injected = []
 
     def acts_on(self) -> str:
-        """List the modules after which dropout is added."""
-        return f"after {abbreviate([site.name for site in self.injected])}"
+        """List the modules after which dropout is added, and the scheduler that sets their rate, if there is one."""
+        where = f"after {abbreviate([site.name for site in self.injected])}"
+        scheduled = {by: [site.name for site in self.injected if site.set_by == by] for by in _schedulers(self.injected)}
+        of = {by: "" if len(names) == len(self.injected) else f" of {abbreviate(names)}" for by, names in scheduled.items()}
+        return "; ".join([where, *(f"{by} sets p{which}" for by, which in of.items())])
 
 
 def injections_of(regularizers: Iterable[Regularizer]) -> list[DropoutInjection]:
     """Return the callbacks that inject dropout."""
     return [callback for callback in regularizers if isinstance(callback, DropoutInjection)]
+
+
+def _schedulers(sites: Iterable[InjectedDropout]) -> list[str]:
+    """Return the names of the callbacks that set the rates of injected dropout."""
+    return list(dict.fromkeys(site.set_by for site in sites if site.set_by))
+
+
+def _check_sharing(channelwise: bool, samplewise: bool, shared_dims: Any) -> None:
+    """Raise an error if more than one argument says which entries share a mask, or ``shared_dims`` is no list of integers."""
+    given = {"channelwise": channelwise, "samplewise": samplewise, "shared_dims": shared_dims}
+    if len(said := [f"{key}={value!r}" for key, value in given.items() if value]) > 1:
+        raise ValueError(
+            f"DropoutInjection: set only one of channelwise, samplewise, and shared_dims, got {' and '.join(said)}"
+        )
+    is_list = isinstance(shared_dims, (list, tuple)) and all(type(dim) is int for dim in shared_dims)
+    if not (shared_dims is None or is_list):
+        raise TypeError(
+            f"DropoutInjection: shared_dims must be a list of dimensions, as in shared_dims=[1], got {shared_dims!r}"
+        )
+
+
+def _shape_of(output: Tensor | PackedSequence) -> str:
+    if isinstance(output, PackedSequence):
+        return f"is a PackedSequence with data of shape {tuple(output.data.shape)}"
+    return f"has shape {tuple(output.shape)}"

@@ -14,15 +14,19 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import check_integer
 from lightning_reg._engine.regularizer import Regularizer, regularizers_of
 from lightning_reg._engine.technique import Phase
-from lightning_reg.dropout.injection import injections_of
-from lightning_reg.dropout.sites import describe, find_dropout
+from lightning_reg.dropout.injection import InjectedDropout, injections_of
+from lightning_reg.dropout.readers import find_readers, how_to_register
+from lightning_reg.dropout.sites import abbreviate, describe, find_dropout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lightning.pytorch import LightningModule, Trainer
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
-    from lightning_reg.dropout.sites import DropoutSite
+    from lightning_reg.dropout.readers import Reader
+    from lightning_reg.dropout.sites import DropoutSite, ModuleSite
 
 
 def sample_predictions(predict: Callable[[], Any], samples: int) -> Any:
@@ -50,6 +54,9 @@ class MonteCarloDropout(Regularizer):
     Runs in: ``on_predict_start`` to ``on_predict_end``, around each ``predict_step``. It does nothing during the fit.
 
     Only dropout is in training mode, so batch normalization uses its stored statistics.
+    A module whose own code applies dropout, as in ``dropout_p=self.drop.p if self.training else 0.0``, is in training mode too
+    if its source code shows that this changes nothing but dropout; else a warning names it. Another warning names dropout that
+    was switched on, but never ran in the first batch.
     Dropout modules use their original rates.
     A ``DropoutInjection`` in the same trainer is active in predictions too. If its rate follows a schedule, predictions use the
     last rate of the fit.
@@ -60,13 +67,14 @@ class MonteCarloDropout(Regularizer):
     Args:
         samples: The number of predictions of each batch, ≥ 1. They are stacked in a new dimension 0; anything but tensors
             becomes a list. ``None`` predicts once and does not stack.
-        attributes: The attribute with the dropout rate in further classes of modules, by the name of the class, as in
-            ``{"Attention": "attention_dropout"}``.
+        attributes: The attribute with the dropout rate in further classes of modules, or a list of attributes, by the name of
+            the class, as in ``{"Attention": "attention_dropout"}``.
         name: The name in checkpoints. By default it is the name of the class.
 
     Raises:
-        ValueError: If ``samples`` is not an integer ≥ 1, the model has no dropout, or a ``DropoutInjection`` has a schedule
-            that no fit has used yet.
+        ValueError: If ``samples`` is not an integer ≥ 1, the model has no dropout, a class in ``attributes`` does not exist, or
+            a ``DropoutInjection`` has a schedule that no fit has used yet.
+        TypeError: If an attribute is missing or is not a number.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -80,7 +88,7 @@ class MonteCarloDropout(Regularizer):
     deepspeed_alternative = None
 
     def __init__(
-        self, samples: int | None = None, *, attributes: dict[str, str] | None = None, name: str | None = None
+        self, samples: int | None = None, *, attributes: dict[str, str | list[str]] | None = None, name: str | None = None
     ) -> None:
         if samples is not None:
             check_integer("MonteCarloDropout: samples", samples, 1)
@@ -105,9 +113,10 @@ class MonteCarloDropout(Regularizer):
             )
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._sites(trainer, pl_module):
+        if not self._sites(trainer, pl_module) and not any(reader.rates for reader in find_readers(pl_module)):
             raise ValueError(
-                "MonteCarloDropout: the model has no dropout; to add some, use DropoutInjection in the same trainer"
+                "MonteCarloDropout: the model has no dropout; to add some, use DropoutInjection in the same trainer; "
+                f"{how_to_register(pl_module)}"
             )
 
     def start_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,15 +130,49 @@ class MonteCarloDropout(Regularizer):
                 )
             self._undo.append(callback.detach)
             callback.inject(pl_module, always=True)
-        self._warn_of_rates_of_zero(self._sites(trainer, pl_module))
-        for site in find_dropout(pl_module, self.attributes):
-            self._undo.append(partial(setattr, site.module, "training", site.module.training))
-            site.module.training = True  # not train(), which would also change the mode of its children
+        sites, readers = self._sites(trainer, pl_module), find_readers(pl_module)
+        self._warn_of_rates_of_zero(sites, readers)
+        for site in self._own_sites(pl_module):
+            self._switch_on(site.module)
+        for reader in readers:
+            if reader.is_switchable:
+                self._switch_on(reader.module)
+        self._warn_of_what_stays_off(sites, readers)
         # In eval mode, a transformer layer takes a fast path that skips dropout.
         self._undo.append(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
         torch.backends.mha.set_fastpath_enabled(False)
         if self.samples:
             self._undo.append(_lightning.wrap_method(pl_module, "predict_step", partial(_sampled, samples=self.samples)))
+        if not _lightning.is_compiled(pl_module):  # graphs that were compiled before would ignore the hooks
+            self._watch_first_batch(pl_module, sites, readers)
+
+    def _switch_on(self, module: nn.Module) -> None:
+        self._undo.append(partial(setattr, module, "training", module.training))
+        module.training = True  # not train(), which would also change the mode of its children
+
+    def _watch_first_batch(self, pl_module: LightningModule, sites: list[DropoutSite], readers: list[Reader]) -> None:
+        """Warn after the first batch of dropout that did not run."""
+        ran: dict[int, bool] = {}  # whether a module was in training mode when it was called
+        handles: list[RemovableHandle] = []
+
+        def record(module: nn.Module, args: Any) -> None:
+            ran[id(module)] = ran.get(id(module), False) or module.training
+
+        def check() -> None:
+            _remove(handles)
+            read = {key for reader in readers if id(reader.module) in ran or reader.stays_off for key in reader.reads}
+            injected = {id(site.module) for site in sites if isinstance(site, InjectedDropout)} & ran.keys()
+            on = injected | {module for module, training in ran.items() if training}
+            if idle := [site for site in sites if site.original and id(site.module) not in on and site.key not in read]:
+                rank_zero_warn(
+                    f"{self.name}: dropout was switched on, but never ran in the first predicted batch: {describe(idle)}. "
+                    "If other modules read these rates, they may keep dropout off in predictions"
+                )
+
+        modules = [*(site.module for site in sites), *(reader.module for reader in readers)]
+        handles += [module.register_forward_pre_hook(record) for module in {id(module): module for module in modules}.values()]
+        self._undo.append(partial(_remove, handles))
+        self._undo.append(_lightning.wrap_method(pl_module, "predict_step", partial(_checked_once, check=check)))
 
     def stop_predict(self) -> None:
         """Restore the modes, the forward hooks, and ``predict_step``."""
@@ -146,17 +189,56 @@ class MonteCarloDropout(Regularizer):
 
     def _sites(self, trainer: Trainer, pl_module: LightningModule) -> list[DropoutSite]:
         injected = [site for callback in injections_of(regularizers_of(trainer)) for site in callback.sites(pl_module)]
-        return [*find_dropout(pl_module, self.attributes), *injected]
+        return [*self._own_sites(pl_module), *injected]
 
-    def _warn_of_rates_of_zero(self, sites: list[DropoutSite]) -> None:
-        if not any(site.original for site in sites):
+    def _own_sites(self, pl_module: LightningModule) -> list[ModuleSite]:
+        try:
+            return find_dropout(pl_module, self.attributes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"MonteCarloDropout: {error}") from None
+
+    def _warn_of_rates_of_zero(self, sites: list[DropoutSite], readers: list[Reader]) -> None:
+        if not any(site.original for site in sites) and not any(rate for reader in readers for rate in reader.rates.values()):
+            found = describe(sites) or "; ".join(f"{reader.kind}: {reader.name}" for reader in readers)
+            rank_zero_warn(f"{self.name}: all dropout rates are 0, so all predictions of a batch will be equal: {found}")
+
+    def _warn_of_what_stays_off(self, sites: list[DropoutSite], readers: list[Reader]) -> None:
+        on = {id(site.module) for site in sites}
+        kept_off = [reader for reader in readers if reader.stays_off and id(reader.module) not in on]
+        for kind, names, why in _by_kind(kept_off):
             rank_zero_warn(
-                f"{self.name}: all dropout rates are 0, so all predictions of a batch will be equal: {describe(sites)}"
+                f"{self.name}: cannot switch on the dropout that {kind} applies itself ({abbreviate(names)}), because training "
+                f"mode changes more than dropout there: {why!r}. To switch it on anyway, set .training = True on these modules "
+                "in on_predict_start"
             )
 
 
 def _sampled(predict_step: Callable[..., Any], samples: int) -> Callable[..., Any]:
     return lambda *args, **kwargs: sample_predictions(lambda: predict_step(*args, **kwargs), samples)
+
+
+def _checked_once(predict_step: Callable[..., Any], check: Callable[[], None]) -> Callable[..., Any]:
+    checks = [check]
+
+    def predict(*args: Any, **kwargs: Any) -> Any:
+        prediction = predict_step(*args, **kwargs)
+        while checks:
+            checks.pop()()
+        return prediction
+
+    return predict
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _by_kind(readers: list[Reader]) -> Iterator[tuple[str, list[str], str]]:
+    """Yield each class with the names of its modules and what else it does in training mode."""
+    for kind in dict.fromkeys(reader.kind for reader in readers):
+        of_kind = [reader for reader in readers if reader.kind == kind]
+        yield kind, [reader.name for reader in of_kind], of_kind[0].others[0]
 
 
 def _stack(leaves: tuple[Any, ...]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -10,20 +12,32 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_reg._engine import _lightning
-from lightning_reg._engine.arguments import PROBABILITY, close_matches
+from lightning_reg._engine.arguments import NON_NEGATIVE, PROBABILITY, close_matches
 from lightning_reg._engine.modules import ModuleRegularizer
 from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.injection import DropoutInjection, injections_of
 from lightning_reg.dropout.rates import Rate, reads_tensor
-from lightning_reg.dropout.sites import DropoutSite, ModuleSite, describe, find_dropout, inert_dropout, set_dropout_
+from lightning_reg.dropout.readers import find_readers, how_to_register, suggested_attributes
+from lightning_reg.dropout.sites import (
+    DropoutSite,
+    ModuleSite,
+    abbreviate,
+    describe,
+    find_dropout,
+    inert_dropout,
+    set_dropout_,
+)
+from lightning_reg.schedules import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg._engine.arguments import Interval
     from lightning_reg._engine.regularizer import Regularizer
+    from lightning_reg.dropout.readers import Reader
     from lightning_reg.schedules import Value
 
 
@@ -45,7 +59,8 @@ class DropoutScheduler(ModuleRegularizer):
     Recipes. The first three have the published rates for 300 epochs (of ViT-T, of ViT-T, and of ViT-B):
 
     - early dropout: ``Linear(0.1, 0.0, until="50ep")``, or constant and then off, ``Steps([0.1, 0.0], at=["50ep"])``
-    - early stochastic depth: ``Linear(0.5, 0.0, until="50ep")`` with ``modules="DropPath"``
+    - early stochastic depth: ``Linear(0.5, 0.0, until="50ep")`` with ``modules="DropPath"``, which sets the same rate in all
+      blocks; if the rates of the model rise with depth up to 0.5, ``Linear(1.0, 0.0, until="50ep")`` with ``relative=True``
     - late stochastic depth: ``Steps([0.0, 0.4], at=["50ep"])``, and late dropout in the same way
     - linear decay over all of training: ``Linear(0.5, 0.0)``
     - curriculum dropout, which rises quickly at first and approaches 0.5: ``lambda t: 0.5 * (1 - math.exp(-10 * t))``
@@ -56,13 +71,15 @@ class DropoutScheduler(ModuleRegularizer):
             these. Modules that match no pattern keep their rates.
         modules: Patterns of module names (``"encoder.*"``; ``*`` also matches dots) or class names (``"DropPath"``) of the
             modules to schedule. ``"*"`` selects all modules with dropout.
-        attributes: The attribute with the dropout rate in further classes of modules, by the name of the class, as in
-            ``{"Attention": "attention_dropout"}``.
+        attributes: The attribute with the dropout rate in further classes of modules, or a list of attributes, by the name of
+            the class, as in ``{"Attention": "attention_dropout"}``.
+        relative: Multiply the rate that each module was made with by p, which is then in [0, ∞). Rates that differ, such as
+            those of stochastic depth, which rise with depth, keep their proportions.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: If p is outside [0, 1], the model has no dropout, a pattern matches no dropout, or another callback sets the
-            same rate.
+        ValueError: If p is out of range, the model has no dropout, a pattern matches no dropout, another callback sets the same
+            rate, or with ``relative`` a product is above 1.
         TypeError: If an attribute is missing or is not a number.
 
     Example:
@@ -87,7 +104,8 @@ class DropoutScheduler(ModuleRegularizer):
         p: Value | dict[str, Value],
         *,
         modules: str | list[str] = "*",
-        attributes: dict[str, str] | None = None,
+        attributes: dict[str, str | list[str]] | None = None,
+        relative: bool = False,
         name: str | None = None,
     ) -> None:
         if isinstance(p, Mapping) and not p:
@@ -95,15 +113,19 @@ class DropoutScheduler(ModuleRegularizer):
         self.p = p
         self.modules = modules
         self.attributes = attributes
+        self.relative = relative
         super().__init__(name)
         self.sites: dict[str, list[DropoutSite]] = {}
-        self._rates: dict[str, Rate] = {}
+        self._rates: list[_SharedRate] = []
         self._regularizers: list[Regularizer] = []
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules whose dropout rates it sets."""
         assigned = self.assign(pl_module, self._regularizers)
         self._check_conflicts(pl_module, assigned)
+        for key, _, value in self._values_given() if self.relative else ():
+            known = value.extremes if isinstance(value, Schedule) else () if callable(value) else (value,)
+            _check_products(self.name, f"{key}={value!r}", assigned[key], max(known, default=0.0))
         return {site.name: site.module for sites in assigned.values() for site in sites}
 
     def assign(self, pl_module: LightningModule, regularizers: Sequence[Regularizer]) -> dict[str, list[DropoutSite]]:
@@ -125,7 +147,8 @@ class DropoutScheduler(ModuleRegularizer):
         if not sites:
             inert = f" ({inert_dropout(pl_module)})" if inert_dropout(pl_module) else ""
             raise ValueError(
-                f"DropoutScheduler: the model has no dropout to schedule{inert}; to add some, use DropoutInjection"
+                f"DropoutScheduler: the model has no dropout to schedule{inert}; to add some, use DropoutInjection; "
+                f"{how_to_register(pl_module)}"
             )
         selected = list({site.key: site for pattern in _list(self.modules) for site in _matching(sites, pattern)}.values())
         if not isinstance(self.p, Mapping):
@@ -143,18 +166,27 @@ class DropoutScheduler(ModuleRegularizer):
         super().attach(trainer, pl_module)
         self.sites = self.assign(pl_module, self._regularizers)
         for key, sites in self.sites.items():
-            self._rates[key] = Rate(sites[0].original, pl_module.device)  # the rate until the first batch
-            for site in sites:
-                site.use(self._rates[key])
-        self._warn_of_recompilation(pl_module)
+            self._rates += self._share(key, sites, pl_module)
+        for shared in self._rates:
+            for site in shared.sites:
+                site.use(shared.rate, self.name)
+        readers = find_readers(pl_module)
+        self._warn_of_recompilation(pl_module, readers)
+        self._warn_of_unknown_rates(readers)
+        if self.relative and not any(shared.original for shared in self._rates):
+            rank_zero_warn(f"{self.name}: all rates are 0, so no factor changes them: {self.acts_on()}")
         if inert := inert_dropout(pl_module):
             rank_zero_warn(f"{self.name}: {inert}; to drop its output, use DropoutInjection")
 
     def values_changed(self) -> None:
         """Set the rates."""
-        for key, rate in self._rates.items():
-            rate.set(self.current[key])
-            set_dropout_(self.sites[key], self.current[key])
+        for shared in self._rates:
+            p = self.current[shared.key]
+            if self.relative:
+                _check_products(self.name, f"{shared.key}={p:g}", shared.sites, p)
+                p *= shared.original
+            shared.rate.set(p)
+            set_dropout_(shared.sites, p)
 
     def update(self, progress: float) -> None:
         """Set the rates to those at a progress, and log the progress."""
@@ -168,12 +200,24 @@ class DropoutScheduler(ModuleRegularizer):
         for site in (site for sites in self.sites.values() for site in sites):
             site.restore()
         self.sites = {}
-        self._rates = {}
+        self._rates = []
         self._regularizers = []
 
     def acts_on(self) -> str:
         """List the modules, with their original rates."""
         return describe(site for sites in self.sites.values() for site in sites)
+
+    def _share(self, key: str, sites: Sequence[DropoutSite], pl_module: LightningModule) -> list[_SharedRate]:
+        """Return the rates of the sites that a value sets: one, or with ``relative`` one for each original rate."""
+        groups: dict[float, list[DropoutSite]] = defaultdict(list)
+        for site in sites:
+            groups[site.original if self.relative else sites[0].original].append(site)
+        return [_SharedRate(key, p, Rate(p, pl_module.device), group) for p, group in groups.items()]
+
+    def _values_given(self) -> Iterator[tuple[str, Interval, Value]]:
+        """Yield each value with its valid range, which is that of a factor if the values are relative."""
+        for key, valid, value in super()._values_given():
+            yield key, NON_NEGATIVE if self.relative else valid, value
 
     def _profile(self, sites: Sequence[DropoutSite], patterns: Iterable[str]) -> dict[str, list[DropoutSite]]:
         """Return the sites that match each pattern."""
@@ -183,7 +227,7 @@ class DropoutScheduler(ModuleRegularizer):
             for site in matching:
                 other = first.setdefault(site.key, key)
                 if other != key:
-                    raise ValueError(f"DropoutScheduler: the dropout rate of {site.name} is set by both {other!r} and {key!r}")
+                    raise ValueError(f"DropoutScheduler: the dropout rate of {site.label} is set by both {other!r} and {key!r}")
         return profile
 
     def _check_conflicts(self, pl_module: LightningModule, assigned: Mapping[str, Sequence[DropoutSite]]) -> None:
@@ -196,22 +240,64 @@ class DropoutScheduler(ModuleRegularizer):
                 theirs = [site.key for sites in callback.assign(pl_module, self._regularizers).values() for site in sites]
             else:
                 continue
-            if shared := [mine[key].name for key in theirs if key in mine]:
+            if shared := [mine[key].label for key in theirs if key in mine]:
                 raise ValueError(
                     f"the dropout rate of {', '.join(shared)} is set by both {self.name} and {callback.name}: use modules= to "
                     "select different modules, or give DropoutInjection a number instead of a schedule"
                 )
 
-    def _warn_of_recompilation(self, pl_module: LightningModule) -> None:
+    def _warn_of_recompilation(self, pl_module: LightningModule, readers: Sequence[Reader]) -> None:
         """Warn if scheduled rates are part of a compiled graph."""
         scheduled = [key for key, _, value in self._values_given() if callable(value)]
         sites = [site for key in scheduled for site in self.sites[key] if isinstance(site, ModuleSite)]
+        read = {key: reader.name for reader in readers for key in reader.reads}
         # torch runs recurrent modules without compiling them
-        slow = [site for site in sites if not (reads_tensor(site.module) or isinstance(site.module, nn.RNNBase))]
+        slow = [
+            site for site in sites if site.key in read or not (reads_tensor(site.module) or isinstance(site.module, nn.RNNBase))
+        ]
         if slow and _lightning.is_compiled(pl_module):
+            by = abbreviate(list(dict.fromkeys(read[site.key] for site in slow if site.key in read)))
+            what = f"{describe(slow)} (read as a number by {by})" if by else describe(slow)
             rank_zero_warn(
-                f"{self.name}: {describe(slow)}: torch compiles the model again for each value of such an attribute, and stops "
+                f"{self.name}: {what}: torch compiles the model again for each value of such an attribute, and stops "
                 "compiling after a few: use a schedule with few values (Steps), or exclude these modules with modules="
+            )
+
+    def _warn_of_unknown_rates(self, readers: Sequence[Reader]) -> None:
+        """Warn of rates in attributes that nobody registered, if all dropout is to be scheduled."""
+        known = {site.key for sites in self.sites.values() for site in sites}
+        found = suggested_attributes((reader for reader in readers if any(reader.rates.values())), known)
+        if found and self.modules == "*" and not isinstance(self.p, Mapping):
+            rank_zero_warn(
+                f"{self.name}: some modules keep dropout rates in attributes that are not scheduled; to schedule them too, "
+                f"set attributes={found | (self.attributes or {})!r}"
+            )
+
+
+@dataclass
+class _SharedRate:
+    """A rate that several sites share.
+
+    Args:
+        key: The key of the value that sets it.
+        original: The original rate of the sites; of the first one if they differ.
+        rate: The rate, which starts as the original one.
+        sites: The sites.
+    """
+
+    key: str
+    original: float
+    rate: Rate
+    sites: list[DropoutSite]
+
+
+def _check_products(name: str, what: str, sites: Iterable[DropoutSite], factor: float) -> None:
+    """Raise an error if a factor times an original rate is above 1."""
+    for site in sites:
+        if factor * site.original > 1:
+            raise ValueError(
+                f"{name}: {what} times the rate of {site.label} ({site.kind}), {site.original:g}, is "
+                f"{factor * site.original:g}, which is above 1; with relative=True, p is a factor"
             )
 
 

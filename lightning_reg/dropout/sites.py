@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_reg._engine.arguments import PROBABILITY
+from lightning_reg._engine.arguments import PROBABILITY, close_matches
 from lightning_reg._engine.selection import canonical_name, class_name
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-DROPOUT_ATTRIBUTES: dict[type[nn.Module] | str, str] = {
+DROPOUT_ATTRIBUTES: dict[type[nn.Module] | str, str | list[str]] = {
     _DropoutNd: "p",  # nn.Dropout, nn.Dropout1d to 3d, nn.AlphaDropout, nn.FeatureAlphaDropout
     nn.MultiheadAttention: "dropout",
     nn.RNNBase: "dropout",  # nn.RNN, nn.LSTM, nn.GRU: between layers, so without effect in a single layer
@@ -24,8 +24,8 @@ DROPOUT_ATTRIBUTES: dict[type[nn.Module] | str, str] = {
 }
 """The attribute with the dropout rate, a float, for each class of modules: the class itself or its name.
 
-An entry also covers subclasses. Add your own classes here, or pass them to a callback, as in
-``attributes={"Attention": "attention_dropout"}``.
+A class with several rates has a list of attributes. An entry also covers subclasses. Add your own classes here, or pass them to
+a callback, as in ``attributes={"Attention": "attention_dropout"}``.
 """
 
 
@@ -39,6 +39,10 @@ class DropoutSite(Protocol):
     module: nn.Module
 
     @property
+    def label(self) -> str:
+        """The name in messages: of the module, and of the attribute where the module has several rates."""
+
+    @property
     def original(self) -> float:
         """The original rate."""
 
@@ -46,8 +50,8 @@ class DropoutSite(Protocol):
     def key(self) -> tuple[int, str]:
         """A key that is unique among the sites of a model."""
 
-    def use(self, rate: Rate) -> None:
-        """Use a scheduled rate instead of the original one."""
+    def use(self, rate: Rate, by: str = "") -> None:
+        """Use a scheduled rate instead of the original one; ``by`` names the callback that sets it."""
 
     def set(self, p: float) -> None:
         """Update the site after its scheduled rate has changed."""
@@ -63,14 +67,16 @@ class ModuleSite:
         name: The qualified name of the module.
         module: The module.
         attribute: The name of the attribute.
+        is_only: Whether the module has no other rate.
 
     Raises:
         TypeError: If there is no such attribute, or it is not a number.
         ValueError: If it is not in [0, 1].
     """
 
-    def __init__(self, name: str, module: nn.Module, attribute: str) -> None:
+    def __init__(self, name: str, module: nn.Module, attribute: str, is_only: bool = True) -> None:
         self.name, self.module, self.attribute = name, module, attribute
+        self.label = name if is_only else f"{name}.{attribute}"
         self.kind = class_name(module)
         what = f"{name}.{attribute} ({self.kind})"
         if not hasattr(module, attribute):
@@ -82,7 +88,7 @@ class ModuleSite:
         """A key that is unique among the sites of a model."""
         return id(self.module), self.attribute
 
-    def use(self, rate: Rate) -> None:
+    def use(self, rate: Rate, by: str = "") -> None:
         """Use a scheduled rate instead of the original one. In compiled code, torch's dropout modules read it as a tensor."""
         swap_class_(self.module, self.attribute, rate)
 
@@ -95,17 +101,18 @@ class ModuleSite:
         restore_class_(self.module, self.attribute)
 
 
-def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None) -> list[ModuleSite]:
+def find_dropout(module: nn.Module, attributes: Mapping[Any, str | list[str]] | None = None) -> list[ModuleSite]:
     """Return the modules of a model that have a dropout rate, in the order of the model.
 
     Recurrent modules with a single layer are left out, because their dropout has no effect.
 
     Args:
         module: The model. It may be a dropout module itself.
-        attributes: Further classes or class names, each with its attribute. They take precedence over ``DROPOUT_ATTRIBUTES``.
+        attributes: Further classes or class names, each with its attribute or a list of attributes. They take precedence over
+            ``DROPOUT_ATTRIBUTES``.
 
     Returns:
-        A site for each module, with its name, the attribute, and the rate that it was made with, ``original``.
+        A site for each rate, with the name of the module, the attribute, and the rate that it was made with, ``original``.
 
     Raises:
         TypeError: If a module does not have its attribute, or it is not a number.
@@ -116,16 +123,19 @@ def find_dropout(module: nn.Module, attributes: Mapping[Any, str] | None = None)
         >>> [(site.name, site.attribute, site.original) for site in find_dropout(model)]
         [('self_attn', 'dropout', 0.2), ('dropout', 'p', 0.2), ('dropout1', 'p', 0.2), ('dropout2', 'p', 0.2)]
     """
-    table = {**(attributes or {}), **{cls: name for cls, name in DROPOUT_ATTRIBUTES.items() if cls not in (attributes or {})}}
+    added = {cls: _list_of_names(cls, names) for cls, names in (attributes or {}).items()}
+    table = {**added, **{cls: _list_of_names(cls, names) for cls, names in DROPOUT_ATTRIBUTES.items() if cls not in added}}
     sites, used = [], set()
     for name, submodule in module.named_modules():
         matched = next((cls for cls in table if _is_a(submodule, cls)), None)
         if matched is not None:
             used.add(matched)
             if not _is_inert(submodule):
-                sites.append(ModuleSite(canonical_name(name), submodule, table[matched]))
-    if unused := [cls for cls in attributes or {} if cls not in used]:
-        raise ValueError(f"attributes: the model has no module of class {', '.join(map(str, unused))}")
+                names = table[matched]
+                sites += [ModuleSite(canonical_name(name), submodule, attribute, len(names) == 1) for attribute in names]
+    for cls in added:
+        if cls not in used:
+            raise ValueError(_unused_message(module, cls))
     return sites
 
 
@@ -167,7 +177,7 @@ def describe(sites: Iterable[DropoutSite], limit: int = 3) -> str:
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for site in sites:
-        kinds[f"{site.kind} {site.original:g}"].append(site.name)
+        kinds[f"{site.kind} {site.original:g}"].append(site.label)
     return "; ".join(f"{kind}: {abbreviate(names, limit)}" for kind, names in kinds.items())
 
 
@@ -180,6 +190,21 @@ def abbreviate(names: list[str], limit: int = 3) -> str:
     """
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def _list_of_names(cls: Any, names: Any) -> list[str]:
+    """Return the attributes of a class as a list."""
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, (list, tuple)) or not listed or not all(isinstance(name, str) for name in listed):
+        what = f"attributes: {getattr(cls, '__name__', cls)}"
+        raise TypeError(f"{what} must have the name of an attribute or a list of names, got {names!r}")
+    return list(dict.fromkeys(listed))
+
+
+def _unused_message(module: nn.Module, cls: Any) -> str:
+    name = getattr(cls, "__name__", str(cls))
+    close = close_matches(name, [class_name(submodule) for submodule in module.modules()])
+    return f"attributes: the model has no module of class {name}; close matches: {close}"
 
 
 def _is_a(module: nn.Module, cls: type[nn.Module] | str) -> bool:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
+from lightning_reg._engine.outputs import batch_size, describe_output, is_float, main_output
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
     from lightning_reg.schedules import Value
 
 
-def activity_penalty(output: Tensor, p: Literal[1, 2] = 1) -> Tensor:
+def activity_penalty(output: Tensor, p: Literal[1, 2] = 1, samples: int | None = None) -> Tensor:
     """Return the mean over the batch of ‖h‖₁ or ½‖h‖₂², where h is the output for one sample.
 
     Args:
-        output: A batch, with its samples in dimension 0.
+        output: A batch.
         p: 1 for the L1 norm, 2 for half the squared L2 norm.
+        samples: The number of samples in the batch. By default the size of dimension 0.
 
     Returns:
         A scalar, in float32 or better.
@@ -36,7 +39,9 @@ def activity_penalty(output: Tensor, p: Literal[1, 2] = 1) -> Tensor:
     """
     precise = output.to(accumulation_dtype(output.dtype))
     total = precise.abs().sum() if p == 1 else precise.square().sum() / 2
-    return total / max(output.shape[0] if output.ndim else 1, 1)
+    if samples is None:
+        samples = output.shape[0] if output.ndim else 1
+    return total / max(samples, 1)
 
 
 class ActivityPenalty(ModuleRegularizer):
@@ -45,6 +50,8 @@ class ActivityPenalty(ModuleRegularizer):
     Runs in: the forward pass of each selected module in training mode, and ``on_before_backward``, for every batch.
 
     h is the output of a module for one sample. With several modules, their penalties are added.
+    For recurrent modules and ``nn.MultiheadAttention``, only the output is penalized, not the states or the attention weights;
+    samples are where ``batch_first`` says. A ``PackedSequence`` is penalized without padding.
     The penalty depends on the data, so it acts on each accumulated batch, divided by ``accumulate_grad_batches`` like the loss.
     Under DDP, each rank penalizes the outputs for its own samples.
     The loss that the module logs does not contain the penalty.
@@ -52,7 +59,7 @@ class ActivityPenalty(ModuleRegularizer):
     Args:
         strength: λ ≥ 0, or a schedule.
         modules: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). Each
-            module must return one float tensor.
+            module must return one float tensor, or be a recurrent or attention module.
         p: 1 for the L1 norm, for sparse outputs. 2 for half the squared L2 norm, for small outputs.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
@@ -126,13 +133,14 @@ class ActivityPenalty(ModuleRegularizer):
         def record(module: nn.Module, args: Any, output: Any) -> None:
             if not module.training or not self.current["strength"]:
                 return
-            if not isinstance(output, Tensor) or not output.is_floating_point():
-                kind = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+            main = main_output(module, output)
+            if not is_float(main):
                 raise TypeError(
-                    f"ActivityPenalty: {name!r} ({type(module).__name__}) returns {kind}, expected one float tensor; select a "
-                    "module inside it"
+                    f"ActivityPenalty: {name!r} ({type(module).__name__}) returns {describe_output(main)}, expected one float "
+                    "tensor; select a module inside it"
                 )
-            self._values.append(activity_penalty(output, self.p))
+            data = main.data if isinstance(main, PackedSequence) else main
+            self._values.append(activity_penalty(data, self.p, batch_size(module, main)))
 
         return ForwardHook(record)
 
