@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class Regularizer(Technique, Callback):
+class Regularizer(Technique, Callback, *_lightning.other_callback_class()):  # type: ignore[misc]
     """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
 
     Args:
