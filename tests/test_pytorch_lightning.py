@@ -1,0 +1,159 @@
+"""``pytorch_lightning`` drives every callback as ``lightning.pytorch`` does, to the last bit, whichever is imported first."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from helpers import Classifier
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.demos.boring_classes import BoringModel
+from processes import HERE, run_script
+from table import ROWS, everything
+
+from lightning_reg._engine import _lightning
+
+NEW, OLD = "lightning.pytorch", "pytorch_lightning"
+ROOT = HERE.parent  # processes that start there import this checkout
+
+
+@pytest.fixture(scope="module", params=[OLD, "lightning_reg"], ids="{} first".format)
+def found(request, tmp_path_factory):
+    """Return what ``pytorch_lightning_worker.py`` found, by package; one of the two was imported first."""
+    folder = tmp_path_factory.mktemp("found")
+    run_script("-m", "pytorch_lightning_worker", request.param, str(folder), str(folder / "found.json"), folder=ROOT)
+    return {**json.loads((folder / "found.json").read_text()), "first": request.param}
+
+
+def test_it_is_not_imported_by_this_package(found):
+    assert (OLD in found["loaded at first"]) == (found["first"] == OLD)
+    assert ("lightning_reg" in found["loaded at first"]) == (found["first"] != OLD)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_callback_trains_alike(found, name):
+    """The same weights, metrics, and names of metrics."""
+    new, old = (found[package][f"active {name}"] for package in (NEW, OLD))
+    assert old == new
+    assert old["logged"]["0"].keys() == old["monitored"].keys()
+    if "changes_training" not in ROWS[name].exempt:
+        assert old["weights"] != found[OLD]["plain"]["weights"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_callback_resumes_alike_while_accumulation_changes(found, name):
+    new, old = (found[package][f"resumed {name}"] for package in (NEW, OLD))
+    assert old == new
+    assert list(old["whole"]["logged"]) == ["0", "1", "2", "3", "4", "5"]  # four steps of one batch, two of two batches
+    assert old["rest"]["weights"] == old["whole"]["weights"]
+    assert old["rest"]["logged"] == {step: old["whole"]["logged"][step] for step in ("4", "5")}
+
+
+@pytest.mark.parametrize("what", ["everything", "layers built later", "predictions", "left", "warned", "strategies"])
+def test_everything_else_is_alike(found, what):
+    assert "traceback" not in found[NEW][what]
+    assert found[OLD][what] == found[NEW][what]
+
+
+@pytest.mark.parametrize("callback", ["StochasticWeightAveraging", "EMAWeightAveraging"])
+def test_averages_are_alike(found, callback):
+    if not hasattr(lightning_callbacks, callback):
+        pytest.skip("Lightning has it from 2.6 on")
+    new, old = (found[package][f"averaged by {callback}"] for package in (NEW, OLD))
+    assert old == new
+    assert old["logged"]["15"]["reg/to the end/strength"] == pytest.approx(0.1 * 15 / 16)  # SWA's fifth epoch does not count
+
+
+def test_predictions_are_samples(found):
+    sampled, plain = found[OLD]["predictions"]
+    assert [len(batch) for batch in sampled] == [3, 3]
+    assert sampled[0][0] != sampled[0][1]
+    assert [len(batch) for batch in plain] == [16, 16]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("parameter", "ValueError: L1Penalty: params: no parameter has a name that matches 'net.0.wieght'; close matches: "),
+        ("modules", "ValueError: ActivityPenalty: no module has a name or class that matches 'RelU'; close matches: ReLU"),
+        ("dropout", "ValueError: DropoutScheduler: no module with dropout has a name or class that matches 'net.33'"),
+    ],
+    ids=["parameter", "modules", "dropout"],
+)
+def test_mistakes_have_the_same_messages(found, what, message):
+    assert found[OLD][f"mistyped {what}"] == found[NEW][f"mistyped {what}"]
+    assert found[OLD][f"mistyped {what}"].startswith(message)
+
+
+def test_two_of_one_name_are_refused(found):
+    assert found[OLD]["same name"] == found[NEW]["same name"]
+    assert "give one of them a name of its own, name='…'" in found[OLD]["same name"]
+
+
+def test_the_summary_is_printed(found):
+    assert found[OLD]["summary"] == found[NEW]["summary"]
+    assert "L1Penalty" in found[OLD]["summary"]
+    assert "WeightPruning: 50.00% of 1,184 weights are pruned" in found[OLD]["summary"]
+    assert found[OLD]["no summary"] == ""
+
+
+def test_a_failed_fit_leaves_nothing(found):
+    message, hooks, keys, p, is_wrapped = found[OLD]["left"]
+    assert message == "RuntimeError: in the second batch"
+    assert keys == list(Classifier().state_dict())
+    assert (hooks, p, is_wrapped) == ([], 0.1, False)
+
+
+def test_strategies_are_recognized(found):
+    """FSDP1 and DeepSpeed; the third is DDP."""
+    assert found[OLD]["strategies"] == [[True, False], [False, True], [False, False]]
+
+
+def test_warnings_are_of_the_same_category(found):
+    assert found[OLD]["warned"] == ["UserWarning: L1Penalty-net_0 has no effect for now: all 2 selected parameters are frozen"]
+
+
+@pytest.mark.parametrize("source", ["flags", "yaml"])
+def test_the_command_line_takes_the_callbacks(found, source):
+    new, old = (found[package]["command line"][source] for package in (NEW, OLD))
+    assert new["made"] == list(map(repr, everything()))
+    if found["first"] == OLD:
+        assert old == new
+    else:  # the documentation says so
+        assert old == {"flags": "Expected a dot import path string", "yaml": "not correspond to a subclass of Callback"}[source]
+
+
+def test_the_command_line_imports_the_package_in_time():
+    """Where a script does not import it, ``lightning_reg.L1Penalty`` on the command line does."""
+    script = """
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.demos.boring_classes import BoringModel
+
+flags = ["--trainer.logger=false", "--trainer.callbacks+=lightning_reg.L1Penalty", "--trainer.callbacks.strength=0.1"]
+print(LightningCLI(BoringModel, args=flags, run=False).trainer.callbacks[0])
+"""
+    assert run_script("-c", script, folder=ROOT).splitlines()[-1] == "L1Penalty(0.1)"
+
+
+def test_classes_are_recognized_by_name_and_package():
+    class ModelSummary:
+        pass
+
+    class Richer(lightning_callbacks.RichModelSummary):
+        pass
+
+    assert _lightning.is_instance_of(Richer(), "ModelSummary")
+    assert not _lightning.is_instance_of(ModelSummary(), "ModelSummary")
+    assert not _lightning.is_instance_of(Richer(), "StochasticWeightAveraging")
+    assert not _lightning.prints_summary(SimpleNamespace(is_global_zero=True, callbacks=[ModelSummary()]))
+
+
+def test_hooks_are_recognized_where_they_are_defined():
+    class Later(BoringModel):
+        def configure_model(self):
+            pass
+
+    replaced = Classifier()
+    replaced.setup = lambda stage: None
+    assert [_lightning.builds_modules_later(m) for m in (Classifier(), Later(), replaced)] == [False, True, True]
