@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 PACKAGES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
 MISTYPED: dict[str, Callable[[], Regularizer]] = {
-    "parameter": lambda: L1Penalty(0.1, params="net.0.wieght"),
+    "parameter": lambda: L1Penalty(0.1, params="net.0.weights"),
     "modules": lambda: ActivityPenalty(0.1, modules="RelU"),
     "dropout": lambda: DropoutScheduler(0.1, modules="net.33"),
 }
@@ -119,20 +119,31 @@ def active(package: Any, name: str) -> Any:
     return trained(package, [row.active()], classifier(package)(**row.options))
 
 
-def resumed(package: Any, name: str, folder: Path) -> Any:
-    """Train with accumulation that changes, and resume after the first epoch; return both results and what was saved."""
+def saved(package: Any, name: str, folder: Path, resume: Path | None = None) -> Any:
+    """Train with the callback of a row, with accumulation that changes, and leave a checkpoint of each epoch in a folder."""
     row = ROWS[name]
+    checkpoints = package.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+    callbacks = [(row.scheduled or row.active)(), accumulation(package), checkpoints]
+    return trained(package, callbacks, classifier(package)(**row.options), resume, enable_checkpointing=True)
 
-    def run(resume: Path | None = None) -> Any:
-        saved = package.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
-        accumulation = package.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
-        callbacks = [(row.scheduled or row.active)(), accumulation, saved]
-        return trained(package, callbacks, classifier(package)(**row.options), resume, enable_checkpointing=True)
 
-    whole = run()
+def accumulation(package: Any) -> Any:
+    """Return a callback for steps of one batch in the first epoch, and of two batches after it."""
+    return package.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+
+
+def resumed(package: Any, name: str, folder: Path) -> Any:
+    """Train, and resume after the first epoch in this package and in the other; return all results and what was saved."""
+    whole = saved(package, name, folder)
     states = torch.load(folder / "epoch=0.ckpt", weights_only=False)["callbacks"]
     states = {key: state for key, state in states.items() if key.startswith(name)}
-    return {"whole": whole, "rest": run(folder / "epoch=0.ckpt"), "states": plain(states)}
+    rests = [saved(other, name, folder / "rest", folder / "epoch=0.ckpt") for other in PACKAGES.values()]
+    return {"whole": whole, "rests": rests, "states": plain(states)}
+
+
+def counted(package: Any) -> Any:
+    """Train with a schedule over a number of optimizer steps."""
+    return trained(package, [L1Penalty(Linear(0.0, 0.6, until="6st")), accumulation(package)])
 
 
 def averaged(package: Any, callback: Any) -> Any:
@@ -243,6 +254,7 @@ def checks(package: Any, folder: Path) -> dict[str, Callable[[], Any]]:
         **{f"mistyped {name}": partial(mistyped, package, make) for name, make in MISTYPED.items()},
         "layers built later": lambda: trained(package, [L1Penalty(0.1, params="later.*")], classifier(package, Later)()),
         "same name": lambda: error(lambda: package.Trainer(**QUIET, callbacks=[L1Penalty(0.1), L1Penalty(0.2)])),
+        "steps": partial(counted, package),
         "predictions": partial(predicted, package),
         "summary": partial(summary, package, True),
         "no summary": partial(summary, package, False),

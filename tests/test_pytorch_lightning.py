@@ -42,12 +42,21 @@ def test_every_callback_trains_alike(found, name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_callback_resumes_alike_while_accumulation_changes(found, name):
+def test_every_callback_resumes_alike_in_both_packages(found, name):
+    """From the checkpoint of either, while accumulation changes."""
     new, old = (found[package][f"resumed {name}"] for package in (NEW, OLD))
     assert old == new
     assert list(old["whole"]["logged"]) == ["0", "1", "2", "3", "4", "5"]  # four steps of one batch, two of two batches
-    assert old["rest"]["weights"] == old["whole"]["weights"]
-    assert old["rest"]["logged"] == {step: old["whole"]["logged"][step] for step in ("4", "5")}
+    for rest in old["rests"]:
+        assert rest["weights"] == old["whole"]["weights"]
+        assert rest["logged"] == {step: old["whole"]["logged"][step] for step in ("4", "5")}
+
+
+def test_schedules_count_the_steps_of_a_changing_accumulation(found):
+    """The sixth step, four of one batch and two of two batches, ends with the eighth batch."""
+    assert found[OLD]["steps"] == found[NEW]["steps"]
+    strengths = [metrics["reg/L1Penalty/strength"] for metrics in found[OLD]["steps"]["logged"].values()]
+    assert strengths == pytest.approx([0.6 * batch / 8 for batch in (0, 1, 2, 3, 4, 6)])
 
 
 @pytest.mark.parametrize("what", ["everything", "layers built later", "predictions", "left", "warned", "strategies"])
@@ -75,7 +84,7 @@ def test_predictions_are_samples(found):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("parameter", "ValueError: L1Penalty: params: no parameter has a name that matches 'net.0.wieght'; close matches: "),
+        ("parameter", "ValueError: L1Penalty: params: no parameter has a name that matches 'net.0.weights'; close matches: "),
         ("modules", "ValueError: ActivityPenalty: no module has a name or class that matches 'RelU'; close matches: ReLU"),
         ("dropout", "ValueError: DropoutScheduler: no module with dropout has a name or class that matches 'net.33'"),
     ],
