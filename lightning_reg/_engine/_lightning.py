@@ -36,10 +36,14 @@ def is_instance_of(obj: object, name: str) -> bool:
     return any(cls.__name__ == name and cls.__module__.startswith(packages) for cls in type(obj).__mro__)
 
 
-def other_callback_class() -> tuple[type, ...]:
-    """Return the ``Callback`` of ``pytorch_lightning`` if that is imported; its LightningCLI accepts only subclasses of it."""
+def derive_from_both(callback_class: type) -> None:
+    """Make a class of callbacks a subclass of ``pytorch_lightning.Callback`` too, if that is imported.
+
+    The LightningCLI of ``pytorch_lightning`` accepts no other class, and neither does its Trainer before version 2.6.
+    """
     module = sys.modules.get("pytorch_lightning.callbacks.callback")
-    return () if module is None else (module.Callback,)
+    if module is not None and not issubclass(callback_class, module.Callback):
+        callback_class.__bases__ = (*callback_class.__bases__, module.Callback)
 
 
 # Modules ------------------------------------------------------------------------------------------------------------

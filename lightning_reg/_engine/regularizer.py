@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class Regularizer(Technique, Callback, *_lightning.other_callback_class()):  # type: ignore[misc]
+class Regularizer(Technique, Callback):
     """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
 
     Args:
@@ -26,6 +26,7 @@ class Regularizer(Technique, Callback, *_lightning.other_callback_class()):  # t
     """
 
     def __init__(self, name: str | None) -> None:
+        _lightning.derive_from_both(Regularizer)  # the package may have been imported since
         super().__init__(name)
         self._driver: Driver | None = None
         self._state_key = self._generate_state_key(name=self.name)
@@ -139,6 +140,9 @@ class Regularizer(Technique, Callback, *_lightning.other_callback_class()):  # t
         if self._driver:
             driver, self._driver = self._driver, None
             driver.stop()
+
+
+_lightning.derive_from_both(Regularizer)
 
 
 class _NewStateKey(str):
