@@ -9,42 +9,41 @@ import pytest
 from helpers import Classifier
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.demos.boring_classes import BoringModel
-from processes import HERE, run_script
+from processes import run_script
 from table import ROWS, everything
 
 from lightning_reg._engine import _lightning
 
 NEW, OLD = "lightning.pytorch", "pytorch_lightning"
-ROOT = HERE.parent  # processes that start there import this checkout
 
 
 @pytest.fixture(scope="module", params=[OLD, "lightning_reg"], ids="{} first".format)
-def found(request, tmp_path_factory):
-    """Return what ``pytorch_lightning_worker.py`` found, by package; one of the two was imported first."""
-    folder = tmp_path_factory.mktemp("found")
-    run_script("-m", "pytorch_lightning_worker", request.param, str(folder), str(folder / "found.json"), folder=ROOT)
-    return {**json.loads((folder / "found.json").read_text()), "first": request.param}
+def runs(request, tmp_path_factory):
+    """Return what ``pytorch_lightning_worker.py`` saves, by package, with the package that it imported first."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_script("-m", "pytorch_lightning_worker", request.param, str(folder), str(folder / "runs.json"))
+    return {**json.loads((folder / "runs.json").read_text()), "first": request.param}
 
 
-def test_it_is_not_imported_by_this_package(found):
-    assert (OLD in found["loaded at first"]) == (found["first"] == OLD)
-    assert ("lightning_reg" in found["loaded at first"]) == (found["first"] != OLD)
+def test_it_is_not_imported_by_this_package(runs):
+    assert (OLD in runs["loaded at first"]) == (runs["first"] == OLD)
+    assert ("lightning_reg" in runs["loaded at first"]) == (runs["first"] != OLD)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_callback_trains_alike(found, name):
+def test_every_callback_trains_alike(runs, name):
     """The same weights, metrics, and names of metrics."""
-    new, old = (found[package][f"active {name}"] for package in (NEW, OLD))
+    new, old = (runs[package][f"active {name}"] for package in (NEW, OLD))
     assert old == new
     assert old["logged"]["0"].keys() == old["monitored"].keys()
     if "changes_training" not in ROWS[name].exempt:
-        assert old["weights"] != found[OLD]["plain"]["weights"]
+        assert old["weights"] != runs[OLD]["plain"]["weights"]
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_callback_resumes_alike_in_both_packages(found, name):
+def test_every_callback_resumes_alike_in_both_packages(runs, name):
     """From the checkpoint of either, while accumulation changes."""
-    new, old = (found[package][f"resumed {name}"] for package in (NEW, OLD))
+    new, old = (runs[package][f"resumed {name}"] for package in (NEW, OLD))
     assert old == new
     assert list(old["whole"]["logged"]) == ["0", "1", "2", "3", "4", "5"]  # four steps of one batch, two of two batches
     for rest in old["rests"]:
@@ -52,30 +51,30 @@ def test_every_callback_resumes_alike_in_both_packages(found, name):
         assert rest["logged"] == {step: old["whole"]["logged"][step] for step in ("4", "5")}
 
 
-def test_schedules_count_the_steps_of_a_changing_accumulation(found):
+def test_schedules_count_the_steps_of_a_changing_accumulation(runs):
     """The sixth step, four of one batch and two of two batches, ends with the eighth batch."""
-    assert found[OLD]["steps"] == found[NEW]["steps"]
-    strengths = [metrics["reg/L1Penalty/strength"] for metrics in found[OLD]["steps"]["logged"].values()]
+    assert runs[OLD]["steps"] == runs[NEW]["steps"]
+    strengths = [metrics["reg/L1Penalty/strength"] for metrics in runs[OLD]["steps"]["logged"].values()]
     assert strengths == pytest.approx([0.6 * batch / 8 for batch in (0, 1, 2, 3, 4, 6)])
 
 
 @pytest.mark.parametrize("what", ["everything", "layers built later", "predictions", "left", "warned", "strategies"])
-def test_everything_else_is_alike(found, what):
-    assert "traceback" not in found[NEW][what]
-    assert found[OLD][what] == found[NEW][what]
+def test_everything_else_is_alike(runs, what):
+    assert "traceback" not in runs[NEW][what]
+    assert runs[OLD][what] == runs[NEW][what]
 
 
 @pytest.mark.parametrize("callback", ["StochasticWeightAveraging", "EMAWeightAveraging"])
-def test_averages_are_alike(found, callback):
+def test_averages_are_alike(runs, callback):
     if not hasattr(lightning_callbacks, callback):
         pytest.skip("Lightning has it from 2.6 on")
-    new, old = (found[package][f"averaged by {callback}"] for package in (NEW, OLD))
+    new, old = (runs[package][f"averaged by {callback}"] for package in (NEW, OLD))
     assert old == new
     assert old["logged"]["15"]["reg/to the end/strength"] == pytest.approx(0.1 * 15 / 16)  # SWA's fifth epoch does not count
 
 
-def test_predictions_are_samples(found):
-    sampled, plain = found[OLD]["predictions"]
+def test_predictions_are_samples(runs):
+    sampled, plain = runs[OLD]["predictions"]
     assert [len(batch) for batch in sampled] == [3, 3]
     assert sampled[0][0] != sampled[0][1]
     assert [len(batch) for batch in plain] == [16, 16]
@@ -90,43 +89,43 @@ def test_predictions_are_samples(found):
     ],
     ids=["parameter", "modules", "dropout"],
 )
-def test_mistakes_have_the_same_messages(found, what, message):
-    assert found[OLD][f"mistyped {what}"] == found[NEW][f"mistyped {what}"]
-    assert found[OLD][f"mistyped {what}"].startswith(message)
+def test_mistakes_have_the_same_messages(runs, what, message):
+    assert runs[OLD][f"mistyped {what}"] == runs[NEW][f"mistyped {what}"]
+    assert runs[OLD][f"mistyped {what}"].startswith(message)
 
 
-def test_two_of_one_name_are_refused(found):
-    assert found[OLD]["same name"] == found[NEW]["same name"]
-    assert "give one of them a name of its own, name='…'" in found[OLD]["same name"]
+def test_two_of_one_name_are_refused(runs):
+    assert runs[OLD]["same name"] == runs[NEW]["same name"]
+    assert "two callbacks have the name 'L1Penalty': set name='…' for one of them" in runs[OLD]["same name"]
 
 
-def test_the_summary_is_printed(found):
-    assert found[OLD]["summary"] == found[NEW]["summary"]
-    assert "L1Penalty" in found[OLD]["summary"]
-    assert "WeightPruning: 50.00% of 1,184 weights are pruned" in found[OLD]["summary"]
-    assert found[OLD]["no summary"] == ""
+def test_the_summary_is_printed(runs):
+    assert runs[OLD]["summary"] == runs[NEW]["summary"]
+    assert "L1Penalty" in runs[OLD]["summary"]
+    assert "WeightPruning: 50.00% of 1,184 weights are pruned" in runs[OLD]["summary"]
+    assert runs[OLD]["no summary"] == ""
 
 
-def test_a_failed_fit_leaves_nothing(found):
-    message, hooks, keys, p, is_wrapped = found[OLD]["left"]
+def test_a_failed_fit_leaves_nothing(runs):
+    message, hooks, keys, p, is_wrapped = runs[OLD]["left"]
     assert message == "RuntimeError: in the second batch"
     assert keys == list(Classifier().state_dict())
     assert (hooks, p, is_wrapped) == ([], 0.1, False)
 
 
-def test_strategies_are_recognized(found):
+def test_strategies_are_recognized(runs):
     """FSDP1 and DeepSpeed; the third is DDP."""
-    assert found[OLD]["strategies"] == [[True, False], [False, True], [False, False]]
+    assert runs[OLD]["strategies"] == [[True, False], [False, True], [False, False]]
 
 
-def test_warnings_are_of_the_same_category(found):
-    assert found[OLD]["warned"] == ["UserWarning: L1Penalty-net_0 has no effect for now: all 2 selected parameters are frozen"]
+def test_warnings_are_of_the_same_category(runs):
+    assert runs[OLD]["warned"] == ["UserWarning: L1Penalty-net_0 has no effect for now: all 2 selected parameters are frozen"]
 
 
 @pytest.mark.parametrize("source", ["flags", "yaml"])
-def test_the_command_line_takes_every_callback(found, source):
+def test_the_command_line_takes_every_callback(runs, source):
     """The worker has made callbacks before, so the order of imports does not matter to it."""
-    new, old = (found[package]["command line"][source] for package in (NEW, OLD))
+    new, old = (runs[package]["command line"][source] for package in (NEW, OLD))
     assert old == new
     assert old["made"] == list(map(repr, everything()))
 
@@ -147,17 +146,19 @@ except SystemExit:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["L1Penalty", "lightning_reg.L1Penalty"])
 def test_the_command_line_takes_callbacks_that_are_imported_after_it(name):
     """Where a script does not import the package, a full name on the command line does."""
     script = COMMAND_LINE.format(name=name, imported="import lightning_reg" if name == "L1Penalty" else "")
-    assert run_script("-c", script, folder=ROOT).splitlines()[-1] == "L1Penalty(0.1)"
+    assert run_script("-c", script).splitlines()[-1] == "L1Penalty(0.1)"
 
 
+@pytest.mark.slow
 def test_the_command_line_refuses_callbacks_that_are_imported_before_it():
     """As the documentation says. A Trainer in Python takes them, since the callbacks are made after both imports."""
     script = "import lightning_reg\n" + COMMAND_LINE.format(name="lightning_reg.L1Penalty", imported="")
-    assert run_script("-c", script, folder=ROOT).splitlines()[-3:] == ["False", "True", "L1Penalty(0.1)"]
+    assert run_script("-c", script).splitlines()[-3:] == ["False", "True", "L1Penalty(0.1)"]
 
 
 def test_classes_are_recognized_by_name_and_package():
