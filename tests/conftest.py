@@ -19,6 +19,7 @@ LONGEST = [
     "test_laws",
     "test_distributed",
     "test_cli",
+    "test_pytorch_lightning",
     "test_killed",
     "test_resume",
     "test_cuda",

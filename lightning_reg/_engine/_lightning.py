@@ -1,15 +1,17 @@
-"""Everything that is asked of Lightning beyond its documented interface."""
+"""Everything that is asked of Lightning beyond its documented interface.
+
+Lightning is installed as two packages, ``lightning.pytorch`` and ``pytorch_lightning``, with the same classes twice. The second
+takes 1.7 s to import. So classes are recognized by their names, and ``pytorch_lightning`` is never imported here.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelSummary, StochasticWeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch._dynamo import OptimizedModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -25,12 +27,37 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+# The two packages ---------------------------------------------------------------------------------------------------
+
+
+def is_instance_of(obj: object, name: str) -> bool:
+    """Return whether an object is an instance of Lightning's class of that name, from either package."""
+    packages = ("lightning.pytorch.", "pytorch_lightning.")
+    return any(cls.__name__ == name and cls.__module__.startswith(packages) for cls in type(obj).__mro__)
+
+
+def derive_from_both(callback_class: type) -> None:
+    """Make a class of callbacks a subclass of ``pytorch_lightning.Callback`` too, if that is imported.
+
+    The LightningCLI of ``pytorch_lightning`` accepts no other class, and neither does its Trainer before version 2.6.
+    """
+    module = sys.modules.get("pytorch_lightning.callbacks.callback")
+    if module is not None and not issubclass(callback_class, module.Callback):
+        callback_class.__bases__ = (*callback_class.__bases__, module.Callback)
+
+
 # Modules ------------------------------------------------------------------------------------------------------------
 
 
 def builds_modules_later(pl_module: LightningModule) -> bool:
     """Return whether modules may be added after the callbacks' ``setup``."""
-    return any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model"))
+    return overrides(pl_module, "setup") or overrides(pl_module, "configure_model")
+
+
+def overrides(pl_module: LightningModule, hook: str) -> bool:
+    """Return whether a module defines a hook itself, and does not inherit Lightning's."""
+    defined_in = getattr(getattr(pl_module, hook), "__module__", None) or ""
+    return not defined_in.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
 
 
 def is_compiled(pl_module: LightningModule) -> bool:
@@ -85,14 +112,14 @@ def plan_of(trainer: Trainer) -> Plan:
 
 def _batches_per_step(trainer: Trainer) -> dict[int, int]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):
+        if is_instance_of(callback, "GradientAccumulationScheduler"):
             return dict(callback.scheduling)
     return {0: trainer.accumulate_grad_batches}
 
 
 def _epochs_without_training(trainer: Trainer) -> int:
     """Count the epoch that weight averaging adds to a fit to update the statistics of batch normalization."""
-    averaging = (cb for cb in trainer.callbacks if isinstance(cb, StochasticWeightAveraging))  # type: ignore[attr-defined]
+    averaging = (cb for cb in trainer.callbacks if is_instance_of(cb, "StochasticWeightAveraging"))  # type: ignore[attr-defined]
     return sum(bool(cb._model_contains_batch_norm) for cb in averaging)
 
 
@@ -182,7 +209,7 @@ def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
 
 def prints_summary(trainer: Trainer) -> bool:
     """Return whether this rank prints summaries, which ``enable_model_summary=False`` turns off."""
-    return trainer.is_global_zero and any(isinstance(cb, ModelSummary) for cb in trainer.callbacks)  # type: ignore[attr-defined]
+    return trainer.is_global_zero and any(is_instance_of(cb, "ModelSummary") for cb in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 # The loss scale -----------------------------------------------------------------------------------------------------
@@ -215,7 +242,7 @@ def has_shards(trainer: Trainer, parameters: Iterable[Tensor]) -> bool:
 
 def uses_fsdp1(trainer: Trainer) -> bool:
     """Return whether FSDP1 has flattened the parameters, so that they have lost their shapes."""
-    return isinstance(trainer.strategy, FSDPStrategy)
+    return is_instance_of(trainer.strategy, "FSDPStrategy")
 
 
 def fsdp1_root(trainer: Trainer) -> Any:
@@ -225,7 +252,7 @@ def fsdp1_root(trainer: Trainer) -> Any:
 
 def uses_deepspeed(trainer: Trainer) -> bool:
     """Return whether DeepSpeed's engine, not Lightning, handles gradients and steps."""
-    return isinstance(trainer.strategy, DeepSpeedStrategy)
+    return is_instance_of(trainer.strategy, "DeepSpeedStrategy")
 
 
 def ddp_tracks_parameters(trainer: Trainer) -> bool:

@@ -26,6 +26,7 @@ class Regularizer(Technique, Callback):
     """
 
     def __init__(self, name: str | None) -> None:
+        _lightning.derive_from_both(Regularizer)  # the package may have been imported since
         super().__init__(name)
         self._driver: Driver | None = None
         self._state_key = self._generate_state_key(name=self.name)
@@ -139,6 +140,9 @@ class Regularizer(Technique, Callback):
         if self._driver:
             driver, self._driver = self._driver, None
             driver.stop()
+
+
+_lightning.derive_from_both(Regularizer)
 
 
 class _NewStateKey(str):
