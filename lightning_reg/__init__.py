@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from lightning_reg import custom, functional
 from lightning_reg._engine.selection import select_parameters
+from lightning_reg._tensors.layers import WEIGHT_LAYERS
 from lightning_reg.constraints import MaxNorm, MinMaxNorm, NonNegative, UnitNorm, WeightClipping
 from lightning_reg.dropout import DROPOUT_ATTRIBUTES, DropoutInjection, DropoutScheduler, MonteCarloDropout
 from lightning_reg.gradients import (
@@ -46,6 +47,7 @@ __version__ = version("lightning-reg")
 
 __all__ = [
     "DROPOUT_ATTRIBUTES",
+    "WEIGHT_LAYERS",
     "ActivityPenalty",
     "AdaptiveGradientClipping",
     "Cosine",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_reg._engine import _lightning
+from lightning_reg._engine.module_selection import Patterns, check_patterns, select_modules
 from lightning_reg._engine.regularizer import Regularizer
-from lightning_reg._engine.selection import select_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,12 +41,18 @@ class ModuleRegularizer(Regularizer):
 
     Args:
         name: The name in metrics and checkpoints.
+
+    Raises:
+        TypeError: If the argument that selects modules (``selector``) has a class or a module in place of a name.
     """
 
     effect: ClassVar[str]
     """What modules in eval mode will not do, for a warning such as "net.1 will not drop anything"."""
 
     def __init__(self, name: str | None) -> None:
+        patterns = getattr(self, self.selector, None)
+        if patterns is not None:
+            check_patterns(f"{type(self).__name__}: {self.selector}", patterns)
         super().__init__(name)
         self.modules_found: dict[str, nn.Module] = {}
 
@@ -54,14 +60,14 @@ class ModuleRegularizer(Regularizer):
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules to act on, by name."""
 
-    def matching(self, pl_module: LightningModule, patterns: str | list[str]) -> dict[str, nn.Module]:
-        """Return the modules that match name globs or class names.
+    def matching(self, pl_module: LightningModule, patterns: Patterns) -> dict[str, nn.Module]:
+        """Return the modules that match name globs or class names; a leading ``!`` excludes.
 
         Raises:
             ValueError: If a pattern matches nothing; the message names the class of the callback.
         """
         try:
-            return select_modules(pl_module, [patterns] if isinstance(patterns, str) else patterns)
+            return select_modules(pl_module, patterns)
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {error}") from None
 

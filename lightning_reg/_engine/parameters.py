@@ -9,8 +9,16 @@ from torch.nn.parameter import is_lazy
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.regularizer import Regularizer
-from lightning_reg._engine.selection import Params, lookup, nothing_selected_message, owners, selection_mask
-from lightning_reg._tensors.units import Units, units_of
+from lightning_reg._engine.selection import (
+    Params,
+    check_params,
+    lookup,
+    nothing_selected_message,
+    owners,
+    selection_mask,
+)
+from lightning_reg._tensors.layers import checked_units
+from lightning_reg._tensors.units import Units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,12 +51,7 @@ class ParameterRegularizer(Regularizer):
     """Whether it works without the shapes of tensors, which FSDP1 flattens."""
 
     def __init__(self, params: Params, name: str | None) -> None:
-        globs = [params] if isinstance(params, str) else params
-        if not callable(params) and not (isinstance(globs, list) and all(isinstance(glob, str) for glob in globs)):
-            raise TypeError(
-                f"{type(self).__name__}: params must be 'weights', 'all', a glob, a list of these, or a callable "
-                f"(name, parameter, module) -> bool, got {params!r:.80}"
-            )
+        check_params(type(self).__name__, params)
         self.params = params
         super().__init__(name)
         self.tensors: dict[str, Parameter] = {}
@@ -82,7 +85,8 @@ class ParameterRegularizer(Regularizer):
         self._selected = {**now, **self._selected}
         self.tensors = lookup(pl_module, [name for name, selected in self._selected.items() if selected])
         self._names = {id(p): name for name, p in self.tensors.items()}
-        self._units = {key: units_of(owner) for key, owner in owners(pl_module).items()}
+        modules = owners(pl_module)
+        self._units = {id(p): checked_units(name, p, modules[id(p)]) for name, p in self.tensors.items()}
         self._held.clear()
         self._optimizers = list(trainer.optimizers)
         self._check_trainable(trainer)

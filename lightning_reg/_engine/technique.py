@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -318,7 +318,8 @@ class Technique(SignatureRepr, ABC):
         selection = getattr(self, self.selector, None)
         if argument is None or selection == argument.default:
             return type(self).__name__
-        parts = selection if isinstance(selection, list) else [getattr(selection, "__name__", str(selection))]
+        is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
+        parts: list[str] = list(selection) if is_list else [getattr(selection, "__name__", str(selection))]  # type: ignore[arg-type]
         return "-".join([type(self).__name__, *(re.sub(r"\W+", "_", part).strip("_") for part in parts)])
 
 

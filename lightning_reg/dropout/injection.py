@@ -9,10 +9,10 @@ from torch import nn
 
 from lightning_reg._engine.arguments import PROBABILITY
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
+from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.functions import dropout
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
-from lightning_reg.dropout.sites import abbreviate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_reg._engine.module_selection import Patterns
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.schedules import Value
 
@@ -162,15 +163,17 @@ class DropoutInjection(ModuleRegularizer):
 
     Args:
         p: The probability of a zero, in [0, 1], or a schedule. Srivastava et al. recommend 0.5 after hidden layers.
-        after: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). Each
-            module must return one float tensor.
+        after: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). A leading
+            ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. Each module must return one float
+            tensor.
         channelwise: Drop whole channels (dimension 1) instead of single entries.
         samplewise: Drop whole samples (dimension 0). After the branch of a residual block, this is stochastic depth.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
         ValueError: If p is outside [0, 1], ``after`` matches nothing, or both ``channelwise`` and ``samplewise`` are set.
-        TypeError: In the first forward pass, if a module returns anything but one float tensor.
+        TypeError: If ``after`` has a class or a module in place of a name. In the first forward pass, if a module returns
+            anything but one float tensor.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -191,7 +194,7 @@ class DropoutInjection(ModuleRegularizer):
         self,
         p: Value,
         *,
-        after: str | list[str],
+        after: Patterns,
         channelwise: bool = False,
         samplewise: bool = False,
         name: str | None = None,

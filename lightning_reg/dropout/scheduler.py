@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import PROBABILITY, close_matches
+from lightning_reg._engine.module_selection import split_patterns
 from lightning_reg._engine.modules import ModuleRegularizer
 from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.technique import Phase
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from lightning_reg._engine.module_selection import Patterns
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.schedules import Value
 
@@ -55,7 +57,7 @@ class DropoutScheduler(ModuleRegularizer):
         p: The probability of a zero, in [0, 1], or a schedule, or a mapping from patterns of module names or class names to
             these. Modules that match no pattern keep their rates.
         modules: Patterns of module names (``"encoder.*"``; ``*`` also matches dots) or class names (``"DropPath"``) of the
-            modules to schedule. ``"*"`` selects all modules with dropout.
+            modules to schedule. ``"*"`` selects all modules with dropout. In a list, a leading ``!`` excludes.
         attributes: The attribute with the dropout rate in further classes of modules, by the name of the class, as in
             ``{"Attention": "attention_dropout"}``.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
@@ -86,7 +88,7 @@ class DropoutScheduler(ModuleRegularizer):
         self,
         p: Value | dict[str, Value],
         *,
-        modules: str | list[str] = "*",
+        modules: Patterns = "*",
         attributes: dict[str, str] | None = None,
         name: str | None = None,
     ) -> None:
@@ -127,7 +129,7 @@ class DropoutScheduler(ModuleRegularizer):
             raise ValueError(
                 f"DropoutScheduler: the model has no dropout to schedule{inert}; to add some, use DropoutInjection"
             )
-        selected = list({site.key: site for pattern in _list(self.modules) for site in _matching(sites, pattern)}.values())
+        selected = _selected(sites, self.modules)
         if not isinstance(self.p, Mapping):
             return {"p": selected}
         return self._profile(selected, self.p)
@@ -215,8 +217,12 @@ class DropoutScheduler(ModuleRegularizer):
             )
 
 
-def _list(patterns: str | list[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else patterns
+def _selected(sites: Sequence[DropoutSite], patterns: Patterns) -> list[DropoutSite]:
+    """Return the sites that patterns include and do not exclude."""
+    included, excluded = split_patterns(patterns)
+    barred = {site.key for pattern in excluded for site in _matching(sites, pattern)}
+    found = {site.key: site for pattern in included for site in _matching(sites, pattern)}
+    return [site for key, site in found.items() if key not in barred]
 
 
 def _matching(sites: Sequence[DropoutSite], pattern: str) -> list[DropoutSite]:
