@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_reg._engine.computed import Computed, computed_tensors
 from lightning_reg._engine.names import canonical_name
 from lightning_reg._tensors.layers import check_layers, layer_units
 
@@ -44,6 +45,7 @@ class NamedParameter(NamedTuple):
         owner: The module that it belongs to under this name.
         kinds: The keywords that select it.
         reason: Why it is not a weight; empty if it is one.
+        computed: The tensor that is computed from it, if any.
     """
 
     name: str
@@ -51,20 +53,31 @@ class NamedParameter(NamedTuple):
     owner: nn.Module
     kinds: frozenset[str]
     reason: str
+    computed: Computed | None = None
 
 
-def named_kinds(module: nn.Module) -> list[NamedParameter]:
+def named_kinds(module: nn.Module, effective: bool = False) -> list[NamedParameter]:
     """Return every name of every parameter, with what it is.
+
+    Args:
+        module: The module that has the parameters.
+        effective: Name the tensors that are computed from parameters, and count these as what the tensors are. Otherwise such
+            parameters are no weights, except those under a mask.
 
     Example:
         >>> [(p.name, p.reason) for p in named_kinds(nn.Linear(2, 1))]
         [('weight', ''), ('bias', 'biases')]
     """
     check_layers()
-    exempt = _exempt(module)
-    return [
-        NamedParameter(name, p, owner, *_judged(name, p, owner, id(p) in exempt)) for name, p, owner in named_parameters(module)
-    ]
+    exempt, computed = _exempt(module), computed_tensors(module)
+    found = []
+    for name, p, owner in named_parameters(module):
+        tensor = computed.get(id(p))
+        kinds, reason = _judged(tensor.name if tensor else name, p, tensor.owner if tensor else owner, id(p) in exempt)
+        if tensor and not (effective or tensor.is_masked or reason):
+            kinds, reason = kinds - {"weights"}, "parametrized"
+        found.append(NamedParameter(tensor.name if tensor and effective else name, p, owner, kinds, reason, tensor))
+    return found
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:

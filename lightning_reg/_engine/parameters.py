@@ -8,16 +8,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
 from lightning_reg._engine import _lightning
-from lightning_reg._engine.regularizer import Regularizer
+from lightning_reg._engine.computed import Computed, computed_tensors, mask_original_
+from lightning_reg._engine.regularizer import Regularizer, regularizers_of
 from lightning_reg._engine.selection import (
     Params,
     check_params,
     lookup,
     nothing_selected_message,
     owners,
+    parametrized_warning,
     selection_mask,
 )
 from lightning_reg._tensors.layers import checked_units
+from lightning_reg._tensors.shards import local_tensor, shard_like
 from lightning_reg._tensors.units import Units
 
 if TYPE_CHECKING:
@@ -47,6 +50,8 @@ class ParameterRegularizer(Regularizer):
     params: Params
     needs_full_tensors: ClassVar[bool] = False
     """Whether it cannot act on the shards of a tensor."""
+    reads_weights: ClassVar[bool] = True
+    """Whether it depends on the values of the parameters, and not only on their gradients."""
     supports_fsdp1: ClassVar[bool] = True
     """Whether it works without the shapes of tensors, which FSDP1 flattens."""
 
@@ -58,6 +63,7 @@ class ParameterRegularizer(Regularizer):
         self._selected: dict[str, bool] = {}
         self._names: dict[int, str] = {}
         self._units: dict[int, Units] = {}
+        self._masked: dict[int, tuple[Parameter, Computed]] = {}  # those under a mask of torch.nn.utils.prune
         self._held: dict[int, tuple[int, list[Parameter]]] = {}
         self._optimizers: list[Optimizer] = []
 
@@ -87,10 +93,43 @@ class ParameterRegularizer(Regularizer):
         self._names = {id(p): name for name, p in self.tensors.items()}
         modules = owners(pl_module)
         self._units = {id(p): checked_units(name, p, modules[id(p)]) for name, p in self.tensors.items()}
+        computed = computed_tensors(pl_module)
+        masked = {id(p): (p, computed[id(p)]) for p in self.tensors.values() if id(p) in computed}
+        self._masked = {key: (p, tensor) for key, (p, tensor) in masked.items() if tensor.is_masked}
         self._held.clear()
         self._optimizers = list(trainer.optimizers)
+        self._mask_originals()
+        if len(computed) > len(self._masked):
+            self._warn_of_parametrized(trainer, pl_module)
         self._check_trainable(trainer)
         self._check_supported(trainer)
+
+    def _warn_of_parametrized(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn once, in the first callback whose selection leaves out weights that are computed from other parameters."""
+        warnings = (
+            (cb, parametrized_warning(pl_module, cb.params))
+            for cb in regularizers_of(trainer)
+            if isinstance(cb, ParameterRegularizer)
+        )
+        first, warning = next(((cb, text) for cb, text in warnings if text), (None, ""))
+        if first is self:
+            rank_zero_warn(warning)
+
+    def _mask_originals(self) -> None:
+        """Set what the masks of ``torch.nn.utils.prune`` hide to 0, so that acting on originals is acting on the weights."""
+        for p, tensor in self._masked.values() if self.reads_weights else ():
+            mask_original_(p, tensor)
+
+    def update(self, progress: float) -> None:
+        """Set the scheduled values to those at a progress; another callback may have pruned since the last batch."""
+        super().update(progress)
+        self._mask_originals()
+
+    def hidden(self, p: Parameter) -> Tensor | None:
+        """Return where a mask of ``torch.nn.utils.prune`` hides entries of this rank's part, or ``None`` without a mask."""
+        if id(p) not in self._masked:
+            return None
+        return local_tensor(shard_like(self._masked[id(p)][1].mask(), p)) == 0
 
     def _check_supported(self, trainer: Trainer) -> None:
         """Raise an error for parameters on which it cannot act."""
@@ -110,6 +149,7 @@ class ParameterRegularizer(Regularizer):
         self.tensors.clear()
         self._names.clear()
         self._units.clear()
+        self._masked.clear()
         self._held.clear()
 
     def name_of(self, p: Tensor) -> str:

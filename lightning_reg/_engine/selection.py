@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_reg._engine.arguments import close_matches
@@ -23,7 +24,8 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
     convolutional, recurrent, and attention layers, embeddings, and what ``lightning_reg.WEIGHT_LAYERS`` adds. Of parameters in
     other modules, those count that have two dimensions larger than 1, or that have two dimensions and are called ``weight``,
     ``kernel``, or ``…_weight``. Biases, parameters of normalization layers, position embeddings, tokens, scales, and what a
-    module's ``no_weight_decay()`` names never count.
+    module's ``no_weight_decay()`` names never count. Neither does a weight that the module computes from other parameters, as
+    ``weight_norm`` does, and a warning names these. An exception is a weight under a mask of ``torch.nn.utils.prune``.
 
     A tied parameter counts once, under its first name. It is selected if any of its names is selected and none is excluded.
 
@@ -55,6 +57,8 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
     chosen = selection_mask(module, params)
     if not any(chosen.values()):
         raise ValueError(nothing_selected_message(module, params))
+    if warning := parametrized_warning(module, params):
+        rank_zero_warn(f"select_parameters: {warning}")
     return lookup(module, [name for name, selected in chosen.items() if selected])
 
 
@@ -98,16 +102,44 @@ def selection_mask(module: nn.Module, params: Params) -> dict[str, bool]:
     Raises:
         ValueError: If a glob matches nothing although the module has parameters.
     """
-    named = named_kinds(module)
-    if callable(params):
-        selected = {id(p.parameter) for p in named if params(p.name, p.parameter, p.owner)}
-    else:
-        rules = _parsed(params)
-        _check_rules(module, rules, named)
-        excluded = {id(p.parameter) for p in named if any(rule.excludes and rule.covers(p) for rule in rules)}
-        included = {id(p.parameter) for p in named if any(not rule.excludes and rule.covers(p) for rule in rules)}
-        selected = included - excluded
+    selected = _selected(module, named_kinds(module), params)
     return {name: id(p) in selected for name, (p, _) in _first_names(module).items()}
+
+
+def effective_tensors(module: nn.Module, params: Params) -> dict[str, Tensor]:
+    """Return the selected tensors as the forward pass uses them: with computed weights in place of their originals.
+
+    A computed weight is selected by its own name and kind, or by the name of any of its originals.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+        >>> list(effective_tensors(layer, "weights"))
+        ['weight']
+    """
+    check_params("params", params)
+    originals = named_kinds(module)
+    selected = _selected(module, [*originals, *named_kinds(module, effective=True)], params)
+    if not selected:
+        raise ValueError(nothing_selected_message(module, params))
+    unique = {id(p.parameter): p for p in reversed(originals) if id(p.parameter) in selected}
+    tensors: dict[str, Tensor] = {}
+    for p in reversed(unique.values()):
+        if p.computed is None:
+            tensors[p.name] = p.parameter
+        elif p.computed.name not in tensors:
+            tensors[p.computed.name] = p.computed.value()
+    return tensors
+
+
+def _selected(module: nn.Module, named: Sequence[NamedParameter], params: Params) -> set[int]:
+    """Return the ``id`` of each selected parameter."""
+    if callable(params):
+        return {id(p.parameter) for p in named if params(p.name, p.parameter, p.owner)}
+    rules = _parsed(params)
+    _check_rules(module, rules, named)
+    excluded = {id(p.parameter) for p in named if any(rule.excludes and rule.covers(p) for rule in rules)}
+    included = {id(p.parameter) for p in named if any(not rule.excludes and rule.covers(p) for rule in rules)}
+    return included - excluded
 
 
 def left_out(module: nn.Module, params: Params) -> dict[str, list[str]]:
@@ -128,6 +160,19 @@ def left_out(module: nn.Module, params: Params) -> dict[str, list[str]]:
         if p.reason and asked_for and not excluded and chosen.get(p.name) is False:
             reasons.setdefault(p.reason, []).append(p.name)
     return reasons
+
+
+def parametrized_warning(module: nn.Module, params: Params) -> str:
+    """Return a warning about weights that ``"weights"`` leaves out because they are computed; empty if there are none."""
+    names = left_out(module, params).get("parametrized")
+    if not names:
+        return ""
+    tensors = dict.fromkeys(p.computed.name for p in named_kinds(module) if p.computed and p.name in names)
+    return (
+        f"'weights' leaves out {abbreviate(list(tensors), 10)}, which the model computes from {abbreviate(names, 10)}: acting "
+        "on these is not acting on the weights. To act on them nevertheless, or to silence this warning, name them, as in "
+        f"params=['weights', {names[0]!r}] or params=['weights', '!{names[0]}']"
+    )
 
 
 def described(reasons: dict[str, list[str]]) -> str:
