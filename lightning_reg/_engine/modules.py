@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.module_selection import Patterns, check_patterns, select_modules
+from lightning_reg._engine.names import abbreviate, counted
 from lightning_reg._engine.regularizer import Regularizer
 
 if TYPE_CHECKING:
@@ -91,9 +92,8 @@ class ModuleRegularizer(Regularizer):
         self.modules_found = {}
 
     def acts_on(self) -> str:
-        """Count the modules."""
-        count = len(self.modules_found)
-        return f"{count} module{'s' if count > 1 else ''}"
+        """Count and name the modules."""
+        return f"{counted(len(self.modules_found), 'module')}: {abbreviate(list(self.modules_found))}"
 
     def route(self) -> str:
         """Say that it acts in the forward pass."""

@@ -35,6 +35,16 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(0, "tensor"), counted(1, "tensor"), counted(1200, "tensor")
+        ('0 tensors', '1 tensor', '1,200 tensors')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def abbreviate(names: Sequence[str], limit: int = 3) -> str:
     """Join the first names of a list, with the number of further ones.
 

@@ -9,15 +9,19 @@ from torch.nn.parameter import is_lazy
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.computed import Computed, computed_tensors, mask_original_
+from lightning_reg._engine.names import counted
 from lightning_reg._engine.regularizer import Regularizer, regularizers_of
 from lightning_reg._engine.selection import (
     Params,
     check_params,
+    described,
+    left_out,
     lookup,
     nothing_selected_message,
     owners,
     parametrized_warning,
     selection_mask,
+    uses_weights,
 )
 from lightning_reg._tensors.layers import checked_units
 from lightning_reg._tensors.shards import local_tensor, shard_like
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
+
+_FEW = 3  # tensors that the summary names
 
 
 class ParameterRegularizer(Regularizer):
@@ -61,6 +67,7 @@ class ParameterRegularizer(Regularizer):
         super().__init__(name)
         self.tensors: dict[str, Parameter] = {}
         self._selected: dict[str, bool] = {}
+        self._left_out = ""
         self._names: dict[int, str] = {}
         self._units: dict[int, Units] = {}
         self._masked: dict[int, tuple[Parameter, Computed]] = {}  # those under a mask of torch.nn.utils.prune
@@ -83,6 +90,7 @@ class ParameterRegularizer(Regularizer):
                 raise ValueError(nothing_selected_message(pl_module, self.params))
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {error}") from None
+        self._left_out = described(left_out(pl_module, "weights")) if uses_weights(self.params) else ""
         return selected
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,8 +222,14 @@ class ParameterRegularizer(Regularizer):
             )
 
     def acts_on(self) -> str:
-        """Count the selected tensors and parameters that are not frozen."""
-        trained = [p for p in self.tensors.values() if p.requires_grad]
-        count = sum(p.numel() for p in trained if not is_lazy(p))
-        later = " and those of lazy modules" if any(is_lazy(p) for p in trained) else ""
-        return f"{len(trained)} tensor{'s' if len(trained) > 1 else ''}, {count:,} parameters{later}"
+        """Count the selected tensors and parameters that are trained now, and name the tensors if there are few."""
+        held = {id(p) for optimizer in self._optimizers for p in self.parameters_of(optimizer)}
+        trained = {name: p for name, p in self.tensors.items() if id(p) in held}
+        count = sum(p.numel() for p in trained.values() if not is_lazy(p))
+        later = " and those of lazy modules" if any(map(is_lazy, trained.values())) else ""
+        names = f": {', '.join(trained)}" if 0 < len(trained) <= _FEW else ""
+        return f"{counted(len(trained), 'tensor')}, {counted(count, 'parameter')}{later}{names}"
+
+    def notes(self) -> list[str]:
+        """Say what ``"weights"`` leaves out."""
+        return [f"'weights' leaves out {self._left_out}"] if self._left_out else []

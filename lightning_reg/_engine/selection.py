@@ -142,6 +142,11 @@ def _selected(module: nn.Module, named: Sequence[NamedParameter], params: Params
     return included - excluded
 
 
+def uses_weights(params: Params) -> bool:
+    """Return whether a selection includes ``"weights"``, or a part of them."""
+    return not callable(params) and any(rule.keyword == "weights" and not rule.excludes for rule in _parsed(params))
+
+
 def left_out(module: nn.Module, params: Params) -> dict[str, list[str]]:
     """Return the names of the parameters that ``"weights"`` has left out of a selection, by reason.
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments
+from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, readable
 from lightning_reg._engine.metrics import RunningMetrics
+from lightning_reg._engine.names import abbreviate
 from lightning_reg._tensors.shards import full_tensor
 from lightning_reg.schedules import Schedule, Value
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 STATE_LAYOUT = 1
 """The layout of a technique's state in a checkpoint. Raise it whenever an older state could be misread."""
+
+_LONG = 4  # entries of a list that the summary shows
 
 
 class Phase(IntEnum):
@@ -177,6 +180,18 @@ class Technique(SignatureRepr, ABC):
     @abstractmethod
     def route(self) -> str:
         """Describe when it acts, for the summary."""
+
+    def settings(self) -> list[str]:
+        """Describe the constructor's arguments that may be scheduled or are not at their default, for the summary."""
+        arguments = [argument for argument in constructor_arguments(type(self)) if argument.name != "name"]
+        given = [(arg, getattr(self, arg.name)) for arg in arguments]
+        return [
+            f"{arg.name}={_abbreviated(value)}" for arg, value in given if arg.name in self.valid_ranges or value != arg.default
+        ]
+
+    def notes(self) -> list[str]:
+        """Return what else there is to say about it, for the lines below the summary."""
+        return []
 
     @classmethod
     def overrides(cls, method: str) -> bool:
@@ -333,6 +348,13 @@ def _check_inherited_ranges(cls: type[Technique]) -> None:
             f"{cls.__name__}.valid_ranges leaves out {key!r} of {parent.__name__}, which its constructor takes: write "
             f"valid_ranges = {{**{parent.__name__}.valid_ranges, …}}"
         )
+
+
+def _abbreviated(value: Any) -> str:
+    """Return the ``repr`` of a setting, of a long list with its first entries only."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > _LONG:
+        return f"[{abbreviate(list(map(repr, value)), _LONG)}]"
+    return readable(value)
 
 
 def _packed(value: Any) -> Any:
