@@ -7,7 +7,9 @@ combination and any order, from Python or from LightningCLI.
 from importlib.metadata import version
 
 from lightning_reg import custom, functional
+from lightning_reg._engine.regularizer import summary
 from lightning_reg._engine.selection import select_parameters
+from lightning_reg._tensors.layers import WEIGHT_LAYERS
 from lightning_reg.constraints import MaxNorm, MinMaxNorm, NonNegative, UnitNorm, WeightClipping
 from lightning_reg.dropout import DROPOUT_ATTRIBUTES, DropoutInjection, DropoutScheduler, MonteCarloDropout
 from lightning_reg.gradients import (
@@ -46,6 +48,7 @@ __version__ = version("lightning-reg")
 
 __all__ = [
     "DROPOUT_ATTRIBUTES",
+    "WEIGHT_LAYERS",
     "ActivityPenalty",
     "AdaptiveGradientClipping",
     "Cosine",
@@ -87,4 +90,5 @@ __all__ = [
     "functional",
     "select_parameters",
     "sparsity",
+    "summary",
 ]

@@ -10,9 +10,11 @@ Example:
     >>> norm = clip_gradient_norm_(list(model.parameters()), max_norm=1.0)
 """
 
+from lightning_reg._tensors.layers import (
+    units_of as units_of,
+)
 from lightning_reg._tensors.units import (
     Units as Units,
-    units_of as units_of,
 )
 from lightning_reg.constraints.entries import (
     clip_negative_weights_ as clip_negative_weights_,

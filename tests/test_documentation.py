@@ -64,10 +64,12 @@ def _scratch(tmp_path, monkeypatch):
     """Work in an empty folder, and forget what an example registers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    registered = dict(lightning_reg.DROPOUT_ATTRIBUTES)
+    registries = [lightning_reg.DROPOUT_ATTRIBUTES, lightning_reg.WEIGHT_LAYERS]
+    registered = list(map(dict, registries))
     yield
-    lightning_reg.DROPOUT_ATTRIBUTES.clear()
-    lightning_reg.DROPOUT_ATTRIBUTES.update(registered)
+    for registry, entries in zip(registries, registered, strict=True):
+        registry.clear()
+        registry.update(entries)
 
 
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")

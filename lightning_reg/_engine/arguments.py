@@ -133,9 +133,9 @@ class SignatureRepr:
         for parameter in constructor_arguments(type(self)):
             value = self._repr_value(parameter.name)
             if parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-                shown.append(_readable(value))
+                shown.append(readable(value))
             elif not _equal(value, parameter.default):
-                shown.append(f"{parameter.name}={_readable(value)}")
+                shown.append(f"{parameter.name}={readable(value)}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def _repr_value(self, argument: str) -> Any:
@@ -167,5 +167,11 @@ def _equal(one: Any, other: Any) -> bool:
         return False
 
 
-def _readable(value: Any) -> str:
+def readable(value: Any) -> str:
+    """Return the ``repr`` of an argument, or the name of a function.
+
+    Example:
+        >>> readable("weights"), readable(len)
+        ("'weights'", 'len')
+    """
     return getattr(value, "__name__", repr(value)) if callable(value) and inspect.isroutine(value) else repr(value)

@@ -7,7 +7,7 @@ are sorted by class and name, so that even sums of floats are equal to the last 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +18,7 @@ from lightning_reg._engine.plan import Step
 from lightning_reg._tensors.shards import full_tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.plan import Plan
     from lightning_reg._engine.technique import Technique
+
+AnyTechnique = TypeVar("AnyTechnique", bound="Technique")
 
 _METHODS = ("before_forward", "should_step", "gradients", "before_update", "weights", "epoch_end", "reproject")
 
@@ -43,7 +45,7 @@ class Driver:
     def __init__(self, trainer: Trainer, pl_module: LightningModule, techniques: Sequence[Technique]) -> None:
         self.trainer = trainer
         self.pl_module = pl_module
-        self.techniques = sorted(techniques, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
+        self.techniques = in_order(techniques)
         self._acting = {method: [cb for cb in self.techniques if cb.overrides(method)] for method in _METHODS}
         self._adding: list[Technique] = []
         self._automatic = pl_module.automatic_optimization
@@ -321,6 +323,11 @@ def _held_by(optimizer: Optimizer, params: Sequence[Parameter]) -> list[Paramete
     """Return those parameters that an optimizer holds."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [p for p in params if id(p) in held]
+
+
+def in_order(techniques: Iterable[AnyTechnique]) -> list[AnyTechnique]:
+    """Sort techniques as they act: by phase, then by class and name."""
+    return sorted(techniques, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
 
 
 def _add_(loss: Tensor, value: Tensor, factor: float, scaler: torch.amp.GradScaler | None) -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_reg._engine import _lightning
+from lightning_reg._engine.module_selection import Patterns, check_patterns, select_modules
+from lightning_reg._engine.names import abbreviate, counted
 from lightning_reg._engine.regularizer import Regularizer
-from lightning_reg._engine.selection import select_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,12 +42,18 @@ class ModuleRegularizer(Regularizer):
 
     Args:
         name: The name in metrics and checkpoints.
+
+    Raises:
+        TypeError: If the argument that selects modules (``selector``) has a class or a module in place of a name.
     """
 
     effect: ClassVar[str] = "have any effect"
     """What modules in eval mode will not do, for a warning such as "net.1 will not drop anything"."""
 
     def __init__(self, name: str | None) -> None:
+        patterns = getattr(self, self.selector, None)
+        if patterns is not None:
+            check_patterns(f"{type(self).__name__}: {self.selector}", patterns)
         super().__init__(name)
         self.modules_found: dict[str, nn.Module] = {}
 
@@ -54,14 +61,14 @@ class ModuleRegularizer(Regularizer):
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules to act on, by name."""
 
-    def matching(self, pl_module: LightningModule, patterns: str | list[str]) -> dict[str, nn.Module]:
-        """Return the modules that match name globs or class names.
+    def matching(self, pl_module: LightningModule, patterns: Patterns) -> dict[str, nn.Module]:
+        """Return the modules that match name globs or class names; a leading ``!`` excludes.
 
         Raises:
             ValueError: If a pattern matches nothing; the message names the class of the callback.
         """
         try:
-            return select_modules(pl_module, [patterns] if isinstance(patterns, str) else patterns)
+            return select_modules(pl_module, patterns)
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {error}") from None
 
@@ -85,9 +92,8 @@ class ModuleRegularizer(Regularizer):
         self.modules_found = {}
 
     def acts_on(self) -> str:
-        """Count the modules."""
-        count = len(self.modules_found)
-        return f"{count} module{'s' if count > 1 else ''}"
+        """Count and name the modules."""
+        return f"{counted(len(self.modules_found), 'module')}: {abbreviate(list(self.modules_found))}"
 
     def route(self) -> str:
         """Say that it acts in the forward pass."""

@@ -8,9 +8,24 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
 from lightning_reg._engine import _lightning
-from lightning_reg._engine.regularizer import Regularizer
-from lightning_reg._engine.selection import Params, lookup, nothing_selected_message, owners, selection_mask
-from lightning_reg._tensors.units import Units, units_of
+from lightning_reg._engine.computed import Computed, computed_tensors, mask_original_
+from lightning_reg._engine.names import counted
+from lightning_reg._engine.regularizer import Regularizer, regularizers_of
+from lightning_reg._engine.selection import (
+    Params,
+    check_params,
+    described,
+    left_out,
+    lookup,
+    nothing_selected_message,
+    owners,
+    parametrized_warning,
+    selection_mask,
+    uses_weights,
+)
+from lightning_reg._tensors.layers import checked_units
+from lightning_reg._tensors.shards import local_tensor, shard_like
+from lightning_reg._tensors.units import Units
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,6 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
+
+_FEW = 3  # tensors that the summary names
 
 
 class ParameterRegularizer(Regularizer):
@@ -39,22 +56,21 @@ class ParameterRegularizer(Regularizer):
     params: Params
     needs_full_tensors: ClassVar[bool] = False
     """Whether it cannot act on the shards of a tensor."""
+    reads_weights: ClassVar[bool] = True
+    """Whether it depends on the values of the parameters, and not only on their gradients."""
     supports_fsdp1: ClassVar[bool] = True
     """Whether it works without the shapes of tensors, which FSDP1 flattens."""
 
     def __init__(self, params: Params, name: str | None) -> None:
-        globs = [params] if isinstance(params, str) else params
-        if not callable(params) and not (isinstance(globs, list) and all(isinstance(glob, str) for glob in globs)):
-            raise TypeError(
-                f"{type(self).__name__}: params must be 'weights', 'all', a glob, a list of these, or a callable "
-                f"(name, parameter, module) -> bool, got {params!r:.80}"
-            )
+        check_params(type(self).__name__, params)
         self.params = params
         super().__init__(name)
         self.tensors: dict[str, Parameter] = {}
         self._selected: dict[str, bool] = {}
+        self._left_out = ""
         self._names: dict[int, str] = {}
         self._units: dict[int, Units] = {}
+        self._masked: dict[int, tuple[Parameter, Computed]] = {}  # those under a mask of torch.nn.utils.prune
         self._held: dict[int, tuple[int, list[Parameter]]] = {}
         self._optimizers: list[Optimizer] = []
 
@@ -74,6 +90,7 @@ class ParameterRegularizer(Regularizer):
                 raise ValueError(nothing_selected_message(pl_module, self.params))
         except ValueError as error:
             raise ValueError(f"{type(self).__name__}: {error}") from None
+        self._left_out = described(left_out(pl_module, "weights")) if uses_weights(self.params) else ""
         return selected
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,11 +99,45 @@ class ParameterRegularizer(Regularizer):
         self._selected = {**now, **self._selected}
         self.tensors = lookup(pl_module, [name for name, selected in self._selected.items() if selected])
         self._names = {id(p): name for name, p in self.tensors.items()}
-        self._units = {key: units_of(owner) for key, owner in owners(pl_module).items()}
+        modules = owners(pl_module)
+        self._units = {id(p): checked_units(name, p, modules[id(p)]) for name, p in self.tensors.items()}
+        computed = computed_tensors(pl_module)
+        masked = {id(p): (p, computed[id(p)]) for p in self.tensors.values() if id(p) in computed}
+        self._masked = {key: (p, tensor) for key, (p, tensor) in masked.items() if tensor.is_masked}
         self._held.clear()
         self._optimizers = list(trainer.optimizers)
+        self._mask_originals()
+        if len(computed) > len(self._masked):
+            self._warn_of_parametrized(trainer, pl_module)
         self._check_trainable(trainer)
         self._check_supported(trainer)
+
+    def _warn_of_parametrized(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn once, in the first callback whose selection leaves out weights that are computed from other parameters."""
+        warnings = (
+            (cb, parametrized_warning(pl_module, cb.params))
+            for cb in regularizers_of(trainer)
+            if isinstance(cb, ParameterRegularizer)
+        )
+        first, warning = next(((cb, text) for cb, text in warnings if text), (None, ""))
+        if first is self:
+            rank_zero_warn(warning)
+
+    def _mask_originals(self) -> None:
+        """Set what the masks of ``torch.nn.utils.prune`` hide to 0, so that acting on originals is acting on the weights."""
+        for p, tensor in self._masked.values() if self.reads_weights else ():
+            mask_original_(p, tensor)
+
+    def update(self, progress: float) -> None:
+        """Set the scheduled values to those at a progress; another callback may have pruned since the last batch."""
+        super().update(progress)
+        self._mask_originals()
+
+    def hidden(self, p: Parameter) -> Tensor | None:
+        """Return where a mask of ``torch.nn.utils.prune`` hides entries of this rank's part, or ``None`` without a mask."""
+        if id(p) not in self._masked:
+            return None
+        return local_tensor(shard_like(self._masked[id(p)][1].mask(), p)) == 0
 
     def _check_supported(self, trainer: Trainer) -> None:
         """Raise an error for parameters on which it cannot act."""
@@ -106,6 +157,7 @@ class ParameterRegularizer(Regularizer):
         self.tensors.clear()
         self._names.clear()
         self._units.clear()
+        self._masked.clear()
         self._held.clear()
 
     def name_of(self, p: Tensor) -> str:
@@ -170,8 +222,14 @@ class ParameterRegularizer(Regularizer):
             )
 
     def acts_on(self) -> str:
-        """Count the selected tensors and parameters that are not frozen."""
-        trained = [p for p in self.tensors.values() if p.requires_grad]
-        count = sum(p.numel() for p in trained if not is_lazy(p))
-        later = " and those of lazy modules" if any(is_lazy(p) for p in trained) else ""
-        return f"{len(trained)} tensor{'s' if len(trained) > 1 else ''}, {count:,} parameters{later}"
+        """Count the selected tensors and parameters that are trained now, and name the tensors if there are few."""
+        held = {id(p) for optimizer in self._optimizers for p in self.parameters_of(optimizer)}
+        trained = {name: p for name, p in self.tensors.items() if id(p) in held}
+        count = sum(p.numel() for p in trained.values() if not is_lazy(p))
+        later = " and those of lazy modules" if any(map(is_lazy, trained.values())) else ""
+        names = f": {', '.join(trained)}" if 0 < len(trained) <= _FEW else ""
+        return f"{counted(len(trained), 'tensor')}, {counted(count, 'parameter')}{later}{names}"
+
+    def notes(self) -> list[str]:
+        """Say what ``"weights"`` leaves out."""
+        return [f"'weights' leaves out {self._left_out}"] if self._left_out else []

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback
 
 from lightning_reg._engine import _lightning
-from lightning_reg._engine.driver import Driver
-from lightning_reg._engine.summary import print_line, print_summary
+from lightning_reg._engine.driver import Driver, in_order
+from lightning_reg._engine.summary import Summary, print_line, summarize
 from lightning_reg._engine.technique import STATE_LAYOUT, Technique
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Regularizer(Technique, Callback):
         _lightning.derive_from_both(Regularizer)  # the package may have been imported since
         super().__init__(name)
         self._driver: Driver | None = None
+        self._summary: Summary | None = None  # of the last fit that it drove
         self._state_key = self._generate_state_key(name=self.name)
         self._was_set_up = self._predicting = self._evaluating = False
 
@@ -74,7 +75,15 @@ class Regularizer(Technique, Callback):
         if regularizers[0] is self:
             self._driver = Driver(trainer, pl_module, regularizers)
             self._driver.start()
-            print_summary(trainer, self._driver.techniques)
+            self._summary = summarize(self._driver.techniques)
+            if _lightning.prints_summary(trainer):
+                self._summary.print()
+
+    def summary(self, trainer: Trainer) -> Summary:
+        """Return the summary of all regularizers as they are now; after a fit, as they were when it started."""
+        if self._driver:
+            return summarize(self._driver.techniques)
+        return self._summary or summarize(in_order(regularizers_of(trainer)), attached=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedules, now that the data are loaded."""
@@ -173,6 +182,37 @@ class _NewStateKey(str):
 
 def _same_name(name: str) -> str:
     return f"two callbacks have the name {name!r}: set name='…' for one of them, because metrics and checkpoints use the name"
+
+
+def summary(trainer: Trainer) -> None:
+    """Print what each callback of this package acts on, with which settings, and when. Only rank zero prints.
+
+    The same summary is printed when a fit starts, unless ``enable_model_summary=False``. During a fit, this function prints
+    what is true now, for example after a callback has unfrozen layers. After a fit, it prints what was true at its start.
+    Before any fit, targets are not known yet.
+
+    Args:
+        trainer: The trainer whose callbacks to list.
+
+    Raises:
+        ValueError: If the trainer has no callback of this package.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_reg import GradientNormClipping
+        >>> summary(Trainer(callbacks=[GradientNormClipping(1.0)], logger=False))
+        Regularization
+        ┏━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━┓
+        ┃ Callback             ┃ Acts on       ┃ Setting      ┃ Route           ┃
+        ┡━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━┩
+        │ GradientNormClipping │ not known yet │ max_norm=1.0 │ before the step │
+        └──────────────────────┴───────────────┴──────────────┴─────────────────┘
+    """
+    regularizers = regularizers_of(trainer)
+    if not regularizers:
+        raise ValueError("summary: the trainer has no callback of lightning_reg")
+    if trainer.is_global_zero:
+        regularizers[0].summary(trainer).print()
 
 
 def regularizers_of(trainer: Trainer) -> list[Regularizer]:

@@ -1,125 +1,99 @@
-"""Selection of the parameters and modules that a technique acts on. All techniques use the same rules."""
+"""Selection of the parameters that a technique acts on. All techniques use the same rules."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
-from torch import nn
-from torch.nn.parameter import is_lazy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from lightning_reg._engine.arguments import close_matches
+from lightning_reg._engine.kinds import KEYWORDS, NamedParameter, named_kinds, named_parameters
+from lightning_reg._engine.names import abbreviate, canonical_name
 
-Params = str | list[str] | Callable[[str, nn.Parameter, nn.Module], bool]
-"""``"weights"``, ``"all"``, a glob, a list of these with ``!`` for exclusion, or ``(name, parameter, module) -> bool``."""
-
-_KEYWORDS = ("weights", "all")
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.CrossMapLRN2d,
-)
-_NORM_NAME = re.compile(r"Norm(\d+d)?$")
-_BIAS_NAME = re.compile(r"(^|_)bias($|_)|^b$")
+Params = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool]
+"""A keyword, a glob, a list of these with ``!`` for exclusion, or ``(name, parameter, module) -> bool``."""
 
 
 def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str, nn.Parameter]:
     """Return the selected parameters, by name.
 
+    ``"weights"`` are the matrices and filters of a model. The weights of known layers count whatever their shape: linear,
+    convolutional, recurrent, and attention layers, embeddings, and what ``lightning_reg.WEIGHT_LAYERS`` adds. Of parameters in
+    other modules, those count that have two dimensions larger than 1, or that have two dimensions and are called ``weight``,
+    ``kernel``, or ``…_weight``. Biases, parameters of normalization layers, position embeddings, tokens, scales, and what a
+    module's ``no_weight_decay()`` names never count. Neither does a weight that the module computes from other parameters, as
+    ``weight_norm`` does, and a warning names these. An exception is a weight under a mask of ``torch.nn.utils.prune``.
+
     A tied parameter counts once, under its first name. It is selected if any of its names is selected and none is excluded.
 
     Args:
         module: The module whose parameters are selected.
-        params: ``"weights"`` (everything but biases, parameters of normalization layers, and other parameters with fewer than
-            two dimensions), ``"all"``, a glob on qualified names such as ``"encoder.*"`` (``*`` also matches dots), a list
-            of these in which a leading ``!`` excludes, or a callable ``(name, parameter, module) -> bool``.
+        params: ``"weights"``, ``"all"``, ``"biases"``, ``"norms"``, ``"embeddings"``, or a glob on qualified names such as
+            ``"encoder.*"`` (``*`` also matches dots). ``"weights:encoder.*"`` selects the weights that match a glob. Or a list
+            of these, in which a leading ``!`` excludes, or a callable ``(name, parameter, module) -> bool``.
 
     Returns:
         The parameters in the module's order, by names without the prefixes of wrappers such as ``_orig_mod.``. Frozen
         parameters are included: callbacks check at every step whether a parameter requires a gradient.
 
     Raises:
-        ValueError: If nothing is selected, or a glob matches nothing; the message suggests close names.
+        TypeError: If ``params`` is of another type, such as a module or a class.
+        ValueError: If nothing is selected; the message says what ``"weights"`` left out. If a glob matches nothing; the message
+            suggests close names.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
         >>> list(select_parameters(model))
         ['0.weight', '2.weight']
-        >>> list(select_parameters(model, ["0.*", "!*.bias"]))
-        ['0.weight']
+        >>> list(select_parameters(model, ["all", "!norms"]))
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+        >>> list(select_parameters(model, "weights:2.*"))
+        ['2.weight']
     """
+    check_params("select_parameters", params)
     chosen = selection_mask(module, params)
     if not any(chosen.values()):
         raise ValueError(nothing_selected_message(module, params))
+    if warning := parametrized_warning(module, params):
+        rank_zero_warn(f"select_parameters: {warning}")
     return lookup(module, [name for name, selected in chosen.items() if selected])
 
 
-def select_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the submodules that match name globs or class names, by name.
-
-    Args:
-        module: The module whose submodules are selected; it is never selected itself.
-        patterns: Globs on qualified names (``"encoder.layers.*"``) or names of classes (``"ReLU"``).
-
-    Returns:
-        The modules in the order of the model. A module with several names counts once, under its first selected name.
+def check_params(what: str, params: Any) -> None:
+    """Raise an error if ``params`` is not what :func:`select_parameters` takes.
 
     Raises:
-        ValueError: If a pattern matches nothing; the message suggests close names.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> list(select_modules(model, ["ReLU", "2"]))
-        ['1', '2']
+        TypeError: If it is of another type; the message says what to write.
     """
-    names = ((canonical_name(name), m) for name, m in module.named_modules(remove_duplicate=False) if m is not module)
-    known = dict(names)
-    selected: set[str] = set()
-    for pattern in patterns:
-        matches = [name for name, m in known.items() if _matches(name, pattern) or class_name(m) == pattern]
-        if not matches:
-            close = close_matches(pattern, [*map(class_name, known.values()), *known])
-            raise ValueError(f"no module has a name or class that matches {pattern!r}; close matches: {close}")
-        selected.update(matches)
-    first = {id(m): name for name, m in reversed(known.items()) if name in selected}
-    return {name: m for name, m in known.items() if first.get(id(m)) == name}
-
-
-def class_name(module: nn.Module) -> str:
-    """Return the name of a module's class. If sharding or a parametrization has subclassed it, the name of the original class.
-
-    Example:
-        >>> class_name(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
-        'Linear'
-    """
-    names = [cls.__name__ for cls in type(module).__mro__]
-    originals = {f"{prefix}{name}": name for name in names for prefix in ("FSDP", "Parametrized")}
-    return originals.get(names[0], names[0])
-
-
-def canonical_name(name: str) -> str:
-    """Remove the parts that compilers and wrappers insert into a qualified name.
-
-    Example:
-        >>> canonical_name("_orig_mod.encoder._fsdp_wrapped_module.weight")
-        'encoder.weight'
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    rules = [params] if isinstance(params, str) or not isinstance(params, Sequence) else params
+    for rule in rules:
+        if isinstance(rule, nn.Module):
+            fix = f"write the name of this {type(rule).__name__} in the model, as in params='encoder.*'"
+        elif isinstance(rule, Tensor):
+            rule, fix = f"a tensor of shape {tuple(rule.shape)}", "write its name, as in params='head.weight'"
+        elif isinstance(rule, type):
+            fix = f"write a function, as in params=lambda name, parameter, module: isinstance(module, {rule.__name__})"
+        elif isinstance(rule, str) or (callable(rule) and rules is not params):
+            continue
+        else:
+            fix = (
+                f"write one of {', '.join(map(repr, KEYWORDS))}, a glob, a list of these, or (name, parameter, module) -> bool"
+            )
+        raise TypeError(f"{what}: params must name parameters, got {rule if isinstance(rule, str) else repr(rule):.80}: {fix}")
 
 
 def lookup(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
     """Return the parameters that have these names now. A tied parameter has only its first name."""
     wanted = set(names)
-    return {name: p for name, p, _ in _first_names(module) if name in wanted}
+    return {name: p for name, (p, _) in _first_names(module).items() if name in wanted}
 
 
 def owners(module: nn.Module) -> dict[int, nn.Module]:
     """Return the module that each parameter belongs to under its first name, keyed by the parameter's ``id``."""
-    return {id(parameter): owner for _, parameter, owner in _first_names(module)}
+    return {id(parameter): owner for parameter, owner in _first_names(module).values()}
 
 
 def selection_mask(module: nn.Module, params: Params) -> dict[str, bool]:
@@ -128,72 +102,150 @@ def selection_mask(module: nn.Module, params: Params) -> dict[str, bool]:
     Raises:
         ValueError: If a glob matches nothing although the module has parameters.
     """
-    rules = [params] if isinstance(params, str) else params
-    if not callable(rules):
-        _check_rules(module, rules)
-    selected: set[int] = set()
-    excluded: set[int] = set()
-    for name, parameter, owner in _named(module):
-        if callable(rules):
-            includes, excludes = rules(name, parameter, owner), False
-        else:
-            includes = any(_covers(rule, name, parameter, owner) for rule in rules)
-            excludes = any(_covers(rule[1:], name, parameter, owner) for rule in rules if rule.startswith("!"))
-        (excluded if excludes else selected if includes else set()).add(id(parameter))
-    return {name: id(p) in selected and id(p) not in excluded for name, p, _ in _first_names(module)}
+    selected = _selected(module, named_kinds(module), params)
+    return {name: id(p) in selected for name, (p, _) in _first_names(module).items()}
+
+
+def effective_tensors(module: nn.Module, params: Params) -> dict[str, Tensor]:
+    """Return the selected tensors as the forward pass uses them: with computed weights in place of their originals.
+
+    A computed weight is selected by its own name and kind, or by the name of any of its originals.
+
+    Example:
+        >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+        >>> list(effective_tensors(layer, "weights"))
+        ['weight']
+    """
+    check_params("params", params)
+    originals = named_kinds(module)
+    selected = _selected(module, [*originals, *named_kinds(module, effective=True)], params)
+    if not selected:
+        raise ValueError(nothing_selected_message(module, params))
+    unique = {id(p.parameter): p for p in reversed(originals) if id(p.parameter) in selected}
+    tensors: dict[str, Tensor] = {}
+    for p in reversed(unique.values()):
+        if p.computed is None:
+            tensors[p.name] = p.parameter
+        elif p.computed.name not in tensors:
+            tensors[p.computed.name] = p.computed.value()
+    return tensors
+
+
+def _selected(module: nn.Module, named: Sequence[NamedParameter], params: Params) -> set[int]:
+    """Return the ``id`` of each selected parameter."""
+    if callable(params):
+        return {id(p.parameter) for p in named if params(p.name, p.parameter, p.owner)}
+    rules = _parsed(params)
+    _check_rules(module, rules, named)
+    excluded = {id(p.parameter) for p in named if any(rule.excludes and rule.covers(p) for rule in rules)}
+    included = {id(p.parameter) for p in named if any(not rule.excludes and rule.covers(p) for rule in rules)}
+    return included - excluded
+
+
+def uses_weights(params: Params) -> bool:
+    """Return whether a selection includes ``"weights"``, or a part of them."""
+    return not callable(params) and any(rule.keyword == "weights" and not rule.excludes for rule in _parsed(params))
+
+
+def left_out(module: nn.Module, params: Params) -> dict[str, list[str]]:
+    """Return the names of the parameters that ``"weights"`` has left out of a selection, by reason.
+
+    Example:
+        >>> left_out(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), "weights")
+        {'biases': ['0.bias', '1.bias'], 'normalization': ['1.weight']}
+    """
+    if callable(params):
+        return {}
+    rules = _parsed(params)
+    reasons: dict[str, list[str]] = {}
+    chosen = selection_mask(module, params)
+    for p in named_kinds(module):
+        asked_for = any(rule.keyword == "weights" and not rule.excludes and fnmatchcase(p.name, rule.glob) for rule in rules)
+        excluded = any(rule.excludes and rule.covers(p) for rule in rules)
+        if p.reason and asked_for and not excluded and chosen.get(p.name) is False:
+            reasons.setdefault(p.reason, []).append(p.name)
+    return reasons
+
+
+def parametrized_warning(module: nn.Module, params: Params) -> str:
+    """Return a warning about weights that ``"weights"`` leaves out because they are computed; empty if there are none."""
+    names = left_out(module, params).get("parametrized")
+    if not names:
+        return ""
+    tensors = dict.fromkeys(p.computed.name for p in named_kinds(module) if p.computed and p.name in names)
+    return (
+        f"'weights' leaves out {abbreviate(list(tensors), 10)}, which the model computes from {abbreviate(names, 10)}: acting "
+        "on these is not acting on the weights. To act on them nevertheless, or to silence this warning, name them, as in "
+        f"params=['weights', {names[0]!r}] or params=['weights', '!{names[0]}']"
+    )
+
+
+def described(reasons: dict[str, list[str]]) -> str:
+    """Describe in one line what was left out, and why.
+
+    Example:
+        >>> described({"biases": ["0.bias", "1.bias"], "normalization": ["1.weight"]})
+        'biases (0.bias, 1.bias), normalization (1.weight)'
+    """
+    return ", ".join(f"{reason} ({abbreviate(names)})" for reason, names in reasons.items())
 
 
 def nothing_selected_message(module: nn.Module, params: Params) -> str:
-    """Return the error message for a selection that selects nothing; it suggests close names."""
-    rules = [] if callable(params) else [params] if isinstance(params, str) else params
-    wanted = next((rule for rule in rules if rule not in _KEYWORDS), "")
+    """Return the error message for a selection that selects nothing: what it left out, or close names."""
     shown = getattr(params, "__name__", repr(params)) if callable(params) else repr(params)
-    close = close_matches(wanted, [name for name, _, _ in _first_names(module)])
-    return f"params={shown} selects no parameter; close matches: {close or 'none, the module has no parameters'}"
+    what = f"params={shown} selects no parameter"
+    reasons = left_out(module, params)
+    if reasons:
+        return f"{what}; 'weights' leaves out {described(reasons)}"
+    globs = [] if callable(params) else [rule.glob for rule in _parsed(params) if rule.keyword != rule.text]
+    close = close_matches(next(iter(globs), ""), _first_names(module))
+    return f"{what}; close matches: {close or 'none, the module has no parameters'}"
 
 
-def _covers(rule: str, name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
-    if rule == "weights":
-        return is_weight(name, parameter, owner)
-    return rule == "all" or _matches(name, rule)
+class _Rule(NamedTuple):
+    """One entry of ``params``: a keyword and a glob, of which a parameter must satisfy both."""
+
+    text: str
+    excludes: bool
+    keyword: str
+    glob: str
+
+    def covers(self, p: NamedParameter) -> bool:
+        """Return whether it applies to a parameter."""
+        return self.keyword in p.kinds and fnmatchcase(p.name, self.glob)
 
 
-def is_weight(name: str, parameter: nn.Parameter, owner: nn.Module) -> bool:
-    """Return whether a parameter is a weight: not a bias, not in a normalization layer, and with at least two dimensions."""
-    if _BIAS_NAME.search(name.rpartition(".")[2]):
-        return False
-    if isinstance(owner, _NORMS) or _NORM_NAME.search(type(owner).__name__):
-        return False
-    return is_lazy(parameter) or parameter.ndim >= 2
+def _parsed(params: str | Sequence[str]) -> list[_Rule]:
+    texts = [params] if isinstance(params, str) else list(params)
+    return [_rule(text.removeprefix("!"), text.startswith("!")) for text in texts]
 
 
-def _check_rules(module: nn.Module, rules: Sequence[str]) -> None:
-    if not rules or all(rule.startswith("!") for rule in rules):
-        raise ValueError(f"params={list(rules)} selects no parameter: start with what to include, as in ['weights', '!head.*']")
-    names = [name for name, _, _ in _named(module)]
+def _rule(text: str, excludes: bool) -> _Rule:
+    keyword, colon, glob = text.partition(":")
+    if keyword in KEYWORDS:
+        return _Rule(text, excludes, keyword, glob if colon else "*")
+    return _Rule(text, excludes, "all", text)
+
+
+def _check_rules(module: nn.Module, rules: Sequence[_Rule], named: Sequence[NamedParameter]) -> None:
+    if not any(not rule.excludes for rule in rules):
+        texts = ["!" + rule.text for rule in rules]
+        raise ValueError(f"params={texts} selects no parameter: start with what to include, as in ['weights', '!head.*']")
+    names = [p.name for p in named]
     for rule in rules:
-        glob = rule.removeprefix("!")
-        if names and glob not in _KEYWORDS and not any(_matches(name, glob) for name in names):
+        if names and not any(fnmatchcase(name, rule.glob) for name in names):
+            text = f"{'!' * rule.excludes}{rule.text}"
+            modules = {canonical_name(name) for name, _ in module.named_modules() if name}
+            hint = f"it is a module: write '{text}.*'" if rule.glob in modules else ""
             raise ValueError(
-                f"params: no parameter has a name that matches {rule!r}; close matches: {close_matches(glob, names)}"
+                f"params: no parameter has a name that matches {text!r}; "
+                f"{hint or f'close matches: {close_matches(rule.glob, names)}'}"
             )
 
 
-def _matches(name: str, glob: str) -> bool:
-    return fnmatchcase(name, glob)
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Yield every name of every parameter, with the parameter and the module that it belongs to under this name."""
-    for prefix, owner in module.named_modules(remove_duplicate=False):
-        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            yield canonical_name(f"{prefix}.{name}" if prefix else name), parameter, owner
-
-
-def _first_names(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Yield the first name of every parameter, with the parameter and its module."""
-    seen: set[int] = set()
-    for name, parameter, owner in _named(module):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield name, parameter, owner
+def _first_names(module: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Module]]:
+    """Return every parameter with its module, by its first name."""
+    first: dict[int, tuple[str, nn.Parameter, nn.Module]] = {}
+    for name, parameter, owner in named_parameters(module):
+        first.setdefault(id(parameter), (name, parameter, owner))
+    return {name: (p, owner) for name, p, owner in first.values()}

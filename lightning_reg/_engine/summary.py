@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import textwrap
+from typing import TYPE_CHECKING, NamedTuple
 
 import rich
 from rich.table import Table
@@ -11,17 +12,50 @@ from rich.text import Text
 from lightning_reg._engine import _lightning
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from lightning.pytorch import Trainer
 
     from lightning_reg._engine.technique import Technique
 
 
-def print_summary(trainer: Trainer, techniques: Sequence[Technique]) -> None:
-    """Print the summary on rank zero, unless Lightning's own is turned off (``enable_model_summary=False``)."""
-    if _lightning.prints_summary(trainer):
-        rich.print(summary_table(techniques))
+class Row(NamedTuple):
+    """What there is to say about a technique."""
+
+    callback: str
+    acts_on: str
+    setting: str
+    route: str
+
+
+class Summary(NamedTuple):
+    """The techniques of a fit in the order in which they act, and notes about them.
+
+    Args:
+        rows: A row for each technique.
+        notes: Lines to print below.
+    """
+
+    rows: list[Row]
+    notes: list[str]
+
+    def print(self) -> None:
+        """Print a table, or a list if the console is too narrow for a table that breaks no word."""
+        console = rich.get_console()
+        console.print("Regularization", style="bold")
+        table = _table(self.rows, console.width)
+        if table is not None:
+            console.print(table)
+        else:
+            console.print(Text(_list(self.rows, console.width)), soft_wrap=True)
+        for note in self.notes:
+            console.print(Text(_wrapped("", note, console.width)), soft_wrap=True)
+
+
+def summarize(techniques: Iterable[Technique], attached: bool = True) -> Summary:
+    """Return the summary of techniques; before a fit they have no targets yet."""
+    rows = [Row(t.name, t.acts_on() if attached else "not known yet", ", ".join(t.settings()), t.route()) for t in techniques]
+    return Summary(rows, list(dict.fromkeys(note for t in techniques for note in t.notes())) if attached else [])
 
 
 def print_line(trainer: Trainer, line: str) -> None:
@@ -30,13 +64,55 @@ def print_line(trainer: Trainer, line: str) -> None:
         rich.print(Text(line))
 
 
-def summary_table(techniques: Sequence[Technique]) -> Table:
-    """Return a table with a row for each technique, in the order in which they act."""
-    table = Table(title="Regularization", title_justify="left", header_style="bold magenta")
-    for column in ("Callback", "Acts on", "Setting", "Route"):
-        table.add_column(column, overflow="fold")
-    for technique in techniques:
-        settings = [f"{key}={getattr(technique, key)!r}" for key in technique.valid_ranges]
-        cells = (technique.name, technique.acts_on(), ", ".join(settings), technique.route())
-        table.add_row(*map(Text, cells))
+def _table(rows: Sequence[Row], width: int) -> Table | None:
+    """Return the rows as a table, or ``None`` if a word would be broken."""
+    headers = ("Callback", "Acts on", "Setting", "Route")
+    columns = list(zip(headers, *rows, strict=True))
+    widths = _column_widths(columns, width - 3 * len(columns) - 1)
+    if widths is None:
+        return None
+    table = Table(header_style="bold magenta")
+    for header, column_width in zip(headers, widths, strict=True):
+        table.add_column(header, width=column_width)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
+
+
+def _column_widths(columns: Sequence[Sequence[str]], available: int) -> list[int] | None:
+    """Return the widths of columns that are wrapped between words, or ``None`` if there is not enough room.
+
+    Example:
+        >>> _column_widths([["one", "two"], ["three four", "five"]], 10)
+        [3, 7]
+        >>> _column_widths([["one", "two"], ["three four", "five"]], 7)
+    """
+    least = [max(len(word) for cell in column for word in (*cell.split(), "")) for column in columns]
+    widths = [max(map(len, column)) for column in columns]
+    if sum(least) > available:
+        return None
+    while sum(widths) > available:
+        slack = [width - smallest for width, smallest in zip(widths, least, strict=True)]
+        widths[slack.index(max(slack))] -= 1
+    return widths
+
+
+def _list(rows: Sequence[Row], width: int) -> str:
+    """Return the rows as a list with a line for each cell, wrapped between words."""
+    lines = []
+    for row in rows:
+        lines.append(row.callback)
+        cells = {"  acts on  ": row.acts_on, "  setting  ": row.setting, "  route    ": row.route}
+        lines += [_wrapped(start, text, width) for start, text in cells.items() if text]
+    return "\n".join(lines)
+
+
+def _wrapped(start: str, text: str, width: int) -> str:
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments
+from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, readable
 from lightning_reg._engine.class_checks import check_arguments, check_class
 from lightning_reg._engine.metrics import RunningMetrics
+from lightning_reg._engine.names import abbreviate
 from lightning_reg._tensors.shards import full_tensor
 from lightning_reg.schedules import Schedule, Value
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 STATE_LAYOUT = 1
 """The layout of a technique's state in a checkpoint. Raise it whenever an older state could be misread."""
+
+_LONG = 4  # entries of a list that the summary shows
 
 
 _PARAMETER_METHODS = ("before_forward", "should_step", "gradients", "before_update", "weights", "reproject")
@@ -192,6 +195,18 @@ class Technique(SignatureRepr, ABC):
     def route(self) -> str:
         """Describe when it acts, for the summary."""
 
+    def settings(self) -> list[str]:
+        """Describe the constructor's arguments that may be scheduled or are not at their default, for the summary."""
+        arguments = [argument for argument in constructor_arguments(type(self)) if argument.name != "name"]
+        given = [(arg, getattr(self, arg.name)) for arg in arguments]
+        return [
+            f"{arg.name}={_abbreviated(value)}" for arg, value in given if arg.name in self.valid_ranges or value != arg.default
+        ]
+
+    def notes(self) -> list[str]:
+        """Return what else there is to say about it, for the lines below the summary."""
+        return []
+
     @classmethod
     def overrides(cls, method: str) -> bool:
         """Return whether the class overrides a method of this one."""
@@ -324,13 +339,21 @@ class Technique(SignatureRepr, ABC):
         selection = getattr(self, self.selector, None)
         if argument is None or selection == argument.default:
             return type(self).__name__
-        parts = selection if isinstance(selection, list) else [getattr(selection, "__name__", str(selection))]
+        is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
+        parts: list[str] = list(selection) if is_list else [getattr(selection, "__name__", str(selection))]  # type: ignore[arg-type]
         return "-".join([type(self).__name__, *(re.sub(r"\W+", "_", part).strip("_") for part in parts)])
 
 
 def _all_state_entries(cls: type[Technique]) -> list[str]:
     """Return the entries of a class and its parents."""
     return [entry for parent in reversed(cls.__mro__) for entry in vars(parent).get("state_entries", ())]
+
+
+def _abbreviated(value: Any) -> str:
+    """Return the ``repr`` of a setting, of a long list with its first entries only."""
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > _LONG:
+        return f"[{abbreviate(list(map(repr, value)), _LONG)}]"
+    return readable(value)
 
 
 def _packed(value: Any) -> Any:

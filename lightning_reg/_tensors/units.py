@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_reg._tensors.reductions import accumulation_dtype
@@ -22,21 +22,6 @@ class Units(NamedTuple):
 
     dim: int = 0
     groups: int = 1
-
-
-def units_of(module: nn.Module) -> Units:
-    """Return where a module's weight has its output units: in dimension 0, or 1 for a transposed convolution.
-
-    Args:
-        module: The module that owns the weight.
-
-    Example:
-        >>> units_of(nn.Linear(2, 3)), units_of(nn.ConvTranspose2d(4, 6, 3, groups=2))
-        (Units(dim=0, groups=1), Units(dim=1, groups=2))
-    """
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return Units(1, module.groups)
-    return Units()
 
 
 def unit_view(tensor: Tensor, units: Units) -> Tensor:
@@ -73,10 +58,12 @@ def local_unit_means(tensor: Tensor, units: Units) -> Tensor:
 
 
 def unit_size(tensor: Tensor, units: Units) -> int:
-    """Return the number of entries in a unit."""
+    """Return the number of entries in a unit; each entry of a vector is a unit."""
+    if tensor.ndim < 2:
+        return 1
     kept = _unit_dims(tensor, units)
     count = units.groups if len(kept) > 1 else 1
-    return tensor.numel() // max(count * tensor.shape[units.dim], 1) if tensor.ndim else 1
+    return tensor.numel() // max(count * tensor.shape[units.dim], 1)
 
 
 def _reduction(tensor: Tensor, units: Units) -> tuple[Tensor, list[int]]:

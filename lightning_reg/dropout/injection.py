@@ -9,11 +9,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_reg._engine.arguments import PROBABILITY
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
+from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.outputs import batch_dim, batch_first, describe_output, is_float, main_output
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.functions import dropout, packed_dropout
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
-from lightning_reg.dropout.sites import abbreviate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_reg._engine.module_selection import Patterns
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.schedules import Value
 
@@ -182,8 +183,9 @@ class DropoutInjection(ModuleRegularizer):
 
     Args:
         p: The probability of a zero, in [0, 1], or a schedule. Srivastava et al. recommend 0.5 after hidden layers.
-        after: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). Each
-            module must return one float tensor, or be a recurrent or attention module.
+        after: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). A leading
+            ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. Each module must return one float
+            tensor, or be a recurrent or attention module.
         channelwise: Drop whole channels (dimension 1) instead of single entries.
         samplewise: Drop whole samples. After the branch of a residual block, this is stochastic depth. Samples are in dimension
             0, or where the ``batch_first`` of a recurrent or attention module says.
@@ -194,8 +196,8 @@ class DropoutInjection(ModuleRegularizer):
     Raises:
         ValueError: If p is outside [0, 1], ``after`` matches nothing, or more than one of ``channelwise``, ``samplewise``, and
             ``shared_dims`` is set.
-        TypeError: If ``shared_dims`` is not a list of integers. In the first forward pass, if a module returns anything but one
-            float tensor, or its output does not have one of the dimensions.
+        TypeError: If ``after`` has a class or a module in place of a name, or ``shared_dims`` is not a list of integers. In
+            the first forward pass, if a module returns anything but one float tensor, or lacks a dimension.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -217,7 +219,7 @@ class DropoutInjection(ModuleRegularizer):
         self,
         p: Value,
         *,
-        after: str | list[str],
+        after: Patterns,
         channelwise: bool = False,
         samplewise: bool = False,
         shared_dims: list[int] | tuple[int, ...] | None = None,

@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import check_integer
+from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.regularizer import Regularizer, regularizers_of
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.injection import InjectedDropout, injections_of
 from lightning_reg.dropout.readers import find_readers, how_to_register
-from lightning_reg.dropout.sites import abbreviate, describe, find_dropout
+from lightning_reg.dropout.sites import describe, find_dropout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

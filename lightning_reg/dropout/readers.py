@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_reg._engine.arguments import PROBABILITY
-from lightning_reg._engine.selection import canonical_name, class_name
+from lightning_reg._engine.names import canonical_name, class_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator

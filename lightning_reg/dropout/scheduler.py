@@ -13,7 +13,9 @@ from torch import nn
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import NON_NEGATIVE, PROBABILITY, close_matches
+from lightning_reg._engine.module_selection import split_patterns
 from lightning_reg._engine.modules import ModuleRegularizer
+from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.injection import DropoutInjection, injections_of
@@ -22,7 +24,6 @@ from lightning_reg.dropout.readers import find_readers, how_to_register, suggest
 from lightning_reg.dropout.sites import (
     DropoutSite,
     ModuleSite,
-    abbreviate,
     describe,
     find_dropout,
     inert_dropout,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg._engine.arguments import Interval
+    from lightning_reg._engine.module_selection import Patterns
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.dropout.readers import Reader
     from lightning_reg.schedules import Value
@@ -70,7 +72,7 @@ class DropoutScheduler(ModuleRegularizer):
         p: The probability of a zero, in [0, 1], or a schedule, or a mapping from patterns of module names or class names to
             these. Modules that match no pattern keep their rates.
         modules: Patterns of module names (``"encoder.*"``; ``*`` also matches dots) or class names (``"DropPath"``) of the
-            modules to schedule. ``"*"`` selects all modules with dropout.
+            modules to schedule. ``"*"`` selects all modules with dropout. In a list, a leading ``!`` excludes.
         attributes: The attribute with the dropout rate in further classes of modules, or a list of attributes, by the name of
             the class, as in ``{"Attention": "attention_dropout"}``.
         relative: Multiply the rate that each module was made with by p, which is then in [0, ∞). Rates that differ, such as
@@ -103,7 +105,7 @@ class DropoutScheduler(ModuleRegularizer):
         self,
         p: Value | dict[str, Value],
         *,
-        modules: str | list[str] = "*",
+        modules: Patterns = "*",
         attributes: dict[str, str | list[str]] | None = None,
         relative: bool = False,
         name: str | None = None,
@@ -150,7 +152,7 @@ class DropoutScheduler(ModuleRegularizer):
                 f"DropoutScheduler: the model has no dropout to schedule{inert}; to add some, use DropoutInjection; "
                 f"{how_to_register(pl_module)}"
             )
-        selected = list({site.key: site for pattern in _list(self.modules) for site in _matching(sites, pattern)}.values())
+        selected = _selected(sites, self.modules)
         if not isinstance(self.p, Mapping):
             return {"p": selected}
         return self._profile(selected, self.p)
@@ -301,8 +303,12 @@ def _check_products(name: str, what: str, sites: Iterable[DropoutSite], factor: 
             )
 
 
-def _list(patterns: str | list[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else patterns
+def _selected(sites: Sequence[DropoutSite], patterns: Patterns) -> list[DropoutSite]:
+    """Return the sites that patterns include and do not exclude."""
+    included, excluded = split_patterns(patterns)
+    barred = {site.key for pattern in excluded for site in _matching(sites, pattern)}
+    found = {site.key: site for pattern in included for site in _matching(sites, pattern)}
+    return [site for key, site in found.items() if key not in barred]
 
 
 def _matching(sites: Sequence[DropoutSite], pattern: str) -> list[DropoutSite]:

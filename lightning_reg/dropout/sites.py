@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_reg._engine.arguments import PROBABILITY, close_matches
-from lightning_reg._engine.selection import canonical_name, class_name
+from lightning_reg._engine.names import abbreviate, canonical_name, class_name
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
 
 if TYPE_CHECKING:
@@ -179,17 +179,6 @@ def describe(sites: Iterable[DropoutSite], limit: int = 3) -> str:
     for site in sites:
         kinds[f"{site.kind} {site.original:g}"].append(site.label)
     return "; ".join(f"{kind}: {abbreviate(names, limit)}" for kind, names in kinds.items())
-
-
-def abbreviate(names: list[str], limit: int = 3) -> str:
-    """Join the first names of a list, with the number of further ones.
-
-    Example:
-        >>> abbreviate(list("abcdefg"))
-        'a, b, c and 4 more'
-    """
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _list_of_names(cls: Any, names: Any) -> list[str]:

@@ -92,6 +92,7 @@ class AdaptiveGradientClipping(GradientClipping):
         A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
     """
 
+    reads_weights = True
     phase = Phase.VALUE_CLIPPING
     valid_ranges = {"clip_factor": POSITIVE}
 

@@ -53,6 +53,7 @@ class GradientProcessing(ParameterRegularizer):
     supports_sparse: ClassVar[bool] = False
     """Whether it can process the sparse gradients of embeddings."""
     supports_fsdp1 = False
+    reads_weights = False
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters, and check that their gradients can be processed."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_reg._engine.module_selection import Patterns
     from lightning_reg.schedules import Value
 
 
@@ -58,15 +59,17 @@ class ActivityPenalty(ModuleRegularizer):
 
     Args:
         strength: λ ≥ 0, or a schedule.
-        modules: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). Each
-            module must return one float tensor, or be a recurrent or attention module.
+        modules: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). A
+            leading ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. Each module must return
+            one float tensor, or be a recurrent or attention module.
         p: 1 for the L1 norm, for sparse outputs. 2 for half the squared L2 norm, for small outputs.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, ``p`` is neither 1 nor 2, ``modules`` matches nothing, or the module
             uses manual optimization.
-        TypeError: In the first forward pass, if a module returns anything but one float tensor.
+        TypeError: If ``modules`` has a class or a module in place of a name. In the first forward pass, if a module returns
+            anything but one float tensor.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -82,7 +85,7 @@ class ActivityPenalty(ModuleRegularizer):
     effect = "be penalized"
     deepspeed_alternative = "add functional.activity_penalty to the loss in training_step, or use DDP or FSDP2"
 
-    def __init__(self, strength: Value, *, modules: str | list[str], p: Literal[1, 2] = 1, name: str | None = None) -> None:
+    def __init__(self, strength: Value, *, modules: Patterns, p: Literal[1, 2] = 1, name: str | None = None) -> None:
         check_choice("ActivityPenalty: p", p, (1, 2))
         if not modules:
             raise ValueError("ActivityPenalty: modules must name modules or classes, as in modules=['ReLU'], got nothing")

@@ -180,4 +180,6 @@ class Penalty(ParameterRegularizer):
 
     def route(self) -> str:
         """Return where it acts: on the loss or on the gradients."""
+        if self.inject == "auto" and not self.tensors:
+            return "loss or gradient"  # known when a fit starts
         return "loss" if self._uses_loss else "gradient"

@@ -180,7 +180,7 @@ class WeightPruning(ParameterRegularizer):
         total = sum(p.numel() for p in params.values())
         if not target or (self._state.target, self._state.total) == (target, total):
             return
-        known = [self._local_masks.get(id(p)) for p in params.values()]
+        known = [self._pruned(p) for p in params.values()]
         units = self.units(list(params.values()))
         masks = masks_of_scores(self._scores(params, step), target, self.scope, self.structure, units, known)
         counts = {name: (count_true(mask, p), p.numel()) for (name, p), mask in zip(params.items(), masks, strict=True)}
@@ -190,6 +190,11 @@ class WeightPruning(ParameterRegularizer):
         self._state.reached = sum(count for count, _ in counts.values())
         if self._state.reached > before:
             self._apply(dict(zip(params, masks, strict=True)))
+
+    def _pruned(self, p: Parameter) -> Tensor | None:
+        """Return which entries are pruned already: by this callback, and single weights by ``torch.nn.utils.prune`` too."""
+        mine, hidden = self._local_masks.get(id(p)), self.hidden(p) if self.structure == "element" else None
+        return mine if hidden is None else hidden if mine is None else mine | hidden
 
     def _scores(self, params: dict[str, Parameter], step: Step) -> list[Score]:
         if self.criterion == "magnitude":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_reg._engine.selection import select_parameters
+from lightning_reg._engine.selection import effective_tensors
 from lightning_reg._tensors.shards import local_tensor, sum_over_shards
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Sparsity(NamedTuple):
 def sparsity(module: nn.Module, params: Params = "weights") -> Sparsity:
     """Count the exact zeros among a module's parameters: #{i : θᵢ = 0} / n.
 
-    Works on any module, pruned by this package or not. If parameters are sharded, every rank must call it.
+    Works on any module, pruned by this package or not. Of a weight that is computed from other parameters, as by
+    ``torch.nn.utils.prune`` or ``weight_norm``, the effective values count. If parameters are sharded, every rank must call it.
 
     Args:
         module: The module.
@@ -81,10 +83,12 @@ def sparsity(module: nn.Module, params: Params = "weights") -> Sparsity:
         >>> sparsity(layer).fraction
         0.625
     """
-    counts = {
-        name: ZeroCount(int(sum_over_shards((local_tensor(p.detach()) == 0).count_nonzero(), p)), p.numel())
-        for name, p in select_parameters(module, params).items()
-        if not is_lazy(p)
-    }
+    with torch.no_grad():
+        tensors = effective_tensors(module, params)
+        counts = {
+            name: ZeroCount(int(sum_over_shards((local_tensor(tensor) == 0).count_nonzero(), tensor)), tensor.numel())
+            for name, tensor in tensors.items()
+            if not is_lazy(tensor)
+        }
     total = ZeroCount(sum(count.zeros for count in counts.values()), sum(count.total for count in counts.values()))
     return Sparsity(counts, total)

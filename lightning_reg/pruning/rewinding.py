@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_reg._engine.selection import canonical_name, select_parameters
+from lightning_reg._engine.names import canonical_name
+from lightning_reg._engine.selection import select_parameters
 from lightning_reg._tensors.shards import local_tensor, shard_like
 
 if TYPE_CHECKING:

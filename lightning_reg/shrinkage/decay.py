@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_reg._engine.arguments import NON_NEGATIVE
+from lightning_reg._engine.names import counted
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.regularizer import Regularizer
 from lightning_reg._engine.selection import select_parameters
@@ -192,7 +193,7 @@ class WeightDecayScheduler(Regularizer):
         """Count the groups and parameters."""
         groups = [optimizer.param_groups[index] for optimizer, index, _ in self._original]
         count = sum(p.numel() for group in groups for p in group["params"])
-        return f"{len(groups)} group{'s' if len(groups) > 1 else ''}, {count:,} parameters"
+        return f"{counted(len(groups), 'group')}, {counted(count, 'parameter')}"
 
     def route(self) -> str:
         """Return where it acts: in the optimizer."""
