@@ -5,6 +5,8 @@ The models are small copies of what transformers and timm do.
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from helpers import QUIET, Classifier, fit, loader
@@ -305,15 +307,57 @@ class Hides(nn.Module):
 @pytest.mark.parametrize("make", [Hides, NoisyDropout])
 def test_dropout_that_never_ran_is_named(make):
     model = Predicts(make())
-    with pytest.warns(UserWarning, match=r"switched on, but never ran in the first predicted batch: Dropout 0.5: layer.drop"):
+    with pytest.warns(
+        UserWarning, match=r"switched on, but never ran in the first predicted batch: layer.drop \(Dropout 0.5\)"
+    ):
         predict([MonteCarloDropout(2)], model)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+SOURCE = """
+from torch import nn
+from torch.nn import functional
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return functional.dropout(x, self.drop.p, self.training)
+"""
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_file_that_was_changed_after_its_import_is_not_read(tmp_path):
+    """Its lines are not those that run."""
+    path = tmp_path / "model_of_a_user.py"
+    path.write_text(SOURCE)
+    one, two = load(path), load(path)
+    assert [reader.rates for reader in find_readers(one.Attention())] == [{"drop.p": 0.5}]
+    path.write_text(SOURCE.replace("return functional", "x = 1 * x\n        return functional"))
+    assert find_readers(two.Attention()) == []
+    with pytest.warns(UserWarning, match=r"never ran in the first predicted batch: layer.drop \(Dropout 0.5\)"):
+        predict([MonteCarloDropout(2)], Predicts(two.Attention()))
+
+
+def test_code_without_source_is_not_read():
+    names = {}
+    exec(SOURCE, names)
+    assert find_readers(names["Attention"]()) == []
 
 
 def test_injected_dropout_that_never_ran_is_named():
     model = Predicts(DropBlock())
     model.unused = nn.ReLU()
-    with pytest.warns(UserWarning, match=r"never ran in the first predicted batch: DropoutInjection 0.3: unused"):
+    with pytest.warns(UserWarning, match=r"never ran in the first predicted batch: unused \(DropoutInjection 0.3\)"):
         predict([MonteCarloDropout(2), DropoutInjection(0.3, after="ReLU")], model)
 
 

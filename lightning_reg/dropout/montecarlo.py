@@ -165,9 +165,10 @@ class MonteCarloDropout(Regularizer):
             injected = {id(site.module) for site in sites if isinstance(site, InjectedDropout)} & ran.keys()
             on = injected | {module for module, training in ran.items() if training}
             if idle := [site for site in sites if site.original and id(site.module) not in on and site.key not in read]:
+                found = abbreviate([f"{site.label} ({site.kind} {site.original:g})" for site in idle])
                 rank_zero_warn(
-                    f"{self.name}: dropout was switched on, but never ran in the first predicted batch: {describe(idle)}. "
-                    "If other modules read these rates, they may keep dropout off in predictions"
+                    f"{self.name}: dropout was switched on, but never ran in the first predicted batch: {found}. The model may "
+                    "not use it, or other modules may read its rate and keep it off in predictions"
                 )
 
         modules = [*(site.module for site in sites), *(reader.module for reader in readers)]

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-_LIBRARIES = ("torch.", "lightning.", "pytorch_lightning.", "lightning_reg.")  # whose classes have code of their own
+_LIBRARIES = (  # whose base classes read the mode for other reasons, or whose dropout is known
+    "torch.",
+    "lightning.pytorch.core.",
+    "lightning.fabric.",
+    "pytorch_lightning.core.",
+    "lightning_fabric.",
+    "lightning_reg.",
+)
+_NAMES = {"training", "p", "dropout", "drop_prob"}  # code that has none of these is not read
 _ENTRIES = ("forward", "__call__", "predict_step")
 
 
@@ -194,6 +202,28 @@ def _names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names_in, nested))
 
 
+def _tree_of(function: FunctionType) -> ast.AST | None:
+    """Return the parsed source code of a function; ``None`` if there is none, or the file has changed since the import."""
+    try:
+        source = "".join(inspect.findsource(function)[0])
+        if function.__code__ in _compiled(source):
+            return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, ValueError, SyntaxError):  # as in an interactive session
+        pass
+    return None
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> set[CodeType]:
+    """Compile a file, and return the code of all of its functions."""
+    waiting, found = [compile(source, "<source>", "exec", dont_inherit=True)], set()
+    while waiting:
+        code = waiting.pop()
+        found.add(code)
+        waiting += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return found
+
+
 class _FunctionReader:
     """Reads the source code of a method.
 
@@ -205,12 +235,13 @@ class _FunctionReader:
     def __init__(self, function: FunctionType, drops: bool) -> None:
         self.drops = drops
         self.code = _Code()
-        if not {"training", "p"} & _names_in(function.__code__):
+        if not _NAMES & _names_in(function.__code__):
             return
-        try:
-            (self.tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-        except (OSError, TypeError, ValueError, SyntaxError):  # no source code, as in an interactive session
+        if (tree := _tree_of(function)) is None:
+            if "training" in _names_in(function.__code__):
+                self.code = _Code(others=(f"{function.__qualname__}, whose source code is unknown",))
             return
+        self.tree = tree
         self.owner = function.__code__.co_varnames[0] if function.__code__.co_argcount else ""
         self.parents = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
         paths = {path for node in ast.walk(self.tree) if "." in (path := self._path(node))}

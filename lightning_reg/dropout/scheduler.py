@@ -55,7 +55,8 @@ class DropoutScheduler(ModuleRegularizer):
     ``modules="DropoutInjection"`` or by the name of the module that it follows.
     The original rates are restored after the fit.
     Under ``torch.compile``, all values share one graph for torch's dropout modules and injected dropout. In other modules, the
-    rate is a plain float that is part of the graph, so torch compiles again for each value. A warning says so.
+    rate is a plain float that is part of the graph, so torch compiles again for each value. The same happens where code reads
+    the rate of a dropout module as a number, as in ``dropout_p=self.drop.p``. A warning says so.
     Masks come from torch's global generator, which ``seed_everything`` seeds alike on all ranks.
 
     Recipes. The first three have the published rates for 300 epochs (of ViT-T, of ViT-T, and of ViT-B):
