@@ -192,7 +192,7 @@ class Sharded(Digits):
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         super().__init__(weight_decay)
-        self.plain = nn.Parameter(torch.full((1, 1), 0.09))  # beside DTensors, one tensor that is none
+        self.plain_weight = nn.Parameter(torch.full((1, 1), 0.09))  # beside DTensors, one tensor that is none
         self.single = nn.Linear(4, 1, bias=False)  # one of its shards is empty
         self.up = nn.ConvTranspose1d(6, 6, 3, groups=3)  # shards cut across its groups
 

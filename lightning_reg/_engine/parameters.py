@@ -58,6 +58,8 @@ class ParameterRegularizer(Regularizer):
     """Whether it cannot act on the shards of a tensor."""
     reads_weights: ClassVar[bool] = True
     """Whether it depends on the values of the parameters, and not only on their gradients."""
+    supports_complex: ClassVar[bool] = False
+    """Whether it is defined for complex parameters, with |θ| as the magnitude. Frozen ones are always left alone."""
     supports_fsdp1: ClassVar[bool] = True
     """Whether it works without the shapes of tensors, which FSDP1 flattens."""
 
@@ -70,6 +72,7 @@ class ParameterRegularizer(Regularizer):
         self._left_out = ""
         self._names: dict[int, str] = {}
         self._units: dict[int, Units] = {}
+        self._refused: set[int] = set()  # the ids of complex parameters, which must stay frozen
         self._masked: dict[int, tuple[Parameter, Computed]] = {}  # those under a mask of torch.nn.utils.prune
         self._held: dict[int, tuple[int, list[Parameter]]] = {}
         self._optimizers: list[Optimizer] = []
@@ -141,9 +144,9 @@ class ParameterRegularizer(Regularizer):
 
     def _check_supported(self, trainer: Trainer) -> None:
         """Raise an error for parameters on which it cannot act."""
-        complex_names = [name for name, p in self.tensors.items() if p.is_complex()]
-        if complex_names:
-            raise ValueError(f"{self.name} needs real parameters, got complex {', '.join(complex_names)}: exclude them")
+        if not self.supports_complex:
+            self._refused = {id(p) for p in self.tensors.values() if p.is_complex()}
+            self._refuse_complex([p for p in self.tensors.values() if p.requires_grad])
         if not self.supports_fsdp1 and _lightning.uses_fsdp1(trainer):
             raise ValueError(
                 f"{self.name} does not work with the flattened parameters of FSDPStrategy: use ModelParallelStrategy (FSDP2) "
@@ -152,12 +155,21 @@ class ParameterRegularizer(Regularizer):
         if self.needs_full_tensors and _lightning.has_shards(trainer, self.tensors.values()):
             raise ValueError(f"{self.name} does not work with sharded parameters: use DDP")
 
+    def _refuse_complex(self, params: Sequence[Tensor]) -> None:
+        """Raise an error if some of the parameters are complex, and it is not defined for these."""
+        if names := [self.name_of(p) for p in params if id(p) in self._refused]:
+            excluding = f"params=[…, {', '.join(repr('!' + name) for name in names)}]"
+            raise ValueError(
+                f"{self.name} needs real parameters, got complex {', '.join(names)}: exclude them, as in {excluding}"
+            )
+
     def detach(self) -> None:
         """Release the tensors."""
         self.tensors.clear()
         self._names.clear()
         self._units.clear()
         self._masked.clear()
+        self._refused.clear()
         self._held.clear()
 
     def name_of(self, p: Tensor) -> str:
@@ -201,7 +213,10 @@ class ParameterRegularizer(Regularizer):
         if known_size != size:  # the first time, or a callback such as BaseFinetuning has added parameters
             parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._names]
             self._held[id(optimizer)] = (size, parameters)
-        return [p for p in parameters if p.requires_grad]
+        trained = [p for p in parameters if p.requires_grad]
+        if self._refused:  # another callback may have unfrozen a complex parameter
+            self._refuse_complex(trained)
+        return trained
 
     def by_group(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Parameter]]]:
         """Yield each parameter group of an optimizer, which has its own learning rate, with those parameters that it holds."""

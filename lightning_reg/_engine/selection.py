@@ -121,13 +121,14 @@ def effective_tensors(module: nn.Module, params: Params) -> dict[str, Tensor]:
     selected = _selected(module, [*originals, *named_kinds(module, effective=True)], params)
     if not selected:
         raise ValueError(nothing_selected_message(module, params))
-    unique = {id(p.parameter): p for p in reversed(originals) if id(p.parameter) in selected}
     tensors: dict[str, Tensor] = {}
-    for p in reversed(unique.values()):
-        if p.computed is None:
-            tensors[p.name] = p.parameter
-        elif p.computed.name not in tensors:
-            tensors[p.computed.name] = p.computed.value()
+    for p in originals:
+        if id(p.parameter) in selected:
+            selected.remove(id(p.parameter))  # under its first name
+            if p.computed is None:
+                tensors[p.name] = p.parameter
+            elif p.computed.name not in tensors:
+                tensors[p.computed.name] = p.computed.value()
     return tensors
 
 

@@ -65,6 +65,11 @@ def total_norm_fp32(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
     return norm
 
 
+def magnitudes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return |z| for each complex tensor, and each real tensor as it is."""
+    return [tensor.abs() if tensor.is_complex() else tensor for tensor in tensors]
+
+
 def sum_scalars(scalars: Sequence[Tensor]) -> Tensor:
     """Return the sum of one or more scalar tensors."""
     if len(scalars) > _FEW:

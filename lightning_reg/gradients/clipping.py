@@ -144,6 +144,7 @@ class GradientNormClipping(GradientClipping):
     """
 
     phase = Phase.NORM_CLIPPING
+    supports_complex = True
     valid_ranges = {"max_norm": POSITIVE}
     supports_sparse = supports_fsdp1 = True
     deepspeed_alternative = "set Trainer(gradient_clip_val=…), which Lightning passes to the engine"

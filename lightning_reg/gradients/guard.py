@@ -68,7 +68,8 @@ def zero_nonfinite_gradients_(params: Sequence[Tensor]) -> None:
         tensor([1., 0., 0.])
     """
     for part in local_tensors(existing_gradients(params)):
-        part.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        real = torch.view_as_real(part) if part.is_complex() else part
+        real.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 class NonFiniteGradientGuard(GradientProcessing):
@@ -102,6 +103,7 @@ class NonFiniteGradientGuard(GradientProcessing):
     """
 
     phase = Phase.GUARD
+    supports_complex = True
     state_entries = ("consecutive",)
     supports_sparse = supports_fsdp1 = True
 

@@ -122,6 +122,7 @@ class _StatisticalClipping(GradientClipping):
     """Base class of clipping to a bound that depends on earlier norms, which are kept for each optimizer and in checkpoints."""
 
     phase = Phase.NORM_CLIPPING
+    supports_complex = True
     state_entries = ("memory",)
 
     @abstractmethod

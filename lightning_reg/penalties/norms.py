@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_reg._engine.arguments import NON_NEGATIVE
 from lightning_reg._tensors.chunks import CHUNK_ENTRIES, batched_chunks, chunks, sum_entries
 from lightning_reg._tensors.gradients import dense_gradients
-from lightning_reg._tensors.reductions import sum_scalars, tensor_norms
+from lightning_reg._tensors.reductions import magnitudes, sum_scalars, tensor_norms
 from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import fused
@@ -34,10 +34,10 @@ def l1_penalty(params: Sequence[Tensor]) -> Tensor:
     and each large tensor has its own. Only first derivatives are supported.
 
     Args:
-        params: Tensors of any shapes.
+        params: Tensors of any shapes. For complex ones, |θ| is the magnitude.
 
     Returns:
-        A scalar. Its gradient with respect to a tensor is the sign of each entry.
+        A scalar. Its gradient with respect to a tensor is the sign of each entry, or θ/|θ|.
 
     Example:
         >>> theta = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
@@ -58,7 +58,7 @@ def l2_penalty(params: Sequence[Tensor]) -> Tensor:
     its own. Only first derivatives are supported.
 
     Args:
-        params: Tensors of any shapes.
+        params: Tensors of any shapes. For complex ones, θ² is |θ|².
 
     Returns:
         A scalar. Its gradient with respect to a tensor is the tensor itself.
@@ -88,8 +88,11 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         >>> theta.grad
         tensor([ 0.5000, -0.5000,  0.0000])
     """
-    gradients = dense_gradients(params)
-    for source, buffer, signs, chunk_gradients in batched_chunks(local_tensors(params), gradients):
+    real = [p for p in params if not p.is_complex()]
+    for p in params if len(real) < len(params) else ():
+        if p.is_complex():
+            dense_gradients([p])[0].add_(local_tensors([p])[0].sgn(), alpha=strength)
+    for source, buffer, signs, chunk_gradients in batched_chunks(local_tensors(real), dense_gradients(real)):
         torch.sign(source, out=buffer)
         torch._foreach_add_(chunk_gradients, signs, alpha=strength)
 
@@ -120,7 +123,7 @@ class L1Penalty(Penalty):
 
     It pulls each weight toward zero with the same force, whatever its magnitude.
     Gradient steps leave weights near zero, not exactly at it. For exact zeros, use ``SoftThresholding``.
-    Works with sharded parameters.
+    Works with sharded parameters, and with complex ones.
 
     Args:
         strength: λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-3, for a loss that is a mean over samples.
@@ -142,6 +145,8 @@ class L1Penalty(Penalty):
         R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     """
 
+    supports_complex = True
+
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return Σ|θ|."""
         return l1_penalty(params)
@@ -162,7 +167,7 @@ class L2Penalty(Penalty):
     With Adam, it is not the decoupled weight decay of AdamW, because Adam rescales the gradient of the penalty like any other.
     Use ``WeightDecay`` for that.
     It warns if the optimizer decays the same parameters.
-    Works with sharded parameters.
+    Works with sharded parameters, and with complex ones.
 
     Args:
         strength: λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-2, for a loss that is a mean over samples.
@@ -183,6 +188,8 @@ class L2Penalty(Penalty):
     Reference:
         A. E. Hoerl, R. W. Kennard, "Ridge Regression: Biased Estimation for Nonorthogonal Problems", 1970.
     """
+
+    supports_complex = True
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return ½ Σθ²."""
@@ -207,7 +214,7 @@ class ElasticNetPenalty(Penalty):
     It equals scikit-learn's ``ElasticNet(alpha, l1_ratio)`` with ``l1 = alpha * l1_ratio``, ``l2 = alpha * (1 - l1_ratio)``,
     and half the mean squared error as the loss.
     Gradient steps leave weights near zero, not exactly at it. For exact zeros, use ``L2Penalty`` with ``SoftThresholding``.
-    Works with sharded parameters.
+    Works with sharded parameters, and with complex ones.
 
     Args:
         l1: λ₁ ≥ 0, or a schedule.
@@ -230,6 +237,7 @@ class ElasticNetPenalty(Penalty):
         H. Zou, T. Hastie, "Regularization and Variable Selection via the Elastic Net", 2005.
     """
 
+    supports_complex = True
     valid_ranges = {"l1": NON_NEGATIVE, "l2": NON_NEGATIVE}
 
     def __init__(
@@ -269,8 +277,9 @@ def _fused_by_size(value: ValueFunction, gradients: GradientFunction, params: Se
 
     A shared node saves calls. A node of its own lets autograd free the gradient of a large tensor before it computes the next.
     """
-    small = [p for p in params if p.numel() <= CHUNK_ENTRIES]
-    parts = [*([p] for p in params if p.numel() > CHUNK_ENTRIES), *([small] if small else [])]
+    real = magnitudes(params)  # the value depends on nothing else
+    small = [p for p in real if p.numel() <= CHUNK_ENTRIES]
+    parts = [*([p] for p in real if p.numel() > CHUNK_ENTRIES), *([small] if small else [])]
     return sum_scalars([fused(value, gradients, part) for part in parts or [small]])
 
 

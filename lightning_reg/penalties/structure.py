@@ -147,7 +147,7 @@ class StartingPointPenalty(Penalty):
 
     For fine-tuning: w⁰ are the weights when the first fit starts. Later fits with the same callback keep them.
     The copy w⁰ takes as much memory as the selected weights. Checkpoints contain it, so that a resumed run uses the same w⁰.
-    Works with sharded parameters.
+    Works with sharded parameters, and with complex ones.
 
     Args:
         strength: λ ≥ 0, or a schedule.
@@ -170,6 +170,7 @@ class StartingPointPenalty(Penalty):
         X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018.
     """
 
+    supports_complex = True
     state_entries = ("start",)
     resets_each_fit = False
 

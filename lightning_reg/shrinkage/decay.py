@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from lightning_reg._engine.arguments import NON_NEGATIVE
 from lightning_reg._engine.names import counted
@@ -82,7 +83,7 @@ class WeightDecay(ParameterRegularizer):
     With Adam it equals AdamW, to the last bit. With SGD it is SGDW.
     As in these optimizers, parameters without a gradient do not decay.
     It warns if the optimizer decays the same parameters.
-    Works with sharded parameters.
+    Works with sharded parameters, and with complex ones.
 
     Args:
         weight_decay: λ ≥ 0, or a schedule. The default of torch's AdamW is 0.01.
@@ -103,6 +104,7 @@ class WeightDecay(ParameterRegularizer):
     """
 
     phase = Phase.DECAY
+    supports_complex = True
     valid_ranges = {"weight_decay": NON_NEGATIVE}
     deepspeed_alternative = "set the optimizer's own weight_decay"
 
@@ -192,7 +194,7 @@ class WeightDecayScheduler(Regularizer):
     def acts_on(self) -> str:
         """Count the groups and parameters."""
         groups = [optimizer.param_groups[index] for optimizer, index, _ in self._original]
-        count = sum(p.numel() for group in groups for p in group["params"])
+        count = sum(p.numel() for group in groups for p in group["params"] if not is_lazy(p))
         return f"{counted(len(groups), 'group')}, {counted(count, 'parameter')}"
 
     def route(self) -> str:
