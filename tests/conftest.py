@@ -48,7 +48,7 @@ def ranks(request, two_ranks, tmp_path_factory):
 
 
 def pytest_addoption(parser, pluginmanager):
-    """Accept the pytest-xdist options of ``pyproject.toml`` under ``-p no:xdist`` too."""
+    """Accept the pytest-xdist options of ``pyproject.toml`` even if ``-p no:xdist`` disables the plugin."""
     if not pluginmanager.hasplugin("xdist"):
         parser.addoption("--numprocesses", "--dist", help="pytest-xdist option, ignored")
         parser.addoption("--no-loadscope-reorder", action="store_true", help="pytest-xdist option, ignored")

@@ -87,7 +87,7 @@ def techniques() -> list[Callback]:
 
 
 def gradient_processing() -> list[Callback]:
-    """Return gradient techniques that support shards. They act on separate parameters where one would hide another."""
+    """Return gradient techniques that support shards. They act on separate parameters where one could mask another."""
     return [
         AdaptiveGradientClipping(0.05, params="net.4.*"),
         QuantileGradientClipping(0.1, window=4, params="net.6.bias"),
@@ -364,8 +364,8 @@ def main(folder: Path) -> None:
         "masks": {seed_per_rank: train_with_dropout(seed_per_rank, rank) for seed_per_rank in (True, False)},
         "unused": train([L2Penalty(0.1, params="all")], Unused(), [rank], **ddp(find_unused_parameters=True)),
         "unused, plain DDP": train([L2Penalty(0.1, params="all")], Unused(), [rank], **ddp()),
-        "refused, DDP": failure([L2Penalty(0.1, inject="loss")], Unused(), [rank], **ddp(find_unused_parameters=True)),
-        "refused, sharded": failure([L2Penalty(0.1, inject="loss")], Sharded(), [rank], **sharded()),
+        "error, DDP": failure([L2Penalty(0.1, inject="loss")], Unused(), [rank], **ddp(find_unused_parameters=True)),
+        "error, sharded": failure([L2Penalty(0.1, inject="loss")], Sharded(), [rank], **sharded()),
         "naive, sharded": failure([Naive()], Sharded(), [rank], **sharded()),
         "guarded, DDP": train(
             [NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **ddp(find_unused_parameters=True)

@@ -80,11 +80,11 @@ def test_unused_layer_is_penalized_under_ddp(ranks, run):
 
 
 def test_inexact_loss_route_raises(ranks):
-    assert ranks[0]["refused, DDP"] == (
+    assert ranks[0]["error, DDP"] == (
         "L2Penalty: inject='loss' is not exact under DDP with find_unused_parameters or static_graph; "
         "use inject='gradient' or 'auto'"
     )
-    assert ranks[0]["refused, sharded"] == (
+    assert ranks[0]["error, sharded"] == (
         "L2Penalty: inject='loss' is not exact for sharded parameters; use inject='gradient' or 'auto'"
     )
     assert ranks[0]["naive, sharded"]  # a sum over DTensors and plain tensors fails within torch; its message varies

@@ -26,11 +26,11 @@ PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT
 def pinned(name):
     """Return all versions of each package that a file in ``.ci`` pins."""
     lines = [line for line in (ROOT / ".ci" / name).read_text().splitlines() if not line.startswith("#")]
-    found = {}
+    versions = {}
     for requirement in map(Requirement, lines):
         (version,) = requirement.specifier
-        found.setdefault(canonicalize_name(requirement.name), set()).add(version.version)
-    return found
+        versions.setdefault(canonicalize_name(requirement.name), set()).add(version.version)
+    return versions
 
 
 def lower_bound(requirement):
