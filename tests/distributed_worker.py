@@ -380,9 +380,7 @@ def main(folder: Path) -> None:
     results["masks, scores of each rank"] = masks_of(Digits(), {"criterion": scores_of_this_rank}, [rank], **ddp())
     results["pruned, sharded"] = train_and_prune([rank], **sharded())
     results["pruned again, sharded"] = train_and_prune([rank], results["pruned, sharded"][0], **sharded())
-    results["naive, DDP"] = failure(
-        [Naive()], Unused(), [rank], **ddp(find_unused_parameters=True)
-    )  # last, since it breaks the process group
+    results["naive, DDP"] = failure([Naive()], Unused(), [rank], **ddp(find_unused_parameters=True))  # breaks the group
     torch.save(results, folder / f"{rank}.pt")
 
 

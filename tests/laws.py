@@ -44,7 +44,7 @@ def check_routes(row: Row) -> None:
 
 
 def overlapping(row: Row) -> list[Regularizer]:
-    """Return two callbacks of one class. The second acts on part of the first one's parameters, or on all if it selects none."""
+    """Return two callbacks of one class. The second acts on part of the first one's parameters, or on all of them."""
     first = row.active()
     if isinstance(first, ParameterRegularizer):
         return [first, changed(first, params="net.0.weight", name="second")]

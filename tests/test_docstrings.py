@@ -90,9 +90,7 @@ def test_callback_docstring_has_all_sections(name):
     if name in WITHOUT_REFERENCE:
         assert not reference
     else:
-        assert re.search(r"\"[^\"]+\", \d{4}", " ".join(reference.split())), (
-            f'{name}: Reference must have authors, "title", year'
-        )
+        assert re.search(r"\"[^\"]+\", \d{4}", " ".join(reference.split())), f'{name}: Reference needs authors, "title", year'
 
 
 def test_missing_section_is_detected():

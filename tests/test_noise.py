@@ -31,9 +31,7 @@ def test_variance_decays_as_published(step):
     tolerance = 5 * expected / math.sqrt(2 * len(noise))
     assert_close(noise.std().item(), expected, rtol=0.0, atol=tolerance)
     assert_close(noise.mean().item(), 0.0, rtol=0.0, atol=5 * expected / math.sqrt(len(noise)))
-    assert (
-        abs(noise.std().item() - 0.3 / (1 + step) ** 0.55) > tolerance or step == 0
-    )  # the variance decays at this rate, not σ
+    assert abs(noise.std().item() - 0.3 / (1 + step) ** 0.55) > tolerance or step == 0  # σ decays at another rate
 
 
 def test_noise_depends_only_on_seed_name_and_step():
