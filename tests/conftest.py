@@ -1,4 +1,4 @@
-"""Starts ranks, marks the tests that do so, and distributes the tests over the cores."""
+"""Fixtures for distributed runs, markers, and settings of pytest-xdist."""
 
 import os
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from processes import HERE, run_script
 
-os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # of what LightningCLI calls
-os.environ.pop("COLUMNS", None)  # workers have it from readline, and rich keeps the first value that it sees
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # LightningCLI triggers them
+os.environ.pop("COLUMNS", None)  # readline sets it in workers, and rich keeps the first value it sees
 torch.set_num_threads(1)
 
 JOBS = ["two_ranks", "job", "runs"]
-"""Fixtures that start long jobs: the tests that use one are slow."""
+"""Fixtures that start long jobs. Tests that use one are marked slow."""
 
 LONGEST = [
     "test_example",
@@ -27,12 +27,12 @@ LONGEST = [
     "test_solvers",
     "test_dropout_compile",
 ]
-"""Files to start with, the longest first. Each file is a whole for pytest-xdist, whose jobs run once; others fill the gaps."""
+"""Files to run first, longest first. pytest-xdist runs each file in one worker, so that each job runs once."""
 
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """Return what starts a script of the tests in two ranks: the arguments of Python, for ``processes``."""
+    """Return a function that gives the Python arguments to launch a test script on two ranks, for ``processes``."""
 
     def arguments(script):
         return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / script)]
@@ -42,30 +42,30 @@ def two_ranks():
 
 @pytest.fixture(scope="module")
 def ranks(request, two_ranks, tmp_path_factory):
-    """Return what each of two ranks saved, of the script that the module names as its ``WORKER``."""
+    """Run the module's ``WORKER`` script on two ranks and return what each rank saved."""
     folder = tmp_path_factory.mktemp("ranks")
     run_script(*two_ranks(request.module.WORKER), str(folder), timeout=600)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 def pytest_addoption(parser, pluginmanager):
-    """Accept the project's options for pytest-xdist where ``-p no:xdist`` leaves it out."""
+    """Accept the pytest-xdist options of ``pyproject.toml`` even if ``-p no:xdist`` disables the plugin."""
     if not pluginmanager.hasplugin("xdist"):
-        parser.addoption("--numprocesses", "--dist", help="of pytest-xdist, ignored")
-        parser.addoption("--no-loadscope-reorder", action="store_true", help="of pytest-xdist, ignored")
+        parser.addoption("--numprocesses", "--dist", help="pytest-xdist option, ignored")
+        parser.addoption("--no-loadscope-reorder", action="store_true", help="pytest-xdist option, ignored")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """Use at most four cores: more workers would only wait for the jobs of two ranks. Named files run in this process."""
+    """Use at most four workers, since more would only wait for the two-rank jobs. Named files run in this process."""
     if all(".py" in argument for argument in config.args):
         return 0
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects
+@pytest.hookimpl(tryfirst=True)  # run before -m selects
 def pytest_collection_modifyitems(items):
-    """Mark the tests that use a job, and start with the files that take longest, so that the workers end together."""
+    """Mark tests that use a job. Run the longest files first, so that the workers finish together."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if any(job in fixtures for job in JOBS):

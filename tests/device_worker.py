@@ -1,7 +1,7 @@
-"""One of two ranks that share a device over gloo: the GPU where there is one, else the processor.
+"""One of two ranks that share a device over gloo: the GPU if there is one, else the CPU.
 
-Started by ``test_cuda.py`` through ``torch.distributed.run``. Each rank becomes a node of its own, which is how Lightning lets
-two have the same device.
+Started by ``test_cuda.py`` through ``torch.distributed.run``. Each rank acts as its own node, so that
+Lightning lets both use the same device.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main(folder: Path) -> None:
     model = Digits()
     trainer = Trainer(**options, strategy=DDPStrategy(process_group_backend="gloo"), callbacks=everything())
     trainer.fit(model, batches([rank]))
-    found = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    torch.save({"weights": found, "device": str(trainer.strategy.root_device)}, folder / f"{rank}.pt")
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    torch.save({"weights": weights, "device": str(trainer.strategy.root_device)}, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One rank of a distributed run: trains the digits model in several ways and saves what comes of each.
+"""One rank of a distributed run. It trains the digits model in several ways and saves the results.
 
 Started by ``test_distributed.py`` through ``torch.distributed.run``.
 """
@@ -62,7 +62,7 @@ RANKS, STEPS, BATCH = 2, 6, 16
 
 
 def techniques() -> list[Callback]:
-    """Return all techniques at once, as strong as lets each of them matter."""
+    """Return all techniques, each strong enough to matter."""
     return [
         WeightClipping(0.1),
         RandomShrinkage(0.01),
@@ -87,7 +87,7 @@ def techniques() -> list[Callback]:
 
 
 def gradient_processing() -> list[Callback]:
-    """Return what changes gradients on shards as it does on whole tensors, on parts where one would hide another."""
+    """Return gradient techniques that support shards. They act on separate parameters where one could mask another."""
     return [
         AdaptiveGradientClipping(0.05, params="net.4.*"),
         QuantileGradientClipping(0.1, window=4, params="net.6.bias"),
@@ -98,7 +98,7 @@ def gradient_processing() -> list[Callback]:
 
 
 class Digits(DigitsClassifier):
-    """The digits model with SGD, whose dropout depends on the samples alone and not on who computes them."""
+    """The digits model with SGD. Its dropout depends only on the samples, not on the rank that computes them."""
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ class Digits(DigitsClassifier):
 
 
 def batches(ranks: list[int]) -> DataLoader[tuple[Tensor, ...]]:
-    """Return the batches of some ranks: one global batch for each step, divided evenly."""
+    """Return the batches of some ranks. Each step's global batch is divided evenly."""
     images, labels = digits(RANKS * STEPS * BATCH)
     numbers = torch.arange(len(labels)).view(STEPS, RANKS, BATCH)
     sampler = [numbers[step, rank].tolist() for step in range(STEPS) for rank in ranks]
@@ -135,7 +135,7 @@ def full_tensor(p: Tensor) -> Tensor:
 
 
 class Unseeded(RandomShrinkage):
-    """The naive version: each rank draws for itself."""
+    """The naive version: each rank has its own generator."""
 
     def _shrink(self, params: list[nn.Parameter], step: int) -> None:
         for p in params:
@@ -147,23 +147,23 @@ class Unseeded(RandomShrinkage):
 
 
 class Masked(Digits):
-    """The digits model with masks from the global generator, and the first that dropout of two kinds draws.
+    """The digits model with dropout from the global generator. It records the first masks of two dropout sites.
 
     Args:
-        apart: Whether each rank has a seed of its own; else all have the same, as ``seed_everything`` leaves them.
+        seed_per_rank: Whether each rank has its own seed; otherwise all share one, as after ``seed_everything``.
     """
 
-    def __init__(self, apart: bool) -> None:
+    def __init__(self, seed_per_rank: bool) -> None:
         super().__init__()
-        self.apart = apart
+        self.seed_per_rank = seed_per_rank
         self.masks: dict[str, Tensor] = {}
 
     def on_train_start(self) -> None:
-        torch.manual_seed(self.trainer.global_rank if self.apart else 0)
+        torch.manual_seed(self.trainer.global_rank if self.seed_per_rank else 0)
         for name in ("net.2", "net.3"):
-            self.get_submodule(name).register_forward_hook(self.keep(name))
+            self.get_submodule(name).register_forward_hook(self.record_mask(name))
 
-    def keep(self, name: str) -> Callable[..., None]:
+    def record_mask(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
             self.masks.setdefault(name, (output == 0).detach().clone())
 
@@ -171,7 +171,7 @@ class Masked(Digits):
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.masks:
-            self.net(torch.ones_like(images))  # the same images on every rank
+            self.net(torch.ones_like(images))  # same images on every rank
         return super().forward(images)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
@@ -179,7 +179,7 @@ class Masked(Digits):
 
 
 class Unused(Digits):
-    """The digits model with a layer that the forward pass leaves out."""
+    """The digits model with a layer that the forward pass skips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,11 +188,11 @@ class Unused(Digits):
 
 
 class Sharded(Digits):
-    """The digits model with parameters divided among the ranks; what is outside of ``net`` stays whole."""
+    """The digits model with all parameters sharded across the ranks, except for ``plain``."""
 
     def __init__(self, weight_decay: float = 0.0) -> None:
         super().__init__(weight_decay)
-        self.plain_weight = nn.Parameter(torch.full((1, 1), 0.09))  # beside DTensors, one tensor that is none
+        self.plain_weight = nn.Parameter(torch.full((1, 1), 0.09))  # a plain tensor among DTensors
         self.single = nn.Linear(4, 1, bias=False)  # one of its shards is empty
         self.up = nn.ConvTranspose1d(6, 6, 3, groups=3)  # shards cut across its groups
 
@@ -204,11 +204,11 @@ class Sharded(Digits):
             for layer in (self.net[1], self.net[6], self.single, self.up):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
             columns = lambda p: Shard(p.ndim - 1)  # noqa: E731
-            fully_shard(self.net[4], mesh=self.device_mesh["data_parallel"], shard_placement_fn=columns)  # units cross shards
+            fully_shard(self.net[4], mesh=self.device_mesh["data_parallel"], shard_placement_fn=columns)  # units span shards
 
 
 class Poisoned(Sharded):
-    """One batch gives a gradient that is not finite to a single parameter, which under FSDP2 lies on one rank only."""
+    """One batch gives one parameter a non-finite gradient. Under FSDP2, only one rank holds it."""
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         factor = float("nan") if int(batch[2][0]) // (RANKS * BATCH) == 2 else 0.0  # in the third step of an epoch
@@ -216,17 +216,17 @@ class Poisoned(Sharded):
 
 
 def ddp(**kwargs: bool) -> dict[str, object]:
-    """Return what makes a trainer one rank of DDP; a strategy serves one trainer only."""
+    """Return trainer arguments for one rank of DDP. Each trainer needs a new strategy."""
     return {"strategy": DDPStrategy(process_group_backend="gloo", **kwargs), "devices": RANKS}
 
 
 def sharded() -> dict[str, object]:
-    """Return what makes a trainer one rank of FSDP2."""
+    """Return trainer arguments for one rank of FSDP2."""
     return {"strategy": ModelParallelStrategy(RANKS, 1), "devices": RANKS}
 
 
 def failure(callbacks: list[Callback], model: LightningModule, ranks: list[int], **trainer: object) -> str:
-    """Train and return the error that this comes to."""
+    """Train and return the error message, or an empty string."""
     try:
         train(callbacks, model, ranks, **trainer)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -234,22 +234,22 @@ def failure(callbacks: list[Callback], model: LightningModule, ranks: list[int],
     return ""
 
 
-def masks(apart: bool, rank: int) -> dict[str, object]:
-    """Train with dropout, injected and driven, and return the weights and the first masks."""
-    model = Masked(apart)
+def train_with_dropout(seed_per_rank: bool, rank: int) -> dict[str, object]:
+    """Train with injected and scheduled dropout; return the weights and the first masks."""
+    model = Masked(seed_per_rank)
     callbacks = [DropoutInjection(0.5, after="net.2"), DropoutScheduler(Linear(0.5, 0.1), modules="Dropout")]
     return {"weights": train(callbacks, model, [rank], **ddp()), "masks": model.masks}
 
 
 class Naive(Callback):
-    """What one writes first: a Python sum, added to the loss in every backward pass."""
+    """A naive penalty: a Python sum, added to the loss in every backward pass."""
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         loss.add_(0.05 * sum(p.square().sum() for p in pl_module.parameters() if p.ndim > 1))
 
 
 def sharded_techniques() -> list[Callback]:
-    """Return the techniques that act on shards."""
+    """Return techniques that support sharded parameters."""
     return [
         L1Penalty(1e-3),
         L2Penalty(1e-2),
@@ -266,7 +266,7 @@ def sharded_techniques() -> list[Callback]:
         GradientNormClipping(0.1, params="net.1.*"),
         *gradient_processing(),
         GradientNormClipping(0.01, norm_type=float("inf"), name="largest"),
-        DropoutInjection(0.2, after="net.1"),  # a module whose class sharding has changed
+        DropoutInjection(0.2, after="net.1"),  # FSDP2 has changed the class of this module
         DropoutScheduler(Linear(0.0, 0.3), modules="Dropout"),
         WeightClipping(0.1),
         MaxNorm(0.3, params="net.1.weight"),
@@ -278,39 +278,39 @@ def sharded_techniques() -> list[Callback]:
 
 
 class LogPenalty(Penalty):
-    """A penalty of one's own, which needs whole tensors."""
+    """A custom penalty that needs whole tensors."""
 
     def value(self, params: list[Tensor]) -> Tensor:
         return sum(p.square().log1p().sum() for p in params)
 
 
-def all_alike(name: str, p: Tensor) -> Tensor:
-    """Score all weights alike: what is pruned depends on the order of ties alone."""
+def equal_scores(name: str, p: Tensor) -> Tensor:
+    """Score all weights equally, so that only the order of ties decides what is pruned."""
     return torch.zeros_like(p)
 
 
-def descending(name: str, p: Tensor) -> Tensor:
-    """Give whole scores, from the last weight to the first, however the parameter is sharded."""
+def descending_scores(name: str, p: Tensor) -> Tensor:
+    """Return descending scores for the whole parameter, even if it is sharded."""
     return -torch.arange(p.numel(), dtype=torch.float32).view(p.shape)
 
 
-def drawn_by_each_rank(name: str, p: Tensor) -> Tensor:
-    """Give scores of the rank's own, as statistics of its samples would be."""
-    return drawn(p, int(os.environ["RANK"]))
+def scores_of_this_rank(name: str, p: Tensor) -> Tensor:
+    """Return scores that differ between ranks, like statistics of their samples."""
+    return random_scores(p, int(os.environ["RANK"]))
 
 
-def mean_of_draws(name: str, p: Tensor) -> Tensor:
-    """Give the mean of what the ranks draw."""
-    return (drawn(p, 0) + drawn(p, 1)) / 2
+def mean_scores(name: str, p: Tensor) -> Tensor:
+    """Return the mean of both ranks' scores."""
+    return (random_scores(p, 0) + random_scores(p, 1)) / 2
 
 
-def drawn(p: Tensor, rank: int) -> Tensor:
-    """Return random scores of a rank."""
+def random_scores(p: Tensor, rank: int) -> Tensor:
+    """Return a rank's random scores."""
     return torch.rand(p.shape, generator=torch.Generator().manual_seed(rank))
 
 
-# where everything is selected, a tensor that is not sharded and one of whose shards is empty are among the weights
-WAYS: dict[str, dict[str, Any]] = {
+# Without params, the weights include a plain tensor and one with an empty shard.
+PRUNING: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "per layer": {"scope": "layer", "params": "net.*.weight"},
     "random": {"criterion": "random", "params": "net.*.weight"},
@@ -318,25 +318,27 @@ WAYS: dict[str, dict[str, Any]] = {
     "units per layer": {"structure": "unit", "scope": "layer", "params": "net.*.weight"},
     "random units": {"structure": "unit", "criterion": "random", "params": "net.*.weight"},
     "2:4": {"sparsity": 0.5, "structure": "2:4", "params": "net.*.weight"},
-    "ties": {"criterion": all_alike, "params": "net.*.weight", "sparsity": 0.37},
-    "whole scores": {"criterion": descending, "scope": "layer", "params": "net.*.weight"},
+    "ties": {"criterion": equal_scores, "params": "net.*.weight", "sparsity": 0.37},
+    "whole scores": {"criterion": descending_scores, "scope": "layer", "params": "net.*.weight"},
 }
 
 
-def masks_of(model: LightningModule, way: dict[str, Any], ranks: list[int], **trainer: object) -> dict[str, Tensor]:
-    """Prune weights that are bit for bit those of every other run, since they are not trained; return the masks."""
+def masks_of(model: LightningModule, options: dict[str, Any], ranks: list[int], **trainer: object) -> dict[str, Tensor]:
+    """Prune untrained weights, which are bit-identical in all runs; return the masks."""
     model.lr = 0.0
-    after = train([WeightPruning(**{"sparsity": 0.6, **way})], model, ranks, max_epochs=1, **trainer)
+    after = train([WeightPruning(**{"sparsity": 0.6, **options})], model, ranks, max_epochs=1, **trainer)
     return {name: p == 0 for name, p in after.items() if p.ndim > 1}
 
 
 def gradual() -> WeightPruning:
-    """Return pruning that does not depend on how sums are rounded."""
+    """Return pruning that does not depend on the rounding of sums."""
     return WeightPruning(Cubic(0.0, 0.7), criterion="random", params="net.*.weight")
 
 
-def kept(ranks: list[int], state: dict[str, Any] | None = None, **trainer: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Prune while training, from the state of another run if one is given; return the state and the weights."""
+def train_and_prune(
+    ranks: list[int], state: dict[str, Any] | None = None, **trainer: object
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Prune while training, from the state of another run if given; return the state and the weights."""
     callback = gradual()
     if state is not None:
         callback.load_state_dict(state)
@@ -345,7 +347,7 @@ def kept(ranks: list[int], state: dict[str, Any] | None = None, **trainer: objec
 
 
 def values_of_large_shards() -> dict[str, Tensor]:
-    """Return penalties of many weights, divided among the ranks in both dimensions, one of them unevenly, and not at all."""
+    """Return penalties of large tensors: sharded by rows (unevenly), sharded by columns, replicated, and plain."""
     mesh = init_device_mesh("cpu", (2,))
     large = torch.full((3001, 2000), 0.3)
     params = [distribute_tensor(large, mesh, [placement]) for placement in (Shard(0), Shard(1), Replicate())] + [large]
@@ -353,17 +355,17 @@ def values_of_large_shards() -> dict[str, Tensor]:
 
 
 def main(folder: Path) -> None:
-    """Train in every way and save the weights of this rank."""
+    """Train all variants and save the results of this rank."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     results = {
         "all": train(techniques(), Digits(), [rank], **ddp()),
         "unseeded": train([Unseeded(0.1)], Digits(), [rank], **ddp()),
-        "masks": {apart: masks(apart, rank) for apart in (True, False)},
+        "masks": {seed_per_rank: train_with_dropout(seed_per_rank, rank) for seed_per_rank in (True, False)},
         "unused": train([L2Penalty(0.1, params="all")], Unused(), [rank], **ddp(find_unused_parameters=True)),
         "unused, plain DDP": train([L2Penalty(0.1, params="all")], Unused(), [rank], **ddp()),
-        "refused, DDP": failure([L2Penalty(0.1, inject="loss")], Unused(), [rank], **ddp(find_unused_parameters=True)),
-        "refused, sharded": failure([L2Penalty(0.1, inject="loss")], Sharded(), [rank], **sharded()),
+        "error, DDP": failure([L2Penalty(0.1, inject="loss")], Unused(), [rank], **ddp(find_unused_parameters=True)),
+        "error, sharded": failure([L2Penalty(0.1, inject="loss")], Sharded(), [rank], **sharded()),
         "naive, sharded": failure([Naive()], Sharded(), [rank], **sharded()),
         "guarded, DDP": train(
             [NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **ddp(find_unused_parameters=True)
@@ -371,13 +373,13 @@ def main(folder: Path) -> None:
         "guarded, sharded": train([NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **sharded()),
         "sharded": train(sharded_techniques(), Sharded(), [rank], **sharded()),
     }
-    results["values"] = values_of_large_shards()  # in the process group that the last run has left
-    for name, way in WAYS.items():
-        results[f"masks, DDP, {name}"] = masks_of(Digits(), way, [rank], **ddp())
-        results[f"masks, sharded, {name}"] = masks_of(Sharded(), way, [rank], **sharded())
-    results["masks, scores of each rank"] = masks_of(Digits(), {"criterion": drawn_by_each_rank}, [rank], **ddp())
-    results["pruned, sharded"] = kept([rank], **sharded())
-    results["pruned again, sharded"] = kept([rank], results["pruned, sharded"][0], **sharded())
+    results["values"] = values_of_large_shards()  # uses the process group of the last run
+    for name, options in PRUNING.items():
+        results[f"masks, DDP, {name}"] = masks_of(Digits(), options, [rank], **ddp())
+        results[f"masks, sharded, {name}"] = masks_of(Sharded(), options, [rank], **sharded())
+    results["masks, scores of each rank"] = masks_of(Digits(), {"criterion": scores_of_this_rank}, [rank], **ddp())
+    results["pruned, sharded"] = train_and_prune([rank], **sharded())
+    results["pruned again, sharded"] = train_and_prune([rank], results["pruned, sharded"][0], **sharded())
     results["naive, DDP"] = failure([Naive()], Unused(), [rank], **ddp(find_unused_parameters=True))  # breaks the group
     torch.save(results, folder / f"{rank}.pt")
 

@@ -1,4 +1,4 @@
-"""A small model on real data, and one way to train it: what most tests start from."""
+"""A small model on real data and a function to train it. Most tests use them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUIET = {
 }
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
-"""How near two ranks are to one process, which sums in another order."""
+"""How close two ranks must be to one process, which sums in another order."""
 
 UNITS = {
     nn.Linear(5, 3): lambda w: [w[i] for i in range(3)],
@@ -38,11 +38,11 @@ UNITS = {
     nn.ConvTranspose1d(4, 6, 3, groups=2): lambda w: [w[2 * g : 2 * g + 2, i] for g in range(2) for i in range(3)],
     nn.Embedding(7, 4): lambda w: [w[i] for i in range(7)],
 }
-"""Layers, and their output units written out."""
+"""Layers, each with a function that lists its output units."""
 
 
 class Memory(Logger):
-    """Keeps what is logged."""
+    """Keeps logged metrics in memory."""
 
     name, version = "memory", 0
 
@@ -57,13 +57,13 @@ class Memory(Logger):
         pass
 
 
-@functools.cache  # reading them takes longer than most models here train
+@functools.cache  # loading takes longer than training most models here
 def _digits() -> tuple[Any, Any]:
     return load_digits(return_X_y=True)
 
 
 def digits(samples: int = 64) -> tuple[Tensor, Tensor]:
-    """Return the first of scikit-learn's digits, in [0, 1], and their labels."""
+    """Return the first digits of scikit-learn, scaled to [0, 1], and their labels."""
     images, labels = _digits()
     return torch.tensor(images[:samples], dtype=torch.float32) / 16, torch.tensor(labels[:samples])
 
@@ -74,10 +74,10 @@ def loader(samples: int = 64, batch_size: int = 16) -> DataLoader[tuple[Tensor, 
 
 
 def seed(value: int) -> None:
-    """Seed the generators that draw in tests.
+    """Seed the generators that the tests use.
 
-    As ``torch.manual_seed`` does, which also keeps a stack trace for each kind of device that is absent, and takes longer for
-    these than a small model for its step.
+    Faster than ``torch.manual_seed``, which also keeps a stack trace for each missing device type. That takes longer than a
+    training step of a small model.
     """
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_available():
@@ -87,7 +87,7 @@ def seed(value: int) -> None:
 class Classifier(LightningModule):
     """A small perceptron with normalization and dropout, trained by SGD with momentum from a fixed start.
 
-    The global generator is seeded before each batch, so that dropout draws the same wherever a run begins.
+    The global generator is seeded before each batch, so that dropout masks do not depend on where a run starts.
     """
 
     def __init__(self, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
@@ -109,10 +109,10 @@ class Classifier(LightningModule):
 
 
 class Gan(Classifier):
-    """Two networks with an optimizer each, in manual optimization, with a loss that forbids changes in place.
+    """Two networks with one optimizer each, in manual optimization. The loss does not allow in-place changes.
 
     Args:
-        stepping: The optimizers that step.
+        stepping: The indices of the optimizers that step.
     """
 
     def __init__(self, stepping: Sequence[int] = (0, 1), lr: float = 0.01, **options: float) -> None:
@@ -132,7 +132,7 @@ class Gan(Classifier):
 
 
 class Fused(Classifier):
-    """The model with an optimizer that unscales gradients within its step."""
+    """The model with a fused optimizer, which unscales gradients within its step."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), fused=True)
@@ -145,7 +145,7 @@ def fit(
     max_epochs: int = 2,
     **trainer: Any,
 ) -> LightningModule:
-    """Train on the CPU, in silence, and return the model."""
+    """Train on the CPU without output and return the model."""
     model = model or Classifier()
     data = loader() if data is None else data
     Trainer(**{**QUIET, "max_epochs": max_epochs, **trainer, "callbacks": list(callbacks)}).fit(model, data)
@@ -157,26 +157,26 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
+def same(first: nn.Module, second: nn.Module) -> bool:
     """Return whether two models have bit-identical state."""
-    mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and identical(mine, theirs)
+    first_state, second_state = first.state_dict(), second.state_dict()
+    return first_state.keys() == second_state.keys() and identical(first_state, second_state)
 
 
-def identical(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Return whether two sets of tensors, which must have the same names, are bit-identical."""
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name], other[name]) for name in one)
+def identical(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Return whether two sets of tensors with the same names are bit-identical."""
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def distance(one: nn.Module, other: nn.Module) -> Tensor:
-    """Return how far apart the weights of two models are."""
-    mine, theirs = weights(one), weights(other)
-    return torch.stack([(mine[name].float() - theirs[name].float()).norm() for name in mine]).norm()
+def distance(first: nn.Module, second: nn.Module) -> Tensor:
+    """Return the distance between the weights of two models."""
+    first_state, second_state = weights(first), weights(second)
+    return torch.stack([(first_state[name].float() - second_state[name].float()).norm() for name in first_state]).norm()
 
 
 def vars_of(callback: Callback) -> dict[str, Any]:
-    """Return the arguments of a callback, except for its name."""
+    """Return a callback's arguments, except for its name."""
     return {name: getattr(callback, name) for name in inspect.signature(type(callback)).parameters if name != "name"}
 
 

@@ -1,4 +1,4 @@
-"""One rank of a run under DDP that is killed in mid-epoch, or that resumes from what the killed one left.
+"""One rank of a DDP run that is killed mid-epoch, or that resumes from a checkpoint of the killed run.
 
 Started by ``test_killed.py`` through ``torch.distributed.run``.
 """
@@ -23,11 +23,11 @@ from table import everything
 if TYPE_CHECKING:
     from torch import Tensor
 
-KILLED_AT = 9  # of 6 steps in an epoch: in the middle of the second
+KILLED_AT = 9  # mid-epoch, since an epoch has 6 steps
 
 
-class Kills(Callback):
-    """Kills one rank, which has no time to clean up."""
+class KillRank(Callback):
+    """Kills one rank without time to clean up."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         if trainer.global_step == KILLED_AT and trainer.global_rank == 1:
@@ -35,7 +35,7 @@ class Kills(Callback):
 
 
 def train(folder: Path, rank: int, *others: Callback, resume: Path | None = None) -> dict[str, Tensor]:
-    """Train for three epochs with one of each callback, leaving a checkpoint after every second step."""
+    """Train for three epochs with one of each callback, and save a checkpoint after every second step."""
     saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     options = {**QUIET, "enable_checkpointing": True, "max_epochs": 3, "use_distributed_sampler": False, **ddp()}
     data = Resumable(batches([rank]).dataset, batch_sampler=batches([rank]).batch_sampler)
@@ -45,15 +45,19 @@ def train(folder: Path, rank: int, *others: Callback, resume: Path | None = None
 
 
 def main(folder: Path, kind: str) -> None:
-    """Be killed, or train without a stop and resume the killed run, and save the weights of both."""
+    """Get killed, or train without interruption and resume the killed run; save the weights of both."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rank = int(os.environ["RANK"])
     if kind == "killed":
-        train(folder / "killed", rank, Kills())
+        train(folder / "killed", rank, KillRank())
     last = max((folder / "killed").glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
-    found = {"whole": train(folder / "whole", rank), "resumed": train(folder / "resumed", rank, resume=last), "from": last.name}
-    torch.save(found, folder / f"{rank}.pt")
+    results = {
+        "uninterrupted": train(folder / "uninterrupted", rank),
+        "resumed": train(folder / "resumed", rank, resume=last),
+        "from": last.name,
+    }
+    torch.save(results, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Laws for every technique, as functions of a row of the table. Each raises an AssertionError if it does not hold."""
+"""Laws for every technique, as functions of a table row. Each raises an AssertionError if the law does not hold."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ ACT_ON_WEIGHTS = ("before_update", "weights", "epoch_end")
 
 
 def changed(callback: Regularizer, **arguments: Any) -> Regularizer:
-    """Return a callback made anew with some arguments changed."""
+    """Return a new callback of the same class with some arguments changed."""
     given = {argument.name: callback._repr_value(argument.name) for argument in constructor_arguments(type(callback))}
     return type(callback)(**{**given, **arguments})
 
 
 def check_what_holds(row: Row) -> None:
-    """What the row promises holds after each step, and would not hold without the callback."""
+    """The row's ``holds`` passes after each step, and fails without the callback."""
     model = Observed(row.holds, **row.options)
     fit([row.active()], model)
     assert model.steps == 8
@@ -40,7 +40,7 @@ def check_what_holds(row: Row) -> None:
 
 
 def check_routes(row: Row) -> None:
-    """A penalty changes training alike whether it is added to the loss or to the gradients."""
+    """A penalty has the same effect on the loss route and on the gradient route."""
     to_loss, to_gradients = (fit([changed(row.active(), inject=route)]) for route in ("loss", "gradient"))
     assert_close(weights(to_gradients), weights(to_loss), rtol=1e-4, atol=1e-6)
     with pytest.raises(AssertionError):
@@ -85,7 +85,7 @@ def check_random_numbers(row: Row) -> None:
 
 
 def overlapping(row: Row) -> list[Regularizer]:
-    """Return two of a kind, the second on a part of what the first acts on, or on all of it if it has no parts to choose."""
+    """Return two callbacks of one class. The second acts on part of the first one's parameters, or on all of them."""
     first = row.active()
     if isinstance(first, ParameterRegularizer):
         return [first, changed(first, params="net.0.weight", name="second")]
@@ -93,7 +93,7 @@ def overlapping(row: Row) -> list[Regularizer]:
 
 
 def refused(callbacks: list[Regularizer], row: Row) -> str | None:
-    """Return the error with which callbacks are refused before the first step, or ``None`` if they are not."""
+    """Return the error message raised before the first step, or ``None`` if there is none."""
     try:
         fit(callbacks, Classifier(**row.options), max_steps=0)
     except ValueError as error:
@@ -102,9 +102,9 @@ def refused(callbacks: list[Regularizer], row: Row) -> str | None:
 
 
 def check_overlap(row: Row) -> None:
-    """Two of a kind on overlapping parameters work, in any order, or an error names both.
+    """Two callbacks of one class on overlapping parameters work in any order, or an error names both.
 
-    They leave the weights to the optimizer unless it is their task to change them.
+    Only the optimizer moves the weights, unless the technique is meant to change them.
     """
     acts_on_weights = any(row.active().overrides(method) for method in ACT_ON_WEIGHTS) or row.options
     holds = (lambda model: None) if acts_on_weights else optimizer_alone_moves
@@ -119,11 +119,11 @@ def check_overlap(row: Row) -> None:
 
 
 def check_same_name(row: Row) -> None:
-    """Two of the same name are refused before training, and the error says how to name one of them."""
+    """Two callbacks with the same name raise an error before training, which suggests ``name=``."""
     with pytest.raises(ValueError, match=r"two callbacks have the name '.*': set name='…' for one of them"):
         fit([row.active(), row.active()], Classifier(**row.options))
 
 
 def is_penalty_with_routes(row: Row) -> bool:
-    """Return whether a row is that of a penalty which can be added to the loss and to the gradients."""
+    """Return whether a row's callback is a penalty with a loss route and a gradient route."""
     return isinstance(row.active(), Penalty)

@@ -1,4 +1,4 @@
-"""One rank of a distributed run over the table: every callback by itself, all pairs, larger sets, and checkpoints.
+"""One rank of a distributed run over the table: each callback alone, all pairs, larger sets, and checkpoints.
 
 Started by ``test_distributed_laws.py`` through ``torch.distributed.run``.
 """
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class Parallel(Digits):
-    """The digits model with layers divided among the ranks by columns and by rows; every rank sees every sample.
+    """The digits model with tensor-parallel layers, split by columns and by rows. Every rank sees every sample.
 
-    Without dropout, whose masks are those of each rank's part of the activations, as torch's own are.
+    Without dropout, since each rank draws masks for its part of the activations, as torch's dropout does.
     """
 
     def __init__(self) -> None:
@@ -46,63 +46,63 @@ class Parallel(Digits):
 
 
 def options(names: Sequence[str]) -> dict[str, float]:
-    """Return what a model needs for some rows."""
+    """Return the model arguments that some rows need."""
     return {key: value for name in names for key, value in ROWS[name].options.items()}
 
 
-def made(names: Sequence[str]) -> list[Callback]:
+def active_callbacks(names: Sequence[str]) -> list[Callback]:
     """Return the active callbacks of some rows."""
     return [ROWS[name].active() for name in names]
 
 
-def three_steps(callbacks: list[Callback], names: Sequence[str], ranks: list[int], **trainer: object) -> Tensor:
-    """Train three steps and return all weights in one vector."""
+def train_three_steps(callbacks: list[Callback], names: Sequence[str], ranks: list[int], **trainer: object) -> Tensor:
+    """Train for three steps and return all weights in one vector."""
     steps = {"max_epochs": 1, "logger": False, "limit_train_batches": 3 * int(trainer.get("accumulate_grad_batches", 1))}
     weights = train(callbacks, Digits(**options(names)), ranks, **{**steps, **trainer})
     return nn.utils.parameters_to_vector(weights.values())
 
 
-def resumed(folder: Path, rank: int, whole_files: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Train sharded parameters, and again from a checkpoint in mid-epoch; return the weights of both runs."""
-    found = []
+def train_and_resume(folder: Path, rank: int, full_checkpoint: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train with sharded parameters, then resume from a mid-epoch checkpoint; return the weights of both runs."""
+    weights = []
     for resume in (None, folder / "step=4.ckpt"):
-        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=not whole_files)
+        strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=not full_checkpoint)
         saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
         names = [name for name in SETS[0] if "sharded" not in ROWS[name].exempt]
-        callbacks = [*made([*names, "WeightPruning", "ZScoreGradientClipping", "StartingPointPenalty"]), saves]
+        callbacks = [*active_callbacks([*names, "WeightPruning", "ZScoreGradientClipping", "StartingPointPenalty"]), saves]
         model, options = (
             Sharded(),
             {**QUIET, "enable_checkpointing": True, "devices": 2, "max_epochs": 3, "use_distributed_sampler": False},
         )
         Trainer(**options, strategy=strategy, callbacks=callbacks).fit(model, loader_of(rank), ckpt_path=resume)
-        found.append({name: full_tensor(p) for name, p in model.named_parameters()})
-    return found[0], found[1]
+        weights.append({name: full_tensor(p) for name, p in model.named_parameters()})
+    return weights[0], weights[1]
 
 
 def loader_of(rank: int) -> DataLoader[tuple[Tensor, ...]]:
-    """Return a loader of one rank's batches that knows where it was."""
+    """Return a resumable loader of one rank's batches."""
     return Resumable(batches([rank]).dataset, batch_sampler=batches([rank]).batch_sampler)
 
 
 def main(folder: Path) -> None:
-    """Train in every way and save the weights of this rank."""
+    """Train all variants and save the results of this rank."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rank = int(os.environ["RANK"])
     results: dict[str, object] = {}
     for name, row in ROWS.items():
         results[f"DDP, {name}"] = train([row.active()], Digits(**row.options), [rank], max_epochs=1, **ddp())
-        way = failure if "sharded" in row.exempt else train
-        results[f"sharded, {name}"] = way([row.active()], Sharded(**row.options), [rank], max_epochs=1, **sharded())
+        run = failure if "sharded" in row.exempt else train
+        results[f"sharded, {name}"] = run([row.active()], Sharded(**row.options), [rank], max_epochs=1, **sharded())
     for names in [*PAIRS, *SETS]:
         order = 1 if rank else -1  # the ranks list the callbacks in opposite orders
-        results[" + ".join(names)] = three_steps(made(names)[::order], names, [rank], **ddp())
+        results[" + ".join(names)] = train_three_steps(active_callbacks(names)[::order], names, [rank], **ddp())
     everything = [name for name in ROWS if name != "WeightDecayScheduler"]
-    results["accumulated"] = train(made(everything), Digits(), [rank], accumulate_grad_batches=2, **ddp())
-    for kind, whole_files in (("sharded files", False), ("whole files", True)):
-        results[kind] = resumed(folder / kind, rank, whole_files)
+    results["accumulated"] = train(active_callbacks(everything), Digits(), [rank], accumulate_grad_batches=2, **ddp())
+    for kind, full_checkpoint in (("sharded checkpoint", False), ("full checkpoint", True)):
+        results[kind] = train_and_resume(folder / kind, rank, full_checkpoint)
     tensor_parallel = {"strategy": ModelParallelStrategy(1, 2), "devices": 2}
-    results["tensor parallel"] = train(made(TENSOR_PARALLEL), Parallel(), [0], max_epochs=1, **tensor_parallel)
+    results["tensor parallel"] = train(active_callbacks(TENSOR_PARALLEL), Parallel(), [0], max_epochs=1, **tensor_parallel)
     torch.save(results, folder / f"{rank}.pt")
 
 

@@ -1,4 +1,4 @@
-"""A model that records each training step, and what must hold after each one: independent references for the laws."""
+"""A model that records each training step, and independent reference checks to run after each step."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class Observed(Classifier):
-    """The model of the tests under plain SGD. It records each step and checks at its end what must hold.
+    """The test model under plain SGD. It records each training step and runs a check after it.
 
     Args:
-        holds: Called with the model after each training batch; raises an error if something is wrong.
+        holds: The check. It gets the model after each training batch, and raises an error if something is wrong.
 
     Attributes:
         before: The weights before the step, by name.
         data_gradients: The gradients of the plain loss.
-        gradients: The gradients with which the optimizer stepped.
-        norms: The norms of the data gradients of all steps.
+        gradients: The gradients that the optimizer used.
+        norms: The norms of the data gradients, one per step.
         start: The weights before the first step.
         relu_output, dropout_input, dropout_output: Activations of the last forward pass.
-        steps: How many steps were checked.
+        steps: The number of checked steps.
     """
 
     def __init__(self, holds: Callable[[Observed], None], **options: float) -> None:
@@ -72,16 +72,16 @@ class Observed(Classifier):
 
     @property
     def after(self) -> dict[str, Tensor]:
-        """The weights now."""
+        """The current weights."""
         return {name: p.detach() for name, p in self.named_parameters()}
 
     def updated(self) -> dict[str, Tensor]:
-        """Return what plain SGD makes of the recorded weights and gradients, to the last bit."""
+        """Return the weights after a plain SGD step with the recorded gradients, bit for bit."""
         return {name: p.add(self.gradients[name], alpha=-self.lr) for name, p in self.before.items()}
 
 
 MATRICES = ("net.0.weight", "net.4.weight")
-"""What ``params="weights"`` selects."""
+"""The parameters that ``params="weights"`` selects."""
 
 
 def norm_of(tensors: dict[str, Tensor]) -> float:
@@ -89,12 +89,12 @@ def norm_of(tensors: dict[str, Tensor]) -> float:
 
 
 def penalized(reference: Callable[[dict[str, Tensor], Observed], Tensor]) -> Callable[[Observed], None]:
-    """The gradient is that of the data plus that of a reference, written in plain torch and differentiated by autograd."""
+    """The gradient is the data gradient plus autograd's gradient of a reference penalty in plain torch."""
 
     def holds(model: Observed) -> None:
         leaves = {name: p.clone().requires_grad_() for name, p in model.before.items()}
-        found = torch.autograd.grad(reference(leaves, model), list(leaves.values()), allow_unused=True)
-        for (name, p), addend in zip(leaves.items(), found, strict=True):
+        penalty_gradients = torch.autograd.grad(reference(leaves, model), list(leaves.values()), allow_unused=True)
+        for (name, p), addend in zip(leaves.items(), penalty_gradients, strict=True):
             expected = model.data_gradients[name] + (torch.zeros_like(p) if addend is None else addend)
             assert_close(model.gradients[name], expected, rtol=1e-4, atol=1e-6)
         optimizer_alone_moves(model)
@@ -103,13 +103,13 @@ def penalized(reference: Callable[[dict[str, Tensor], Observed], Tensor]) -> Cal
 
 
 def optimizer_alone_moves(model: Observed) -> None:
-    """The weights after the step are those that SGD makes of the weights before it and the gradients, to the last bit."""
+    """The weights after the step are those of plain SGD with the recorded gradients, bit for bit."""
     for name, expected in model.updated().items():
-        assert torch.equal(model.after[name], expected), f"{name} was changed by something else than the optimizer"
+        assert torch.equal(model.after[name], expected), f"{name} was changed by something other than the optimizer"
 
 
 def gradients_are(check: Callable[[str, Tensor, Tensor, Tensor], None]) -> Callable[[Observed], None]:
-    """A check of (name, weight before, gradient of the data, gradient of the step) holds for each parameter."""
+    """A check of (name, weight before the step, data gradient, step gradient) passes for each parameter."""
 
     def holds(model: Observed) -> None:
         for name, gradient in model.gradients.items():
@@ -120,7 +120,7 @@ def gradients_are(check: Callable[[str, Tensor, Tensor, Tensor], None]) -> Calla
 
 
 def weights_are(check: Callable[[Tensor, Tensor], None]) -> Callable[[Observed], None]:
-    """A check of (what SGD alone would give, weight after the step) holds for each weight; the rest is as SGD leaves it."""
+    """A check of (weight after plain SGD, weight after the step) passes for each matrix. The rest equals plain SGD."""
 
     def holds(model: Observed) -> None:
         for name, expected in model.updated().items():
@@ -133,14 +133,14 @@ def weights_are(check: Callable[[Tensor, Tensor], None]) -> Callable[[Observed],
 
 
 def unchanged(model: Observed) -> None:
-    """Nothing has acted: neither on the gradients nor on the weights."""
+    """Gradients and weights are those of training without the callback."""
     for name, gradient in model.gradients.items():
         assert_close(gradient, model.data_gradients[name], rtol=1e-6, atol=1e-8)
     optimizer_alone_moves(model)
 
 
 def row_norms(low: float, high: float, tolerance: float = 1e-5) -> Callable[[Observed], None]:
-    """The norm of each output unit is in an interval, and its direction is that of the optimizer's update."""
+    """Each output unit's norm is in an interval, and its direction is that of plain SGD."""
 
     def check(expected: Tensor, after: Tensor) -> None:
         norms = after.norm(dim=1)
@@ -152,7 +152,7 @@ def row_norms(low: float, high: float, tolerance: float = 1e-5) -> Callable[[Obs
 
 
 def norm_clipped(bound: Callable[[Observed], float]) -> Callable[[Observed], None]:
-    """All gradients are those of the data times one factor, which brings a larger norm to the bound."""
+    """All gradients are the data gradients times one factor, which scales a larger norm to the bound."""
 
     def holds(model: Observed) -> None:
         factor = min(1.0, bound(model) / (model.norms[-1] + 1e-6))
@@ -168,7 +168,7 @@ def quantile_so_far(quantile: float) -> Callable[[Observed], float]:
 
 
 def z_score_so_far(z: float, decay: float) -> Callable[[Observed], float]:
-    """Return the bound of the z-score rule, from its definition, for a warm-up of one step."""
+    """Return the bound of the z-score rule by its definition, for a warmup of one step."""
 
     def bound(model: Observed) -> float:
         mean, variance = model.norms[0], 0.0
@@ -186,7 +186,7 @@ def z_score_so_far(z: float, decay: float) -> Callable[[Observed], float]:
 
 
 def adaptive_clipped(factor: float, eps: float) -> Callable[[Observed], None]:
-    """Each unit's gradient is scaled to at most a fraction of the unit's norm; vectors are one unit."""
+    """Each unit's gradient norm is at most a fraction of the unit's norm. A vector is one unit."""
 
     def check(name: str, weight: Tensor, data: Tensor, gradient: Tensor) -> None:
         dims = 1 if weight.ndim > 1 else 0
@@ -198,13 +198,13 @@ def adaptive_clipped(factor: float, eps: float) -> Callable[[Observed], None]:
 
 
 def centered(name: str, weight: Tensor, data: Tensor, gradient: Tensor) -> None:
-    """A matrix' gradient has no mean in any row; the rest is as it was."""
+    """Each row of a matrix gradient has mean 0. Other gradients are unchanged."""
     expected = data - data.mean(dim=1, keepdim=True) if weight.ndim > 1 else data
     assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
 def noisy(std: float, decay: float) -> Callable[[Observed], None]:
-    """The difference to the gradient of the data is Gaussian noise of the right standard deviation."""
+    """The gradient is the data gradient plus Gaussian noise of the expected standard deviation."""
 
     def holds(model: Observed) -> None:
         noise = torch.cat([(model.gradients[name] - data).flatten() for name, data in model.data_gradients.items()])
@@ -217,7 +217,7 @@ def noisy(std: float, decay: float) -> Callable[[Observed], None]:
 
 
 def peak_dropped(name: str, weight: Tensor, data: Tensor, gradient: Tensor) -> None:
-    """The largest entry of the gradient is 0, the others are as they were."""
+    """The largest entry of the gradient is 0. The others are unchanged."""
     expected = data.clone()
     expected.view(-1)[data.abs().argmax()] = 0.0
     assert_close(gradient, expected, rtol=1e-6, atol=1e-8)
@@ -246,7 +246,7 @@ def units_soft_thresholded(strength: float) -> Callable[[Observed], None]:
 
 
 def shrunk(epsilon: float) -> Callable[[Observed], None]:
-    """Each weight has lost a random fraction of itself, up to epsilon and half of it on average."""
+    """Each weight has lost a random fraction of itself: at most epsilon, and half of that on average."""
 
     def check(expected: Tensor, after: Tensor) -> None:
         fractions = 1 - after / expected
@@ -269,7 +269,7 @@ def decayed(weight_decay: float) -> Callable[[Observed], None]:
 
 
 def optimizer_decays(weight_decay: float) -> Callable[[Observed], None]:
-    """The optimizer's own weight decay, on all its parameters."""
+    """The optimizer's own weight decay applies to all of its parameters."""
 
     def holds(model: Observed) -> None:
         for name, before in model.before.items():
@@ -284,7 +284,7 @@ def clamped(low: float, high: float) -> Callable[[Observed], None]:
 
 
 def dropped_after_relu(p: float) -> Callable[[Observed], None]:
-    """Between the ReLU and the model's own dropout some entries are 0 and the others are scaled by 1/(1 − p)."""
+    """Between the ReLU and the model's own dropout, some entries are 0 and the others are scaled by 1/(1 − p)."""
 
     def holds(model: Observed) -> None:
         alive = model.relu_output != 0
@@ -298,7 +298,7 @@ def dropped_after_relu(p: float) -> Callable[[Observed], None]:
 
 
 def drops_at_rate(p: float) -> Callable[[Observed], None]:
-    """The model's own dropout runs at this rate."""
+    """The model's own dropout runs at rate p."""
 
     def holds(model: Observed) -> None:
         alive = model.dropout_input != 0
@@ -313,7 +313,7 @@ def drops_at_rate(p: float) -> Callable[[Observed], None]:
 
 
 def pruned(fraction: float, steps_per_epoch: int = 4) -> Callable[[Observed], None]:
-    """From the end of the first epoch on, exactly this fraction of the weights is 0, always the same ones."""
+    """From the end of the first epoch on, exactly this fraction of the weights is 0, and always the same weights."""
 
     def holds(model: Observed) -> None:
         zeros = torch.cat([model.after[name].flatten() == 0 for name in MATRICES])
@@ -328,7 +328,7 @@ def pruned(fraction: float, steps_per_epoch: int = 4) -> Callable[[Observed], No
 
 
 def activity_l1(strength: float) -> Callable[[dict[str, Tensor], Observed], Tensor]:
-    """Return the mean over the batch of the L1 norm of the ReLU's output, as a function of the weights."""
+    """Return a reference penalty: the batch mean of the L1 norm of the ReLU's output."""
 
     def reference(leaves: dict[str, Tensor], model: Observed) -> Tensor:
         own = {name.removeprefix("net."): p for name, p in leaves.items() if name.startswith(("net.0.", "net.1."))}
@@ -339,12 +339,12 @@ def activity_l1(strength: float) -> Callable[[dict[str, Tensor], Observed], Tens
 
 
 def of_matrices(function: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor], Observed], Tensor]:
-    """Return a penalty that is the sum of a function of each weight matrix."""
+    """Return a reference penalty: the sum of a function over the weight matrices."""
     return lambda leaves, model: torch.stack([function(leaves[name]) for name in MATRICES]).sum()
 
 
 def half_gram_distance(matrix: Tensor) -> Tensor:
-    """Return ½‖WWᵀ − I‖² on the smaller Gram matrix."""
+    """Return ½‖WWᵀ − I‖² of the smaller Gram matrix."""
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
     return ((matrix @ matrix.t() - torch.eye(len(matrix))) ** 2).sum() / 2
 

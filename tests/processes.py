@@ -1,4 +1,4 @@
-"""Runs scripts in new processes, with the checkout that the tests are in."""
+"""Runs scripts in new processes that import this checkout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = HERE.parent
 
 
 def environment(threads: int = 1, columns: int = 120) -> dict[str, str]:
-    """Return the variables of a process that imports the package, the helpers, and the examples of this checkout."""
+    """Return environment variables that make a process import this checkout's package, test helpers, and examples."""
     paths = [str(ROOT), str(HERE), str(ROOT / "examples"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
@@ -28,7 +28,7 @@ def environment(threads: int = 1, columns: int = 120) -> dict[str, str]:
 def start(
     *command: str, folder: Path | None = None, threads: int = 1, columns: int = 120, timeout: int = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python with some arguments to its end, whatever that is."""
+    """Run Python with some arguments and return the finished process, even if it failed."""
     return subprocess.run(
         [sys.executable, *command],
         env=environment(threads, columns),
@@ -43,9 +43,9 @@ def start(
 def run_script(*command: str, **options: Any) -> str:
     """Run Python with some arguments and the options of ``start``; return what it printed.
 
-    A process that fails makes the test fail, with what it printed last.
+    If the process fails, the test fails and shows the end of its output.
     """
-    done = start(*command, **options)
-    if done.returncode:
-        pytest.fail(f"{command} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}", pytrace=False)
-    return done.stdout
+    process = start(*command, **options)
+    if process.returncode:
+        pytest.fail(f"{command} failed:\n{process.stdout[-1000:]}\n{process.stderr[-3000:]}", pytrace=False)
+    return process.stdout

@@ -1,4 +1,4 @@
-"""A process that resumes training with each callback of the table, from checkpoints that another process left.
+"""A process that resumes training with each callback of the table from checkpoints of another process.
 
 Started by ``test_resume.py``.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lightning_reg._engine.regularizer import Regularizer
 
 EPOCHS = 3
-STEPS = (4, 6)  # of 4 in an epoch: at the end of one, and in the middle of one
+STEPS = (4, 6)  # at the end of an epoch of 4 steps, and mid-epoch
 VARIANTS: dict[str, Callable[[], Regularizer]] = {
     "lottery ticket": lambda: WeightPruning(Linear(0.0, 0.6), rewind_to_step=3),
     "random units": lambda: WeightPruning(Linear(0.0, 0.6), criterion="random", structure="unit"),
@@ -38,37 +38,37 @@ NAMES = [*ROWS, "everything", *VARIANTS, *MIXED]
 
 
 class Resumable(DataLoader[Any]):
-    """A loader that knows where it was: what a checkpoint in mid-epoch needs."""
+    """A loader that saves its position, as mid-epoch checkpoints need."""
 
     def __init__(self, dataset: Dataset[Any] | None = None, **options: Any) -> None:
         super().__init__(dataset or TensorDataset(*digits(64)), **(options or {"batch_size": 16}))
-        self.given = self.skipped = 0
+        self.position = self.skipped = 0
 
     def __iter__(self) -> Iterator[Any]:
-        self.given, self.skipped = self.skipped, 0
-        for batch in itertools.islice(super().__iter__(), self.given, None):
-            self.given += 1
+        self.position, self.skipped = self.skipped, 0
+        for batch in itertools.islice(super().__iter__(), self.position, None):
+            self.position += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
+        return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped = state["given"] % len(self)
+        self.skipped = state["position"] % len(self)
 
 
 def train(name: str, folder: Path, resume: Path | None = None) -> dict[str, Tensor]:
-    """Train to the end, leaving checkpoints in a folder; resume from one if asked."""
-    made = _made(name)
+    """Train to the end and save checkpoints in a folder; resume from a checkpoint if one is given."""
+    callbacks = _callbacks(name)
     options = ROWS[name].options if name in ROWS else {}
     checkpoints = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     model = Classifier(**options)
-    trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=EPOCHS, callbacks=[*made, checkpoints])
+    trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=EPOCHS, callbacks=[*callbacks, checkpoints])
     trainer.fit(model, Resumable(), ckpt_path=resume)
     return dict(model.state_dict())
 
 
-def _made(name: str) -> list[Regularizer]:
+def _callbacks(name: str) -> list[Regularizer]:
     if name == "everything":
         return everything()
     if name in VARIANTS:
@@ -79,10 +79,10 @@ def _made(name: str) -> list[Regularizer]:
 
 
 def main(folder: Path) -> None:
-    """Resume every run from every checkpoint, and save what comes of it."""
+    """Resume every run from every checkpoint and save the final weights."""
     torch.set_num_threads(1)
     for name, step in itertools.product(NAMES, STEPS):
-        weights = train(name, folder / "later" / name, folder / name / f"step={step}.ckpt")
+        weights = train(name, folder / "resumed" / name, folder / name / f"step={step}.ckpt")
         torch.save(weights, folder / name / f"resumed_{step}.pt")
 
 

@@ -1,6 +1,6 @@
-"""One row for each public callback: what the laws in ``test_laws.py`` are tested with.
+"""One row for each public callback. The laws in ``test_laws.py`` and similar files test every row.
 
-A new technique adds its row here and gets the whole battery.
+A new technique adds its row here, and all laws test it.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A callback with arguments under which it acts, and with such under which it does not.
+    """A callback in several configurations: some change training, one does not.
 
     Args:
-        active: Makes one that changes the training of ``helpers.Classifier``.
-        holds: Raises an error unless what the active one promises holds after a step; see ``observed.py``.
-        inactive: Makes one of strength 0 or with an inactive bound, or ``None`` where there is no such thing.
-        scheduled: Makes one whose value changes over training, or ``None`` where there is nothing to schedule.
-        parts: Makes two that act on different parts, side by side, or ``None`` where it has no parts to choose.
-        options: What the model needs: arguments of ``helpers.Classifier``.
-        exempt: Laws that cannot hold for it, by the name of the test, with the reason.
+        active: Returns a callback that changes the training of ``helpers.Classifier``.
+        holds: Raises an error unless the active callback did its work in a step; see ``observed.py``.
+        inactive: Returns one of strength 0 or with an inactive bound; ``None`` if that is not possible.
+        scheduled: Returns one whose value changes during training; ``None`` if it has nothing to schedule.
+        parts: Returns two that act on separate parts of the model; ``None`` if it does not select parts.
+        options: The arguments of ``helpers.Classifier`` that it needs.
+        exempt: Laws that do not apply to it, each with the reason.
     """
 
     active: Callable[[], Regularizer]
@@ -80,7 +80,7 @@ class Row:
     exempt: dict[str, str] = field(default_factory=dict)
 
     def all(self) -> list[Regularizer]:
-        """Return one of each kind."""
+        """Return the callbacks of all configurations."""
         return [
             self.active(),
             *([self.inactive()] if self.inactive else []),
@@ -89,13 +89,13 @@ class Row:
         ]
 
 
-DENSE = {"sparse_gradients": "what it does to a gradient needs all of its entries"}
-DEVICES = {"devices": "each device has a random generator of its own"}
+DENSE = {"sparse_gradients": "it needs all entries of a gradient"}
+DEVICES = {"devices": "each device has its own random generator"}
 MASKS = {
     **DEVICES,
-    "random_numbers": "its masks come from the global generator, as those of torch's dropout do",
-    "accumulation": "its masks are drawn anew for each micro-batch; test_dropout.py tests that the rate is that of the step",
-    "tensor_parallel": "each rank drops from its own part of the activations, as torch's dropout does",
+    "random_numbers": "it draws masks from the global generator, as torch's dropout does",
+    "accumulation": "it draws new masks for each micro-batch; test_dropout.py tests that the rate is constant within a step",
+    "tensor_parallel": "each rank draws masks for its part of the activations, as torch's dropout does",
 }
 
 ROWS = {
@@ -105,7 +105,7 @@ ROWS = {
         inactive=lambda: ActivityPenalty(0.0, modules="ReLU"),
         scheduled=lambda: ActivityPenalty(Linear(0.0, 0.2), modules="ReLU"),
         parts=lambda: [ActivityPenalty(0.1, modules="ReLU"), ActivityPenalty(0.01, modules="net.4", p=2)],
-        exempt={"several_optimizers": "it refuses manual optimization, where it cannot know which loss is meant"},
+        exempt={"several_optimizers": "it does not support manual optimization, where it cannot know which loss to add to"},
     ),
     "AdaptiveGradientClipping": Row(
         active=lambda: AdaptiveGradientClipping(0.01),
@@ -126,7 +126,7 @@ ROWS = {
     "DropoutScheduler": Row(
         active=lambda: DropoutScheduler(0.4),
         holds=observed.drops_at_rate(0.4),
-        inactive=lambda: DropoutScheduler(0.1),  # the rate that the model has
+        inactive=lambda: DropoutScheduler(0.1),  # the model's own rate
         scheduled=lambda: DropoutScheduler(Linear(0.0, 0.5)),
         parts=lambda: [DropoutScheduler(0.4, modules="net.3"), DropoutScheduler(0.2, modules="extra")],
         exempt=MASKS,
@@ -134,7 +134,7 @@ ROWS = {
     "GradientCentralization": Row(
         active=lambda: GradientCentralization(),
         holds=observed.gradients_are(observed.centered),
-        inactive=lambda: GradientCentralization(params="net.*.bias"),  # which have no mean to take out
+        inactive=lambda: GradientCentralization(params="net.*.bias"),  # vectors are not centralized
         scheduled=None,
         parts=lambda: [GradientCentralization(params="net.0.*"), GradientCentralization(params="net.4.*")],
         exempt=DENSE,
@@ -217,14 +217,14 @@ ROWS = {
         scheduled=None,
         parts=lambda: [NonFiniteGradientGuard(params="net.0.*"), NonFiniteGradientGuard("zero", params="net.4.*")],
         exempt={
-            "changes_training": "it acts only where gradients are not finite, see test_guard.py",
-            "waits": "whether to skip is a decision of the host",
+            "changes_training": "it acts only on non-finite gradients, see test_guard.py",
+            "waits": "the CPU decides whether to skip the step",
         },
     ),
     "NonNegative": Row(
         active=lambda: NonNegative(),
         holds=observed.clamped(0.0, math.inf),
-        inactive=lambda: NonNegative(params="net.1.weight"),  # which is far above zero
+        inactive=lambda: NonNegative(params="net.1.weight"),  # far above zero
         scheduled=None,
         parts=lambda: [NonNegative(params="net.0.*"), NonNegative(params="net.4.*")],
     ),
@@ -236,7 +236,7 @@ ROWS = {
         parts=None,
         exempt={
             "changes_training": "it acts in predict, see test_montecarlo.py",
-            "predictions": "to change them is what it is for",
+            "predictions": "it is meant to change them",
         },
     ),
     "OrthogonalityPenalty": Row(
@@ -252,7 +252,7 @@ ROWS = {
         inactive=lambda: PeakGradientDropping(0),
         scheduled=None,
         parts=lambda: [PeakGradientDropping(1, params="net.0.*"), PeakGradientDropping(2, params="net.4.*")],
-        exempt={**DENSE, "sharded": "the largest entries are those of whole tensors; it refuses shards"},
+        exempt={**DENSE, "sharded": "it needs the largest entries of whole tensors, and does not support shards"},
     ),
     "QuantileGradientClipping": Row(
         active=lambda: QuantileGradientClipping(0.01),
@@ -268,7 +268,7 @@ ROWS = {
         inactive=lambda: RandomShrinkage(0.0),
         scheduled=lambda: RandomShrinkage(Linear(0.0, 0.2)),
         parts=lambda: [RandomShrinkage(0.1, params="net.0.*"), RandomShrinkage(0.2, params="net.4.*")],
-        exempt={**DEVICES, "sharded": "its numbers are drawn for whole tensors; it refuses shards"},
+        exempt={**DEVICES, "sharded": "it draws random numbers for whole tensors, and does not support shards"},
     ),
     "SoftThresholding": Row(
         active=lambda: SoftThresholding(0.05),
@@ -284,8 +284,8 @@ ROWS = {
         scheduled=lambda: StartingPointPenalty(Linear(0.0, 2.0)),
         parts=lambda: [StartingPointPenalty(1.0, params="net.0.*"), StartingPointPenalty(2.0, params="net.4.*")],
         exempt={
-            "second_fit": "its starting point is that of the first fit, not of the second",
-            "lazy_modules": "it refuses weights that do not exist when the fit starts",
+            "second_fit": "it keeps the starting point of the first fit",
+            "lazy_modules": "it does not support weights that do not exist when the fit starts",
         },
     ),
     "UnitNorm": Row(
@@ -294,7 +294,7 @@ ROWS = {
         inactive=None,
         scheduled=None,
         parts=lambda: [UnitNorm(params="net.0.*"), UnitNorm(params="net.4.*")],
-        exempt={"inactive": "it has no strength and no bound, and leaves no weight of this model as it is"},
+        exempt={"inactive": "it has neither strength nor bound, and changes every weight of this model"},
     ),
     "WeightClipping": Row(
         active=lambda: WeightClipping(0.05),
@@ -313,7 +313,7 @@ ROWS = {
     "WeightDecayScheduler": Row(
         active=lambda: WeightDecayScheduler(0.2),
         holds=observed.optimizer_decays(0.2),
-        inactive=lambda: WeightDecayScheduler(0.01),  # the decay that the optimizer has
+        inactive=lambda: WeightDecayScheduler(0.01),  # the optimizer's own decay
         scheduled=lambda: WeightDecayScheduler(Linear(0.0, 0.4)),
         parts=None,
         options={"weight_decay": 0.01},
@@ -336,7 +336,7 @@ ROWS = {
         inactive=lambda: WeightPruning(0.0),
         scheduled=lambda: WeightPruning(Cubic(0.0, 0.9)),
         parts=lambda: [WeightPruning(0.5, params="net.0.weight"), WeightPruning(0.3, params="net.4.*")],
-        exempt={"second_fit": "its masks go on in the second fit of the same model"},
+        exempt={"second_fit": "it keeps its masks in the second fit of the same model"},
     ),
 }
 
@@ -345,22 +345,22 @@ every_callback = pytest.mark.parametrize("row", [pytest.param(row, id=name) for 
 
 
 def changes(row: Row) -> bool:
-    """Return whether the active callback of a row changes ordinary training."""
+    """Return whether a row's active callback changes ordinary training."""
     return "changes_training" not in row.exempt
 
 
 def model(row: Row, kind: type[Classifier] = Classifier) -> Classifier:
-    """Return a fresh model of a kind, as the row needs it."""
+    """Return a new model with the row's options."""
     return kind(**row.options)
 
 
 def everything() -> list[Regularizer]:
-    """Return one of each callback, active, for a model whose optimizer does not decay."""
+    """Return one active callback of each class, for a model whose optimizer has no weight decay."""
     return [row.active() for name, row in ROWS.items() if name != "WeightDecayScheduler"]
 
 
 SEED = int(os.environ.get("LIGHTNING_REG_SEED", "0"))
-"""Where the random sets below come from; the tests show it."""
+"""The seed of the random sets below. Test ids show it."""
 
 PAIRS = list(itertools.combinations(ROWS, 2))
 SETS = [

@@ -1,4 +1,4 @@
-"""What tests and the processes that they start import is the checkout that they are in, whatever is installed."""
+"""Tests and the processes they start import this checkout, whatever package is installed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_version():
 
 
 @pytest.fixture
-def mine(tmp_path, monkeypatch):
-    """Return a small checkout of a package ``mine``, and work in another folder, with a package ``other`` on the path."""
+def checkout(tmp_path, monkeypatch):
+    """Return a small checkout of a package ``mine``; work in another folder, with a package ``other`` on the path."""
     for name in ("mine", "other"):
         package = tmp_path / name / "lightning_reg"
         package.mkdir(parents=True)
@@ -39,48 +39,48 @@ def mine(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def start_mine(mine):
-    """Return what starts processes in the small checkout."""
-    spec = importlib.util.spec_from_file_location("processes_of_mine", mine / "tests" / "processes.py")
+def start_in_checkout(checkout):
+    """Return the ``start`` function of the small checkout."""
+    spec = importlib.util.spec_from_file_location("processes_of_checkout", checkout / "tests" / "processes.py")
     processes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(processes)
     return processes.start
 
 
 def plain(*command):
-    """Start a process without a checkout on its path."""
+    """Run Python without the checkout on its path."""
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_processes_import_their_checkout(start_mine):
-    assert start_mine("shows.py").stdout == "mine\n"
+def test_processes_import_their_checkout(start_in_checkout):
+    assert start_in_checkout("shows.py").stdout == "mine\n"
     assert plain("shows.py").stdout == "other\n"
 
 
-def test_ranks_import_their_checkout(two_ranks, mine, start_mine):
-    launcher = two_ranks(mine.parent / "elsewhere" / "shows.py")
-    assert start_mine(*launcher).stdout.split() == ["mine", "mine"]
+def test_ranks_import_their_checkout(two_ranks, checkout, start_in_checkout):
+    launcher = two_ranks(checkout.parent / "elsewhere" / "shows.py")
+    assert start_in_checkout(*launcher).stdout.split() == ["mine", "mine"]
     assert plain(*launcher).stdout.split() == ["other", "other"]
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_pytest_imports_its_checkout(mine, workers):
-    """From any folder, and in the workers of pytest-xdist."""
-    command = ["-m", "pytest", "-p", "no:cacheprovider", "-n", workers, str(mine / "tests")]
-    done = plain(*command)
-    assert done.returncode == 0, done.stdout
+def test_pytest_imports_its_checkout(checkout, workers):
+    """From any folder, also in pytest-xdist workers."""
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-n", workers, str(checkout / "tests")]
+    result = plain(*command)
+    assert result.returncode == 0, result.stdout
     assert "assert 'other' == 'mine'" in plain(*command, "-o", "pythonpath=").stdout
 
 
-def test_this_process_imports_this_checkout():
+def test_this_process_imports_checkout():
     assert importlib.util.find_spec("lightning_reg").origin == str(ROOT / "lightning_reg" / "__init__.py")
 
 
-def test_ranks_are_started_in_one_place():
-    """By the fixture that marks its tests as distributed."""
+def test_only_conftest_launches_ranks():
+    """The fixture there marks its tests as distributed."""
     launcher = '"torch.distributed' + '.run"'
     assert [path.name for path in HERE.rglob("*.py") if launcher in path.read_text()] == ["conftest.py"]
 
 
-def test_tests_of_two_ranks_are_marked(request, two_ranks):
+def test_two_rank_tests_are_marked(request, two_ranks):
     assert {"slow", "distributed"} <= {mark.name for mark in request.node.iter_markers()}

@@ -1,4 +1,4 @@
-"""Chunks cover every entry of every tensor once, whatever the shapes."""
+"""Chunks cover each entry of each tensor exactly once, for any shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_reg._tensors.chunks import batched_chunks
 
 @pytest.fixture
 def tensors():
-    """Return small and large tensors, in order and not, of few long rows and of several dtypes."""
+    """Return small and large tensors, contiguous or not, some with few long rows, of several dtypes."""
     torch.manual_seed(0)
     shapes = [(3, 4), (70, 3), (1, 200), (2, 100), (), (0, 5), (64,), (65,), *[(5,)] * 40]
     plain = [torch.randn(shape) for shape in shapes]
@@ -19,7 +19,7 @@ def tensors():
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_each_entry_is_in_one_chunk_with_its_counterpart(tensors, accumulate, monkeypatch):
+def test_chunks_cover_each_entry_once(tensors, accumulate, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 64)
     others = [tensor.clone() for tensor in tensors]
     for source, buffer, views, chunk_others in batched_chunks(tensors, others, accumulate=accumulate):

@@ -1,4 +1,4 @@
-"""Real calls of LightningCLI through the example's script: flags, YAML, and the configuration that it prints."""
+"""Calls of LightningCLI through the example script: flags, YAML, and the printed configuration."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_flags():
     assert same(by_flags.model, model)
 
 
-def test_the_printed_configuration_reproduces_the_run(capsys, tmp_path):
+def test_printed_config_reproduces_run(capsys, tmp_path):
     with pytest.raises(SystemExit):
         run(*FLAGS, "--print_config")
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
@@ -75,7 +75,7 @@ def test_the_printed_configuration_reproduces_the_run(capsys, tmp_path):
     assert not same(run(*FLAGS).model, run().model)
 
 
-def test_a_depth_profile_in_yaml(tmp_path):
+def test_depth_profile_in_yaml(tmp_path):
     profile = {"net.2": 0.3, "net.4": {"class_path": "lightning_reg.Linear", "init_args": {"start": 0.0, "end": 0.5}}}
     callbacks = [
         {"class_path": "lightning_reg.DropoutInjection", "init_args": {"p": 0.1, "after": ["ReLU"]}},
@@ -102,16 +102,16 @@ def test_yaml():
 def test_help_explains_every_argument(name, capsys):
     with pytest.raises(SystemExit):
         run(f"--trainer.callbacks.help={name}")
-    shown = " ".join(capsys.readouterr().out.split())
-    explained = docstring_parser.parse(getattr(lightning_reg, name).__doc__).params
+    printed = " ".join(capsys.readouterr().out.split())
+    documented = docstring_parser.parse(getattr(lightning_reg, name).__doc__).params
     arguments = inspect.signature(getattr(lightning_reg, name)).parameters
-    assert [argument.arg_name for argument in explained] == list(arguments)
-    for argument in explained:
-        assert f"--trainer.callbacks.{argument.arg_name}" in shown
-        assert " ".join(argument.description.split()) in shown
+    assert [argument.arg_name for argument in documented] == list(arguments)
+    for argument in documented:
+        assert f"--trainer.callbacks.{argument.arg_name}" in printed
+        assert " ".join(argument.description.split()) in printed
 
 
-def test_bad_values_are_refused_with_the_reason(capsys):
+def test_bad_values_raise(capsys):
     with pytest.raises(SystemExit):
         run("--trainer.callbacks+=L1Penalty", "--trainer.callbacks.strength=strong")
     assert "strength" in capsys.readouterr().err
@@ -120,7 +120,7 @@ def test_bad_values_are_refused_with_the_reason(capsys):
 
 
 @pytest.mark.slow
-def test_the_script_itself(tmp_path, monkeypatch):
+def test_script_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [*SHORT, *FLAGS, f"--trainer.default_root_dir={tmp_path}"]
     run_script(str(ROOT / "examples" / "digits.py"), *flags)
@@ -130,25 +130,25 @@ def test_the_script_itself(tmp_path, monkeypatch):
 
 
 class WithData(Classifier):
-    """A model that brings its data, for a command line without a data module."""
+    """A model with its own data, for a command line without a data module."""
 
     def train_dataloader(self):
         return loader(32)
 
 
-def written(value):
-    """Return a callback or a schedule as it is written in YAML: a class and those arguments that are not at their default."""
+def as_config(value):
+    """Return the YAML form of a callback or schedule: its class and its non-default arguments."""
     arguments = inspect.signature(type(value)).parameters
     given = {name: value._repr_value(name) for name in arguments}
     needed = {name: argument for name, argument in given.items() if argument != arguments[name].default}
-    plain = {name: written(argument) if isinstance(argument, Schedule) else argument for name, argument in needed.items()}
+    plain = {name: as_config(argument) if isinstance(argument, Schedule) else argument for name, argument in needed.items()}
     return {"class_path": f"lightning_reg.{type(value).__name__}", "init_args": plain}
 
 
 def as_flags(callback):
-    """Return the same as flags, classes by their short names."""
+    """Return a callback as command-line flags, with short class names."""
     flags = [f"--trainer.callbacks+={type(callback).__name__}"]
-    for name, value in written(callback)["init_args"].items():
+    for name, value in as_config(callback)["init_args"].items():
         if isinstance(value, dict):
             flags.append(f"--trainer.callbacks.{name}={value['class_path'].rpartition('.')[2]}")
             flags += [f"--trainer.callbacks.{name}.{key}={part}" for key, part in value["init_args"].items()]
@@ -157,8 +157,8 @@ def as_flags(callback):
     return flags
 
 
-def parsed(*args, run=False):
-    """Return the regularizers of a command line for the model of the table, and the model, perhaps trained."""
+def parse(*args, run=False):
+    """Return the regularizers of a command line, and the model, trained if ``run`` is true."""
     quiet = [f"--trainer.{key}={str(value).lower()}" for key, value in QUIET.items()]
     command = ["fit"] if run else []
     cli = LightningCLI(
@@ -171,31 +171,31 @@ def parsed(*args, run=False):
     return regularizers(cli), cli.model
 
 
-def named(callbacks):
-    """Give every callback a name of its own, as several of a class need it."""
+def with_unique_names(callbacks):
+    """Give each callback a unique name, which several callbacks of one class need."""
     return [type(cb)(**{**vars_of(cb), "name": f"number {index}"}) for index, cb in enumerate(callbacks)]
 
 
 @pytest.mark.parametrize("kind", ["active", "scheduled"])
-def test_every_callback_can_be_written_as_flags(kind):
-    made = [getattr(row, kind)() for row in ROWS.values() if getattr(row, kind)]
-    by_flags, _ = parsed(*(flag for callback in made for flag in as_flags(callback)))
-    assert list(map(repr, by_flags)) == list(map(repr, made))
+def test_flags_of_every_callback(kind):
+    expected = [getattr(row, kind)() for row in ROWS.values() if getattr(row, kind)]
+    by_flags, _ = parse(*(flag for callback in expected for flag in as_flags(callback)))
+    assert list(map(repr, by_flags)) == list(map(repr, expected))
 
 
-def test_every_callback_can_be_written_in_yaml(tmp_path):
-    made = named([callback for row in ROWS.values() for callback in row.all()])
-    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": list(map(written, made))}}))
-    by_yaml, _ = parsed("--config", str(tmp_path / "all.yaml"))
-    assert list(map(repr, by_yaml)) == list(map(repr, made))
+def test_yaml_of_every_callback(tmp_path):
+    expected = with_unique_names([callback for row in ROWS.values() for callback in row.all()])
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": list(map(as_config, expected))}}))
+    by_yaml, _ = parse("--config", str(tmp_path / "all.yaml"))
+    assert list(map(repr, by_yaml)) == list(map(repr, expected))
 
 
-def test_the_printed_configuration_of_every_callback_reproduces_the_run(tmp_path, capsys):
+def test_printed_config_of_every_callback_reproduces_run(tmp_path, capsys):
     flags = [flag for callback in everything() for flag in as_flags(callback)]
     with pytest.raises(SystemExit):
-        parsed(*flags, "--print_config", run=True)
+        parse(*flags, "--print_config", run=True)
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
-    _, by_flags = parsed(*flags, run=True)
-    _, by_yaml = parsed("--config", str(tmp_path / "printed.yaml"), run=True)
+    _, by_flags = parse(*flags, run=True)
+    _, by_yaml = parse("--config", str(tmp_path / "printed.yaml"), run=True)
     assert same(by_flags, by_yaml)
-    assert not same(by_flags, parsed(run=True)[1])
+    assert not same(by_flags, parse(run=True)[1])

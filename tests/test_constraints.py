@@ -14,7 +14,7 @@ from lightning_reg.functional import clip_negative_weights_, clip_weights_, proj
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_projection_is_the_nearest_point_idempotent_and_the_identity_inside(dtype):
+def test_clip_weights_is_idempotent_projection(dtype):
     torch.manual_seed(0)
     params = [torch.randn(shape).to(dtype) for shape in [(3, 4), (7,), (), (0, 5)]]
     before = [p.clone() for p in params]
@@ -28,8 +28,8 @@ def test_the_projection_is_the_nearest_point_idempotent_and_the_identity_inside(
     clip_weights_([], 1.0)
 
 
-class Watch(Classifier):
-    """Keeps the largest weight and bias after each step."""
+class Recorder(Classifier):
+    """Records the largest weight and bias after each step."""
 
     def on_train_start(self):
         self.largest = []
@@ -38,16 +38,16 @@ class Watch(Classifier):
         self.largest.append((self.net[4].weight.abs().max().item(), self.net[4].bias.abs().max().item()))
 
 
-def test_weights_are_within_bounds_after_every_step_and_biases_are_left_alone():
-    model = fit([WeightClipping(0.05)], Watch(), max_epochs=3)
+def test_weight_clipping_bounds_weights_but_not_biases():
+    model = fit([WeightClipping(0.05)], Recorder(), max_epochs=3)
     assert {weight for weight, _ in model.largest} == {torch.tensor(0.05).item()}
     assert max(bias for _, bias in model.largest) > 0.05
-    unclipped = fit(model=Watch(), max_epochs=3)
+    unclipped = fit(model=Recorder(), max_epochs=3)
     assert min(weight for weight, _ in unclipped.largest) > 0.05
 
 
-def test_it_acts_after_each_optimizer_step_and_not_after_each_batch():
-    """Clamping between the micro-batches would change what they see."""
+def test_weight_clipping_acts_after_optimizer_steps():
+    """Clamping between micro-batches would change their gradients."""
 
     class ByHand(Classifier):
         def optimizer_step(self, *args, **kwargs):
@@ -62,8 +62,8 @@ def test_it_acts_after_each_optimizer_step_and_not_after_each_batch():
         )
 
 
-def test_a_step_that_the_loss_scaler_skips_is_no_step():
-    class Overflows(Watch):
+def test_weight_clipping_ignores_steps_skipped_by_scaler():
+    class Overflows(Recorder):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 0 else 1.0)
 
@@ -73,13 +73,13 @@ def test_a_step_that_the_loss_scaler_skips_is_no_step():
     assert model.largest[1][0] == torch.tensor(0.05).item()
 
 
-def test_the_bound_may_be_scheduled():
-    model = fit([WeightClipping(Linear(0.05, 0.01))], Watch(), max_epochs=1)
+def test_scheduled_clip_value():
+    model = fit([WeightClipping(Linear(0.05, 0.01))], Recorder(), max_epochs=1)
     assert_close([weight for weight, _ in model.largest], [0.05, 0.04, 0.03, 0.02], rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("clip_value", [0, -1, float("nan")])
-def test_bounds_out_of_range_are_refused(clip_value):
+def test_clip_value_out_of_range_raises(clip_value):
     with pytest.raises(ValueError, match=rf"WeightClipping: clip_value must be a number in \(0, inf\], got {clip_value}"):
         WeightClipping(clip_value)
 
@@ -92,7 +92,7 @@ INTERVALS = [(0.0, 1.5), (1.0, 1.0), (2.0, 3.0), (0.0, math.inf)]
 @pytest.mark.parametrize(
     ("layer", "units"), [pytest.param(layer, units, id=type(layer).__name__) for layer, units in UNITS.items()]
 )
-def test_each_unit_goes_to_the_nearest_norm(layer, units, low, high, rate):
+def test_project_unit_norms_matches_formula(layer, units, low, high, rate):
     torch.manual_seed(0)
     w = torch.randn(layer.weight.shape)
     expected = []
@@ -104,19 +104,19 @@ def test_each_unit_goes_to_the_nearest_norm(layer, units, low, high, rate):
 
 
 @pytest.mark.parametrize(("dim", "layer"), [(0, nn.Linear(50, 30)), (1, nn.ConvTranspose2d(8, 9, 3))])
-def test_max_norm_is_torchs_renorm(dim, layer):
+def test_max_norm_matches_torch_renorm(dim, layer):
     w = torch.randn(layer.weight.shape)
-    theirs = torch.renorm(w, p=2, dim=dim, maxnorm=2.0)
-    other = torch.renorm(w, p=2, dim=1 - dim, maxnorm=2.0)
+    expected = torch.renorm(w, p=2, dim=dim, maxnorm=2.0)
+    other_dim = torch.renorm(w, p=2, dim=1 - dim, maxnorm=2.0)
     project_unit_norms_([w], 0.0, 2.0, units=[units_of(layer)])
-    assert_close(w, theirs, rtol=1e-5, atol=1e-7)
-    assert not torch.allclose(w, other, rtol=1e-2)
+    assert_close(w, expected, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(w, other_dim, rtol=1e-2)
 
 
 @pytest.mark.parametrize(("low", "high"), INTERVALS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_projecting_twice_is_projecting_once_to_the_last_bit(low, high, dtype):
-    """Keras divides by the norm plus a small number, and so shrinks weights within the bound a little at each step."""
+def test_project_unit_norms_is_idempotent(low, high, dtype):
+    """Keras divides by the norm plus a small constant, so weights within the bound shrink a little at each step."""
     torch.manual_seed(0)
     for shape in [(200, 3), (50, 768), (4, 20_000)]:
         once = torch.randn(shape).mul(torch.rand(shape[0], 1)).div(math.sqrt(shape[1]) / 2).to(dtype)
@@ -132,7 +132,7 @@ def test_projecting_twice_is_projecting_once_to_the_last_bit(low, high, dtype):
 
 
 @pytest.mark.parametrize("ratio", [1e-8, 1e-4, 1e4, 1e8])
-def test_units_far_away_land_where_they_belong(ratio):
+def test_project_unit_norms_of_extreme_norms(ratio):
     torch.manual_seed(0)
     w = torch.randn(64, 16)
     w /= w.norm(dim=1, keepdim=True) * ratio
@@ -143,7 +143,7 @@ def test_units_far_away_land_where_they_belong(ratio):
     assert torch.equal(w, again)
 
 
-def test_units_of_zeros_stay_and_other_units_do_not_care():
+def test_zero_and_nan_units_do_not_affect_others():
     w = torch.tensor([[0.0, 0.0], [math.nan, 1.0], [3.0, 4.0]])
     project_unit_norms_([w], 1.0, 1.0)
     assert w[0].tolist() == [0, 0]
@@ -155,13 +155,13 @@ def test_units_of_zeros_stay_and_other_units_do_not_care():
     assert zeros.tolist() == [[0, 0]]
 
 
-def test_an_infinite_bound_leaves_units_whose_norms_overflow():
+def test_infinite_bound_keeps_units_with_overflowing_norms():
     w = torch.tensor([[2e19, 2e19], [math.inf, 1.0]])
     project_unit_norms_([w], 0.0, math.inf)
     assert w.tolist() == torch.tensor([[2e19, 2e19], [math.inf, 1.0]]).tolist()
 
 
-def test_nothing_is_below_zero_after_a_step():
+def test_non_negative_clips_selected_weights():
     theta = torch.tensor([-1.0, 0.0, 2.0, math.nan])
     clip_negative_weights_([theta])
     assert theta[:3].tolist() == [0, 0, 2]
@@ -173,33 +173,33 @@ def test_nothing_is_below_zero_after_a_step():
 
 
 @pytest.mark.parametrize("callback", [MaxNorm(0.4), UnitNorm(), MinMaxNorm(0.8, 0.9)])
-def test_norms_hold_after_every_step(callback):
-    class Watch(Classifier):
+def test_norm_constraints_hold_after_each_step(callback):
+    class Checked(Classifier):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             norms = torch.cat([self.net[i].weight.norm(dim=1) for i in (0, 4)])
             assert norms.min() >= callback.interval()[0] - 1e-6
             assert norms.max() <= callback.interval()[1] + 1e-6
 
-    fit([callback], Watch())
+    fit([callback], Checked())
     with pytest.raises(AssertionError):
-        fit(model=Watch())
+        fit(model=Checked())
 
 
-def test_a_sign_and_a_norm_can_be_asked_for_together():
-    """In either order of the list: the sign comes first, or the norm would no longer be one."""
+def test_non_negative_works_with_unit_norm():
+    """In either list order: the sign constraint acts first, since it would change the norm."""
     for callbacks in ([NonNegative(), UnitNorm()], [UnitNorm(), NonNegative()]):
         w = fit(callbacks).net[4].weight
         assert w.min() == 0
         assert_close(w.norm(dim=1), torch.ones(10))
 
 
-def test_the_constrained_fraction_is_logged():
+def test_constrained_fraction_is_logged():
     memory = Memory()
     callbacks = [MaxNorm(1e-3), MinMaxNorm(0.0, 100.0), NonNegative(params="net.4.weight"), UnitNorm(params="net.0.weight")]
     negative = (Classifier().net[4].weight < 0).float().mean().item()
     fit(callbacks, Classifier(lr=0.0), max_epochs=1, logger=memory, log_every_n_steps=1)
-    told = {key.split("/")[1]: value for key, value in memory.steps[0].items() if key.endswith("constrained")}
-    assert told == {
+    logged = {key.split("/")[1]: value for key, value in memory.steps[0].items() if key.endswith("constrained")}
+    assert logged == {
         "MaxNorm": 1.0,
         "MinMaxNorm": 0.0,
         "NonNegative-net_4_weight": pytest.approx(negative),
@@ -207,14 +207,14 @@ def test_the_constrained_fraction_is_logged():
     }
 
 
-def test_each_optimizer_has_its_own_fraction():
+def test_constrained_fraction_per_optimizer():
     memory, model = Memory(), Gan()
     model.net[0].weight.data.mul_(100)
     fit([MaxNorm(2.0), WeightClipping(1e9)], model, logger=memory, log_every_n_steps=1, max_epochs=1)
-    told = memory.steps[0]
-    assert told["reg/MaxNorm/constrained_0"] == 1
-    assert told["reg/MaxNorm/constrained_1"] == 0
-    assert told["reg/WeightClipping/constrained_0"] == told["reg/WeightClipping/constrained_1"] == 0
+    logged = memory.steps[0]
+    assert logged["reg/MaxNorm/constrained_0"] == 1
+    assert logged["reg/MaxNorm/constrained_1"] == 0
+    assert logged["reg/WeightClipping/constrained_0"] == logged["reg/WeightClipping/constrained_1"] == 0
 
 
 @pytest.mark.parametrize(
@@ -231,6 +231,6 @@ def test_each_optimizer_has_its_own_fraction():
     ],
     ids=["bound of 0", "negative lower bound", "lower bound above upper", "rate above 1", "scheduled lower bound above upper"],
 )
-def test_intervals_that_are_none_are_refused(make, message):
+def test_invalid_norm_bounds_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

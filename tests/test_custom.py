@@ -1,4 +1,4 @@
-"""Techniques of one's own: mistakes in a class are named when the class or a callback is made, and state has a known layout."""
+"""Custom techniques: mistakes in a class raise clear errors, and saved state has a known layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_reg.custom import (
 
 
 class Huber(Penalty):
-    """A penalty that is written as it should be."""
+    """A correct penalty."""
 
     valid_ranges = {**Penalty.valid_ranges, "delta": POSITIVE}
 
@@ -47,14 +47,14 @@ class Huber(Penalty):
         )
 
 
-def test_a_class_written_by_the_rules_works():
+def test_correct_class_works():
     callback = Huber(0.1, delta=0.5)
     assert repr(callback) == "Huber(0.1, delta=0.5)"
     assert callback.current == {"strength": 0.1, "delta": 0.5}
     assert not same(fit([callback]), fit())
 
 
-def test_an_argument_that_is_stored_too_late_is_named():
+def test_argument_stored_too_late_raises():
     class Late(Penalty):
         valid_ranges = {**Penalty.valid_ranges, "delta": POSITIVE}
 
@@ -70,7 +70,7 @@ def test_an_argument_that_is_stored_too_late_is_named():
         Late(0.1)
 
 
-def test_an_argument_that_is_stored_under_another_name_is_named():
+def test_argument_stored_under_other_name_raises():
     class Renamed(Penalty):
         def __init__(self, strength, delta=1.0, gamma=2.0):
             self._delta, self.g = delta, gamma
@@ -83,7 +83,7 @@ def test_an_argument_that_is_stored_under_another_name_is_named():
         Renamed(0.1)
 
 
-def test_ranges_that_leave_out_the_parents_are_named_when_the_class_is_defined():
+def test_ranges_without_parent_values_raise():
     message = r"Forgets.valid_ranges leaves out 'strength' of Penalty, .* \{\*\*Penalty.valid_ranges, …\}"
     with pytest.raises(TypeError, match=message):
 
@@ -95,7 +95,7 @@ def test_ranges_that_leave_out_the_parents_are_named_when_the_class_is_defined()
                 super().__init__(strength)
 
 
-def test_ranges_may_leave_out_what_the_constructor_does_not_take():
+def test_ranges_can_omit_fixed_parent_values():
     class Fixed(Penalty):
         valid_ranges = {"weight": NON_NEGATIVE}
 
@@ -204,7 +204,7 @@ def test_an_argument_that_is_a_tensor_can_be_shown():
     assert repr(Mask(torch.tensor([1, 0]))) == "Mask(mask=tensor([1, 0]))"
 
 
-def test_arguments_that_are_passed_on_need_not_be_stored_again():
+def test_subclass_can_pass_arguments_on():
     class PassesOn(L1Penalty):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -212,7 +212,7 @@ def test_arguments_that_are_passed_on_need_not_be_stored_again():
     assert same(fit([PassesOn(0.01)]), fit([L1Penalty(0.01)]))
 
 
-def test_the_names_of_custom_are_those_of_the_contract():
+def test_custom_namespace():
     bases = {"Penalty", "GradientProcessing", "Constraint", "ParameterRegularizer", "ModuleRegularizer", "Regularizer"}
     assert set(custom.__all__) == bases | {"Phase", "Step", "Interval", "NON_NEGATIVE", "POSITIVE", "PROBABILITY"}
     assert lightning_reg.custom is custom
@@ -221,7 +221,7 @@ def test_the_names_of_custom_are_those_of_the_contract():
 
 
 class Halves(GradientProcessing):
-    """Halves all gradients, and counts the steps of each optimizer in a state of its own."""
+    """Halves all gradients, and counts the steps of each optimizer in its state."""
 
     phase = Phase.VALUE_CLIPPING
     state_entries = ("steps",)
@@ -237,14 +237,14 @@ class Halves(GradientProcessing):
                 p.grad.div_(2)
 
 
-def test_state_is_kept_in_the_checkpoint_and_starts_again_with_each_fit(tmp_path):
+def test_state_is_saved_and_reset_by_each_fit(tmp_path):
     callback = Halves()
     fit([callback])
     assert callback.state == {"steps": {0: 8}}
     assert callback.state_dict() == {"layout": 1, "metrics": {}, "state": {"steps": {0: 8}}}
-    later = Halves()
-    later.load_state_dict(callback.state_dict())
-    assert later.state == {"steps": {0: 8}}
+    loaded = Halves()
+    loaded.load_state_dict(callback.state_dict())
+    assert loaded.state == {"steps": {0: 8}}
     fit([callback], max_epochs=1)
     assert callback.state == {"steps": {0: 4}}
 
@@ -258,7 +258,7 @@ def test_state_is_kept_in_the_checkpoint_and_starts_again_with_each_fit(tmp_path
         pytest.param(WeightPruning(0.5), Classifier(), id="pruning"),
     ],
 )
-def test_every_callback_can_forget(callback, model):
+def test_reset_clears_state(callback, model):
     fit([callback], model, logger=Memory(), log_every_n_steps=1)
     assert callback.state_dict()
     callback.reset()
@@ -266,13 +266,13 @@ def test_every_callback_can_forget(callback, model):
 
 
 @pytest.mark.parametrize(
-    ("saved", "found"),
+    ("saved", "description"),
     [
         pytest.param({"figures": {}, "memory": {}}, r"the keys \['figures', 'memory'\]", id="no layout"),
         pytest.param({"layout": 99, "metrics": {}, "state": {}}, "layout 99", id="another layout"),
     ],
 )
-def test_a_checkpoint_of_another_layout_is_a_clear_error(tmp_path, saved, found):
+def test_checkpoint_of_other_layout_raises(tmp_path, saved, description):
     options = {**QUIET, "enable_checkpointing": True, "default_root_dir": tmp_path}
     trainer = Trainer(**options, max_epochs=1, callbacks=[QuantileGradientClipping(0.5)])
     trainer.fit(Classifier(), loader())
@@ -281,7 +281,9 @@ def test_a_checkpoint_of_another_layout_is_a_clear_error(tmp_path, saved, found)
     checkpoint["callbacks"] = {trainer.callbacks[0].state_key: saved}
     torch.save(checkpoint, tmp_path / "old.ckpt")
     resumed = Trainer(**QUIET, max_epochs=2, callbacks=[QuantileGradientClipping(0.5)])
-    with pytest.raises(ValueError, match=rf"QuantileGradientClipping: .* has {found}, expected layout 1: another version"):
+    with pytest.raises(
+        ValueError, match=rf"QuantileGradientClipping: .* has {description}, expected layout 1: another version"
+    ):
         resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "old.ckpt")
 
 
@@ -360,7 +362,7 @@ def test_predict_hooks_are_called_in_pairs_and_only_in_predict():
     assert calls == ["start", "stop"]
 
 
-def test_the_state_key_is_that_of_the_name_and_a_plain_string_once_set_up():
+def test_state_key_contains_name_and_is_plain_string():
     callback = L1Penalty(0.1, name="mine")
     assert callback.state_key == L1Penalty(0.1, name="mine")._state_key == "L1Penalty{'name': 'mine'}"
     fit([callback])

@@ -12,7 +12,7 @@ from lightning_reg.functional import Units, group_soft_threshold_, soft_threshol
 
 
 class Adam(Classifier):
-    """The model with Adam, or with AdamW where it is to decay by itself; one layer has no gradient."""
+    """The model with AdamW, whose weight decay may be 0. One layer has no gradient."""
 
     def __init__(self, decay=0.0, params="all"):
         super().__init__()
@@ -27,8 +27,8 @@ class Adam(Classifier):
 
 @pytest.mark.parametrize("params", ["all", "weights"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_weight_decay_is_adamws_to_the_last_bit(params, accumulate):
-    """Parameters without a gradient, which AdamW leaves alone, included."""
+def test_weight_decay_equals_adamw(params, accumulate):
+    """Bit-identical, also for parameters without a gradient, which AdamW skips."""
     ours = fit([WeightDecay(0.1, params=params)], Adam(), accumulate_grad_batches=accumulate)
     assert same(ours, fit(model=Adam(0.1, params), accumulate_grad_batches=accumulate))
     assert not same(ours, fit(model=Adam(), accumulate_grad_batches=accumulate))
@@ -36,27 +36,27 @@ def test_weight_decay_is_adamws_to_the_last_bit(params, accumulate):
 
 
 class Overflows(Adam):
-    """A model whose first step is skipped by the loss scaler."""
+    """A model whose first step the loss scaler skips."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 0 else 1.0)
 
 
-def test_weight_decay_is_adamws_under_a_loss_scale_too():
-    """To the last bit, and a step that the scaler skips is not decayed."""
+def test_weight_decay_equals_adamw_under_loss_scaling():
+    """Bit-identical, and a step that the scaler skips does not decay."""
 
-    def scaled(callbacks, model, batches):
+    def fit_scaled(callbacks, model, batches):
         precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
         return fit(callbacks, model, plugins=[precision], max_epochs=1, limit_train_batches=batches)
 
-    ours = scaled([WeightDecay(0.1, params="all")], Overflows(), 4)
-    assert same(ours, scaled([], Overflows(0.1), 4))
-    assert not same(ours, scaled([], Overflows(), 4))
-    assert same(scaled([WeightDecay(0.1, params="all")], Overflows(), 1), Overflows())
+    ours = fit_scaled([WeightDecay(0.1, params="all")], Overflows(), 4)
+    assert same(ours, fit_scaled([], Overflows(0.1), 4))
+    assert not same(ours, fit_scaled([], Overflows(), 4))
+    assert same(fit_scaled([WeightDecay(0.1, params="all")], Overflows(), 1), Overflows())
 
 
 class Groups(Classifier):
-    """Two groups with learning rates of their own, and a loss without a gradient."""
+    """Two parameter groups with separate learning rates, and a loss with zero gradients."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * 0.0
@@ -66,20 +66,20 @@ class Groups(Classifier):
 
 
 @pytest.mark.parametrize("callback", [WeightDecay(0.5), SoftThresholding(0.1), GroupSoftThresholding(0.1)])
-def test_the_learning_rate_is_that_of_the_group(callback):
+def test_decay_uses_learning_rate_of_group(callback):
     model = fit([callback], Groups(), max_steps=1)
     assert torch.equal(model.net[0].weight, Groups().net[0].weight)
     assert not torch.equal(model.net[4].weight, Groups().net[4].weight)
 
 
-def test_one_step_by_hand():
+def test_one_step_matches_formula():
     start = Groups().net[4].weight
     assert_close(fit([WeightDecay(0.5)], Groups(), max_steps=1).net[4].weight, start * 0.95)
     thresholded = start.sign() * (start.abs() - 0.01).clamp(min=0)
     assert_close(fit([SoftThresholding(0.1)], Groups(), max_steps=1).net[4].weight, thresholded)
 
 
-def test_decay_groups_divide_the_trained_parameters():
+def test_decay_groups_split_trainable_parameters():
     model = Classifier()
     model.net[4].requires_grad_(False)
     decayed, others = decay_groups(model, 0.1)
@@ -92,78 +92,78 @@ def test_decay_groups_divide_the_trained_parameters():
         decay_groups(model, 0.1, params="nett.*")
 
 
-def test_a_scheduler_drives_the_groups_that_decay():
-    class Watch(Adam):
+def test_scheduler_sets_decay_of_decaying_groups():
+    class Recorder(Adam):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             self.seen = [*getattr(self, "seen", []), [group["weight_decay"] for group in self.optimizers().param_groups]]
 
-    model = Watch(0.1, "weights")
+    model = Recorder(0.1, "weights")
     fit([WeightDecayScheduler(Linear(0.0, 0.8))], model, max_epochs=1)
     assert_close(model.seen, [[0.0, 0.0], [0.2, 0.0], [0.4, 0.0], [0.6, 0.0]])
     assert same(fit([WeightDecayScheduler(0.3)], Adam(0.1, "weights")), fit(model=Adam(0.3, "weights")))
 
 
-def test_a_scheduler_with_nothing_to_drive_is_refused():
+def test_scheduler_without_decaying_group_raises():
     with pytest.raises(
         ValueError, match=r"WeightDecayScheduler: no parameter group has a nonzero weight_decay .* use WeightDecay"
     ):
         fit([WeightDecayScheduler(0.1)])
 
 
-def test_a_second_decay_is_said():
+def test_decay_in_addition_to_optimizer_warns():
     with pytest.warns(UserWarning, match=r"WeightDecay acts on parameters that the optimizer decays too \(weight_decay=0.1\)"):
         fit([WeightDecay(0.1)], Classifier(weight_decay=0.1))
 
 
-def test_decay_is_refused_for_a_fused_optimizer_under_a_loss_scale():
+def test_fused_optimizer_under_loss_scaling_raises():
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="WeightDecay acts before the optimizer step, but the fused Adam"):
         fit([WeightDecay(0.1)], Fused(), plugins=[precision])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_soft_thresholds_minimize_their_objective(dtype):
-    """The proximal map against a search over a grid, the identity at 0, and zeros that are exact."""
+def test_soft_threshold_minimizes_objective(dtype):
+    """The proximal map matches a grid search, has exact zeros, and is the identity at strength 0."""
     w = torch.linspace(-2, 2, 41).to(dtype)
-    moved = w.clone()
-    soft_threshold_([moved], 0.5)
+    result = w.clone()
+    soft_threshold_([result], 0.5)
     grid = torch.linspace(-2, 2, 4001, dtype=torch.float64)
     objective = (grid - w.double().unsqueeze(1)).square() / 2 + 0.5 * grid.abs()
-    assert_close(moved.double(), grid[objective.argmin(1)], rtol=0.0, atol=1e-3 if dtype == torch.float32 else 1e-2)
-    assert (moved == 0).sum() == (w.abs() <= 0.5).sum()
+    assert_close(result.double(), grid[objective.argmin(1)], rtol=0.0, atol=1e-3 if dtype == torch.float32 else 1e-2)
+    assert (result == 0).sum() == (w.abs() <= 0.5).sum()
     unchanged = w.clone()
     soft_threshold_([unchanged], 0.0)
     assert torch.equal(unchanged, w)
 
 
-def test_group_soft_thresholds_leave_units_whose_norms_overflow():
+def test_group_soft_threshold_keeps_units_with_overflowing_norms():
     w = torch.tensor([[2e19, 2e19], [0.0, 0.0]])
     group_soft_threshold_([w], 0.1)
     assert w.tolist() == torch.tensor([[2e19, 2e19], [0.0, 0.0]]).tolist()
 
 
-def test_group_soft_thresholds_minimize_their_objective():
+def test_group_soft_threshold_minimizes_objective():
     torch.manual_seed(0)
     w = torch.randn(5, 4, dtype=torch.float64)
     w[2] = 0.0
-    moved = w.clone()
-    group_soft_threshold_([moved], 0.8)
-    for before, after in zip(w, moved, strict=True):
-        if after.norm() > 0:  # the gradient of the objective is zero there
+    result = w.clone()
+    group_soft_threshold_([result], 0.8)
+    for before, after in zip(w, result, strict=True):
+        if after.norm() > 0:  # the gradient of the objective is zero at the minimum
             assert_close(after - before + 0.8 * 2 * after / after.norm(), torch.zeros(4, dtype=torch.float64))
         else:
             assert before.norm() <= 0.8 * 2
-    assert 1 < (moved == 0).all(1).sum() < 5
+    assert 1 < (result == 0).all(1).sum() < 5
     columns = w.t().clone()
     group_soft_threshold_([columns], 0.8, [Units(1)])
-    assert_close(columns.t(), moved)
+    assert_close(columns.t(), result)
     unchanged = w.clone()
     group_soft_threshold_([unchanged], 0.0)
     assert torch.equal(unchanged, w)
 
 
 @pytest.mark.parametrize("callback", [SoftThresholding(0.3), GroupSoftThresholding(0.2)])
-def test_zeros_are_exact_and_stay(callback):
+def test_thresholding_gives_exact_zeros(callback):
     sparse, dense = fit([callback], max_epochs=4), fit(max_epochs=4)
     zeros = (sparse.net[0].weight == 0).all(1) if isinstance(callback, GroupSoftThresholding) else sparse.net[0].weight == 0
     assert zeros.float().mean() > 0.2
@@ -172,6 +172,6 @@ def test_zeros_are_exact_and_stay(callback):
 
 
 @pytest.mark.parametrize("kind", [WeightDecay, WeightDecayScheduler, SoftThresholding, GroupSoftThresholding])
-def test_strengths_out_of_range_are_refused(kind):
+def test_strength_out_of_range_raises(kind):
     with pytest.raises(ValueError, match=rf"{kind.__name__}: (strength|weight_decay) must be a number in \[0, inf\), got -0.1"):
         kind(-0.1)

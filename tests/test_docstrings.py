@@ -1,4 +1,4 @@
-"""Every public docstring has the sections that apply to it, and reads well as plain text."""
+"""Every public docstring is plain text and has the sections that apply to it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import lightning_reg
 from lightning_reg import custom, functional, schedules
 from lightning_reg.custom import Regularizer
 
-WITHOUT_SOURCE = {
-    "MinMaxNorm": "it joins two bounds, each with a source of its own",
+WITHOUT_REFERENCE = {
+    "MinMaxNorm": "it joins two bounds, each with its own source",
     "NonFiniteGradientGuard": "common practice, no paper",
     "PeakGradientDropping": "a rule of this package",
     "RandomShrinkage": "a rule of this package",
     "Penalty": "an abstract base",
 }
-"""Callbacks that have no reference, with the reason."""
+"""Callbacks without a reference, with the reason."""
 
 
 def public(namespace):
@@ -41,7 +41,7 @@ def section(doc, title):
 
 
 def raises_errors(function):
-    """Return whether the body of a function has a raise statement."""
+    """Return whether a function contains a raise statement."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     return any(isinstance(node, ast.Raise) for node in ast.walk(tree))
 
@@ -57,18 +57,18 @@ def check_arguments(name, value, doc):
 
 
 @pytest.mark.parametrize("name", sorted(EVERYTHING))
-def test_a_docstring_is_plain_text(name):
+def test_docstring_is_plain_text(name):
     if not (inspect.isclass(EVERYTHING[name]) or inspect.isfunction(EVERYTHING[name])):
         return
     doc = inspect.getdoc(EVERYTHING[name])
     assert doc, f"{name} has no docstring"
     assert ":math:" not in doc
-    assert "\\" not in doc.replace("\\n", ""), "LaTeX in a docstring that is also the help of the command line"
-    assert re.match(r"[^\n]{10,130}[.:]\n|[^\n]{10,130}[.:]?$", doc), "a summary in one line"
+    assert "\\" not in doc.replace("\\n", ""), "docstrings are also command-line help, so they must not contain LaTeX"
+    assert re.match(r"[^\n]{10,130}[.:]\n|[^\n]{10,130}[.:]?$", doc), "the summary must fit one line"
 
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
-def test_a_function_says_what_it_takes_returns_raises_and_shows_it(name):
+def test_function_docstring_has_all_sections(name):
     function = FUNCTIONS[name]
     doc = inspect.getdoc(function)
     check_arguments(name, function, doc)
@@ -79,7 +79,7 @@ def test_a_function_says_what_it_takes_returns_raises_and_shows_it(name):
 
 
 @pytest.mark.parametrize("name", sorted(CALLBACKS))
-def test_a_callback_says_when_it_runs_what_it_takes_and_raises_and_shows_it(name):
+def test_callback_docstring_has_all_sections(name):
     cls = CALLBACKS[name]
     doc = inspect.getdoc(cls)
     assert re.search(r"^Runs in: ", doc, re.MULTILINE), f"{name}: Runs in is missing"
@@ -87,13 +87,13 @@ def test_a_callback_says_when_it_runs_what_it_takes_and_raises_and_shows_it(name
     assert re.search(r"(Value|Type|Runtime)Error: ", section(doc, "Raises") or ""), f"{name}: Raises is missing"
     assert ">>>" in (section(doc, "Example") or ""), f"{name}: Example is missing"
     reference = section(doc, "Reference") or ""
-    if name in WITHOUT_SOURCE:
+    if name in WITHOUT_REFERENCE:
         assert not reference
     else:
-        assert re.search(r"\"[^\"]+\", \d{4}", " ".join(reference.split())), f'{name}: Reference: authors, "title", year'
+        assert re.search(r"\"[^\"]+\", \d{4}", " ".join(reference.split())), f'{name}: Reference needs authors, "title", year'
 
 
-def test_a_missing_section_is_found():
+def test_missing_section_is_detected():
     doc = "Do something.\n\nArgs:\n    one: First.\n\nExample:\n    >>> 1\n    1\n"
     assert section(doc, "Args") == "    one: First.\n\n"
     assert section(doc, "Raises") is None

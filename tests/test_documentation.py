@@ -1,4 +1,4 @@
-"""Every example in the README and in ``docs/`` runs, every table is complete, and every link leads somewhere."""
+"""All examples in the README and in ``docs/`` run, all tables are complete, and all links work."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ LINKED = {**PAGES, "CHANGELOG.md": CHANGELOG, ".github/CONTRIBUTING.md": CONTRIB
 
 
 def blocks(page, language):
-    """Return the blocks of code on a page that are marked as some language."""
+    """Return the code blocks of a language on a page."""
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
 
 
 def prose(text):
-    """Return a page without its blocks of code."""
+    """Return a page without its code blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def rows(page, heading):
-    """Return the cells of the rows in the section under a heading, without the header of the table."""
+    """Return the cells of the table under a heading, without its header."""
     section = re.split(r"^#+ ", PAGES[page].split(f"\n{heading}\n", 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
@@ -61,7 +61,7 @@ SHORT = ["--trainer.max_epochs=1", "--trainer.default_root_dir=."]
 
 @pytest.fixture
 def _scratch(tmp_path, monkeypatch):
-    """Work in an empty folder, and forget what an example registers."""
+    """Work in an empty folder, and undo what an example registers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     registries = [lightning_reg.DROPOUT_ATTRIBUTES, lightning_reg.WEIGHT_LAYERS]
@@ -76,7 +76,7 @@ def _scratch(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("_scratch")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=WITH_PYTHON)
 def test_python_examples_run(page):
-    """One after the other, in one namespace."""
+    """In order, in one namespace."""
     namespace = {"__name__": "documentation"}
     for code in blocks(page, "python"):
         exec(compile(code, page, "exec"), namespace)
@@ -84,7 +84,7 @@ def test_python_examples_run(page):
 
 @pytest.fixture
 def run(_scratch, monkeypatch):
-    """Return what runs a script with some flags in this process, which takes a fraction of the time that a new one takes."""
+    """Return a function that runs a script in this process, which is much faster than a new process."""
 
     def run(script, *flags):
         monkeypatch.setattr(sys, "argv", [script, *flags])
@@ -103,12 +103,12 @@ def test_commands_run(words, run):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_command_with_a_flag_that_does_not_exist_fails(run):
+def test_command_with_unknown_flag_fails(run):
     with pytest.raises(SystemExit, match=r"^2$"):
         run(str(ROOT / "examples" / "digits.py"), "fit", "--trainer.callbacks+=L2Penalty", "--trainer.callbacks.weight=1")
 
 
-def test_scripts_without_flags_run_in_the_tests_of_the_examples():
+def test_scripts_without_flags_are_tested():
     tested = (HERE / "test_example.py").read_text()
     assert all(script.removeprefix("examples/") in tested for script in BARE)
 
@@ -122,8 +122,8 @@ def test_yaml_examples_run(page, run, tmp_path):
         run(str(ROOT / "examples" / "digits.py"), *flags)
 
 
-def test_there_are_examples_to_run():
-    """The patterns above find what they look for."""
+def test_examples_are_found():
+    """The patterns above match."""
     assert {"README.md", "docs/dropout.md", "docs/pruning.md", "docs/custom.md"} <= set(WITH_PYTHON)
     assert WITH_YAML == ["docs/command-line.md"]
     assert sorted(BARE) == ["examples/dropout_schedules.py", "examples/pruning_curve.py"]
@@ -134,60 +134,60 @@ def test_there_are_examples_to_run():
 
 
 def cells(text):
-    """Return the cells of the printed summary, whatever the widths of its columns."""
+    """Return the cells of the printed summary, regardless of column widths."""
     table = text.split("Regularization\n", 1)[-1].split("└", 1)[0]
     return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in table.splitlines() if line[:1] in ("│", "┃")]
 
 
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 @pytest.mark.usefixtures("_scratch")
-def test_the_summary_shown_is_the_summary_printed(capsys):
+def test_summary_in_readme_matches_output(capsys):
     exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), {"__name__": "documentation"})
     printed = re.sub(r"Regularization +\n", "Regularization\n", capsys.readouterr().out)
     assert cells(README) == cells(printed)
     assert len(cells(README)) == 4
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     lines = [line for line in prose(README).splitlines() if not line.startswith("|")]
     assert sum(len(line.split()) for line in lines) <= 1200
 
 
-def test_every_callback_is_in_the_readme():
+def test_readme_lists_every_callback():
     listed = [name for _, callbacks, _ in rows("README.md", "## All techniques") for name in re.findall(r"`(\w+)`", callbacks)]
     assert set(listed) == {*ROWS, "Penalty"}
     assert len(listed) == len(set(listed))
 
 
-def test_every_callback_has_its_formula():
-    """In the tables on techniques, whose first cells are calls."""
-    first = [
+def test_techniques_page_has_every_formula():
+    """The first cells of its tables are calls."""
+    calls = [
         row[0]
         for heading in re.findall(r"^## .*$", PAGES["docs/techniques.md"], re.MULTILINE)
         for row in rows("docs/techniques.md", heading)
     ]
-    listed = {name for cell in first for name in re.findall(r"^`(\w+)", cell)}
+    listed = {name for cell in calls for name in re.findall(r"^`(\w+)", cell)}
     assert {*ROWS, "Penalty"} - {"WeightPruning"} <= listed
 
 
-def test_every_callback_is_in_the_changelog():
+def test_changelog_lists_every_callback():
     assert set(ROWS) - set(re.findall(r"`(\w+)`", CHANGELOG)) == set()
 
 
-def test_first_values_to_try_are_valid():
-    """Each one is a call that makes a callback."""
+def test_suggested_calls_are_valid():
+    """Each call creates a callback."""
     table = rows("README.md", "## Which technique should I use?")
     calls = [call for _, _, values in table for call in re.findall(r"`(.+?)`", values)]
     assert all(isinstance(eval(call, vars(lightning_reg)), Callback) for call in calls)
     assert len(calls) > 20
 
 
-def test_the_wheel_has_its_name():
+def test_readme_names_the_wheel():
     assert f"lightning_reg-{lightning_reg.__version__}-py3-none-any.whl" in README
 
 
-def test_ci_runs_the_test_command():
-    """Taken from the README, so that the two cannot differ."""
+def test_ci_runs_test_command_of_readme():
+    """CI takes the command from the README, so that the two cannot differ."""
     assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
     (commands,) = re.findall(r"<!-- test command -->\n```bash\n(.*?)\n```", README, re.DOTALL)
     assert commands.endswith(".venv/bin/python -m pytest")
@@ -201,56 +201,56 @@ def logged_keys(callback, model):
     """Return the keys that a callback logs in a short fit, without their prefix."""
     logger, prefix = Memory(), f"reg/{callback.name}/"
     fit([callback], model, max_epochs=1, logger=logger, log_every_n_steps=1)
-    found = {key for metrics in logger.steps.values() for key in metrics}
-    assert all(key.startswith(prefix) for key in found)
-    return {re.sub("^p/.*", "p/<pattern>", key.removeprefix(prefix)) for key in found}
+    logged = {key for metrics in logger.steps.values() for key in metrics}
+    assert all(key.startswith(prefix) for key in logged)
+    return {re.sub("^p/.*", "p/<pattern>", key.removeprefix(prefix)) for key in logged}
 
 
 def documented_keys(column):
-    """Return the callbacks that log each documented key, and what another column says about it."""
+    """Return the callbacks that log each documented key, and the key's entry in another column."""
     headings = ("### Current values", "### Penalties", "### Gradients", "### Weights", "### Dropout")
     table = [row for heading in headings for row in rows("docs/metrics.md", heading)]
     return {re.findall("`(.+?)`", row[0])[0]: (set(re.findall(r"`(\w+)`", row[1])), row[column]) for row in table}
 
 
-def differences(documented, found):
-    """Return the callbacks that are documented to log a key but do not, and those that log it without a word."""
-    pairs = [("documented, not logged", documented, found), ("logged, not documented", found, documented)]
-    named = {(what, key): names - other.get(key, set()) for what, one, other in pairs for key, names in one.items()}
+def differences(documented, logged):
+    """Return the callbacks of each key that is documented but not logged, or logged but not documented."""
+    pairs = [("documented, not logged", documented, logged), ("logged, not documented", logged, documented)]
+    named = {(what, key): names - right.get(key, set()) for what, left, right in pairs for key, names in left.items()}
     return {key: names for key, names in named.items() if names}
 
 
-def test_every_metric_is_documented_and_every_documented_metric_exists():
-    found = defaultdict(set)
+def test_documented_metrics_match_logged_metrics():
+    logged = defaultdict(set)
     for name, row in ROWS.items():
         for callback in filter(None, (row.active(), row.scheduled and row.scheduled())):
             for key in logged_keys(callback, Classifier(**row.options)):
-                found[key].add(name)
+                logged[key].add(name)
     for key in logged_keys(DropoutScheduler({"net.3": 0.2}), Classifier()):
-        found[key].add("DropoutScheduler")
-    assert differences({key: callbacks for key, (callbacks, _) in documented_keys(3).items()}, found) == {}
+        logged[key].add("DropoutScheduler")
+    assert differences({key: callbacks for key, (callbacks, _) in documented_keys(3).items()}, logged) == {}
 
 
-def test_keys_of_several_optimizers_are_documented():
-    found = defaultdict(set)
+def test_documented_metrics_of_several_optimizers():
+    logged = defaultdict(set)
     for name, row in ROWS.items():
         if "several_optimizers" not in row.exempt:
             for key in logged_keys(row.active(), Gan(**row.options)):
-                found[key].add(name)
+                logged[key].add(name)
     expected = defaultdict(set)
     for key, (callbacks, number) in documented_keys(3).items():
         for name in callbacks - {"ActivityPenalty"}:
             for suffix in ("_0", "_1") if number == "per optimizer" else ("",):
                 expected[key + suffix].add(name)
     del expected["p/<pattern>"]
-    assert differences(expected, found) == {}
+    assert differences(expected, logged) == {}
 
 
 # Links --------------------------------------------------------------------------------------------------------------
 
 
 def anchors(text):
-    """Return the anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors that GitHub creates for a page's headings."""
     headings = re.findall(r"^#+ (.*)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -264,11 +264,11 @@ LINKS = [
 
 
 @pytest.mark.parametrize(("page", "target"), LINKS, ids=[f"{page} to {target}" for page, target in LINKS])
-def test_links_lead_somewhere(page, target):
+def test_links_work(page, target):
     path, _, anchor = target.partition("#")
-    found = (ROOT / page).parent / path if path else ROOT / page
-    assert found.exists()
-    assert not anchor or anchor in anchors(found.read_text())
+    file = (ROOT / page).parent / path if path else ROOT / page
+    assert file.exists()
+    assert not anchor or anchor in anchors(file.read_text())
 
 
 def test_every_guide_is_linked():
@@ -277,7 +277,7 @@ def test_every_guide_is_linked():
     assert {f"docs/{name}" for name in guides} <= {target.partition("#")[0] for page, target in LINKS if page == "README.md"}
 
 
-def test_files_named_in_the_text_exist():
+def test_files_named_in_text_exist():
     paths = r"`((?:\.github|docs|examples|lightning_reg|tests)/[\w/.]+)`"
     named = {name for text in [*PAGES.values(), CONTRIBUTING] for name in re.findall(paths, text)}
     assert "tests/table.py" in named

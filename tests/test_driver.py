@@ -1,4 +1,4 @@
-"""What the callbacks share: metrics, the summary, names, and what a run may forbid."""
+"""Shared behavior of callbacks: metrics, the summary, names, schedules, and unsupported runs."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def logged(callbacks, model=None, **kwargs):
     return {step: {k: v for k, v in metrics.items() if k.startswith("reg/")} for step, metrics in logger.steps.items()}
 
 
-class Watch(Classifier):
-    """Recomputes by hand what the callbacks log."""
+class Recorder(Classifier):
+    """Recomputes the logged values by hand."""
 
     def on_train_start(self):
         self.l1, self.norm = [], []
@@ -60,9 +60,9 @@ class Watch(Classifier):
         self.norm.append(math.sqrt(sum(p.grad.square().sum().item() for p in self.parameters())))
 
 
-def test_penalties_log_their_value_and_strength_on_both_routes():
+def test_penalties_log_value_and_strength_on_both_routes():
     for route in ("loss", "gradient"):
-        model = Watch()
+        model = Recorder()
         steps = logged([L1Penalty(Linear(0.0, 0.08), inject=route)], model, max_epochs=2)
         strengths = [0.01 * i for i in range(8)]
         assert [m["reg/L1Penalty/strength"] for m in steps.values()] == pytest.approx(strengths)
@@ -70,8 +70,8 @@ def test_penalties_log_their_value_and_strength_on_both_routes():
         assert values == pytest.approx([s * l1 for s, l1 in zip(strengths, model.l1, strict=True)], rel=1e-5)
 
 
-def test_norm_clipping_logs_norms_and_how_often_it_clips():
-    model = Watch()
+def test_norm_clipping_logs_norms_and_clipped_steps():
+    model = Recorder()
     steps = logged([GradientNormClipping(1.0)], model, max_epochs=2)
     before = [m["reg/GradientNormClipping/norm_before"] for m in steps.values()]
     assert before == pytest.approx(model.norm, rel=1e-5)
@@ -82,8 +82,8 @@ def test_norm_clipping_logs_norms_and_how_often_it_clips():
     assert {n > 1 for n in before} == {True, False}
 
 
-def test_the_fraction_of_clipped_steps_is_over_the_steps_since_the_last_log():
-    model = Watch()
+def test_clipped_fraction_covers_steps_since_last_log():
+    model = Recorder()
     (steps,) = [logged([GradientNormClipping(1.0)], model, max_epochs=2, log_every_n_steps=4, limit_train_batches=4)]
     clipped = torch.tensor(model.norm).gt(1).float().view(2, 4).mean(1).tolist()
     assert [m["reg/GradientNormClipping/clipped_steps"] for m in steps.values()] == pytest.approx(clipped)
@@ -123,7 +123,7 @@ def test_other_metrics():
     assert 0 < first["reg/WeightClipping/constrained"] < 1
 
 
-def test_metrics_come_on_logging_steps_and_can_be_monitored():
+def test_metrics_follow_logging_interval_and_can_be_monitored():
     assert list(logged([L1Penalty(0.1)], max_epochs=2, log_every_n_steps=3)) == [2, 5]
     assert list(logged([L1Penalty(0.1)], max_epochs=2, log_every_n_steps=1, accumulate_grad_batches=2)) == [0, 1, 2, 3]
     fit(
@@ -133,14 +133,14 @@ def test_metrics_come_on_logging_steps_and_can_be_monitored():
     )
 
 
-def test_without_a_logger_nothing_is_measured():
-    class Silent(GradientNormClipping):
+def test_no_metrics_without_logger():
+    class NeverLogs(GradientNormClipping):
         def log(self, **metrics):
-            raise AssertionError("measured")
+            raise AssertionError("logged without a logger")
 
         average = log
 
-    fit([Silent(0.1)])
+    fit([NeverLogs(0.1)])
 
 
 def summary(capsys, callbacks, model=None):
@@ -149,7 +149,7 @@ def summary(capsys, callbacks, model=None):
     return capsys.readouterr().out
 
 
-def test_the_summary_says_what_acts_on_what(capsys, monkeypatch):
+def test_summary_lists_callbacks_and_targets(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     table = summary(
         capsys, [WeightClipping(0.5), L1Penalty(Linear(0.0, 0.1, until="3ep")), GradientNormClipping(1.0, params="net.0.*")]
@@ -177,12 +177,12 @@ def test_the_summary_says_what_acts_on_what(capsys, monkeypatch):
     assert table.count("Regularization") == 1
 
 
-def test_the_summary_can_be_turned_off(capsys):
+def test_summary_can_be_disabled(capsys):
     fit(everything(), enable_model_summary=False, max_epochs=1)
     assert "Regularization" not in capsys.readouterr().out
 
 
-def test_names_say_what_a_callback_acts_on():
+def test_default_names_include_selection():
     assert L1Penalty(0.1).name == "L1Penalty"
     assert L1Penalty(0.1, params=["encoder.*", "!*.bias"]).name == "L1Penalty-encoder-bias"
     assert L1Penalty(0.1, params="all").name == "L1Penalty-all"
@@ -191,7 +191,7 @@ def test_names_say_what_a_callback_acts_on():
 
 
 class Unfreezes(BaseFinetuning):
-    """Trains the first layer from the second epoch on."""
+    """Unfreezes the first layer in the second epoch."""
 
     def freeze_before_training(self, pl_module):
         self.freeze(pl_module.net[0])
@@ -201,7 +201,7 @@ class Unfreezes(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
 
 
-def test_parameters_that_are_unfrozen_later_are_regularized_from_then_on():
+def test_unfrozen_parameters_are_regularized():
     class Counts(Classifier):
         def on_train_start(self):
             self.counts = []
@@ -216,7 +216,7 @@ def test_parameters_that_are_unfrozen_later_are_regularized_from_then_on():
     assert model.counts == [False] * 4 + [True] * 4
 
 
-def test_steps_and_progress_follow_an_accumulation_that_varies():
+def test_schedules_follow_varying_accumulation():
     """Two epochs of 4 batches: 4 steps, then 2 steps of two batches."""
     for schedule, expected in (
         (Steps([0.0, 0.1], at=["5st"]), [0.0] * 5 + [0.1]),
@@ -231,16 +231,16 @@ def strengths(schedule, *callbacks, model=None, data=None, **kwargs):
     """Return the strength in each optimizer step of a run."""
     seen = []
 
-    class Seen(L1Penalty):
+    class RecordedPenalty(L1Penalty):
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Seen(schedule, inject="gradient"), *callbacks], model, data, **kwargs)
+    fit([RecordedPenalty(schedule, inject="gradient"), *callbacks], model, data, **kwargs)
     return seen
 
 
 class Endless(IterableDataset):
-    """Digits without a length."""
+    """A dataset of digits without a length."""
 
     def __iter__(self):
         return iter(zip(*digits(64), strict=True))
@@ -256,14 +256,14 @@ def test_data_of_unknown_length():
 
 
 class Normalized(Classifier):
-    """A model whose weight averaging ends with an epoch that only renews statistics."""
+    """A model with batch normalization, for which weight averaging adds an epoch that only updates statistics."""
 
     def __init__(self):
         super().__init__()
         self.net[1] = nn.BatchNorm1d(16)
 
 
-def test_an_epoch_that_does_not_train_is_none():
+def test_epoch_without_training_does_not_count():
     averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
     seen = strengths(Linear(0.0, 1.2), averaging, model=Normalized(), max_epochs=3)
     assert seen == pytest.approx([i / 10 for i in range(12)])
@@ -278,13 +278,13 @@ def test_an_epoch_that_does_not_train_is_none():
 
 
 class Unhooked(torch.optim.SGD):
-    """An optimizer whose steps do not run hooks, as some wrappers are."""
+    """An optimizer that does not run step hooks, like some wrappers."""
 
     def register_step_post_hook(self, hook):
         return types.SimpleNamespace(remove=lambda: None)
 
 
-def test_an_optimizer_whose_steps_cannot_be_followed_is_refused():
+def test_optimizer_without_step_hooks_raises():
     class Uses(Classifier):
         def configure_optimizers(self):
             return Unhooked(self.parameters(), lr=0.1)
@@ -293,8 +293,8 @@ def test_an_optimizer_whose_steps_cannot_be_followed_is_refused():
         fit([WeightClipping(0.01)], Uses())
 
 
-def test_an_optimizer_that_steps_behind_lightnings_back_is_said():
-    class Raw(Classifier):
+def test_unwrapped_optimizer_step_warns():
+    class Unwrapped(Classifier):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
@@ -306,15 +306,15 @@ def test_an_optimizer_that_steps_behind_lightnings_back_is_said():
             optimizer.step()
 
     with pytest.warns(UserWarning, match="SGD stepped without Lightning's knowledge, so no penalty was added"):
-        fit([L2Penalty(0.1)], Raw())
+        fit([L2Penalty(0.1)], Unwrapped())
 
 
-def test_the_logged_penalty_is_that_of_all_optimizers():
+def test_logged_penalty_covers_all_optimizers():
     (first, *_) = logged([L1Penalty(1.0)], Gan(lr=0.0), max_epochs=1).values()
     assert first["reg/L1Penalty/penalty"] == pytest.approx(sum(Gan(lr=0.0).net[i].weight.abs().sum().item() for i in (0, 4)))
 
 
-def test_a_copy_of_the_model_taken_during_the_fit_is_plain():
+def test_model_copied_during_fit_is_plain():
     class Copies(Classifier):
         def on_train_end(self):
             self.copied = [copy.deepcopy(self.net), pickle.loads(pickle.dumps(self.net))]
@@ -326,14 +326,14 @@ def test_a_copy_of_the_model_taken_during_the_fit_is_plain():
         assert_close(copied.train()(x), copied.eval()(x))
 
 
-def test_values_may_be_changed_between_fits():
+def test_values_can_change_between_fits():
     callback = WeightClipping(0.01)
     fit([callback])
     callback.clip_value = 0.05
     assert fit([callback]).net[4].weight.abs().max() == torch.tensor(0.05)
 
 
-def test_a_subclass_may_take_any_arguments():
+def test_subclass_with_keyword_arguments():
     class Mine(L1Penalty):
         def __init__(self, strength, **kwargs):
             super().__init__(strength, **kwargs)
@@ -343,24 +343,24 @@ def test_a_subclass_may_take_any_arguments():
 
 
 @pytest.mark.parametrize("params", [None, 3, [Classifier().net[0].weight]])
-def test_selections_of_another_type_are_refused(params):
+def test_selection_of_wrong_type_raises(params):
     with pytest.raises(TypeError, match="L1Penalty: params must name parameters, got "):
         L1Penalty(0.1, params=params)
 
 
-def test_complex_parameters_are_refused():
+def test_complex_parameters_raise():
     model = Classifier()
     model.phase = nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="WeightClipping needs real parameters, got complex phase: exclude them"):
         fit([WeightClipping(0.1)], model)
 
 
-def test_a_base_class_is_none_to_use():
+def test_abstract_class_raises():
     with pytest.raises(TypeError, match="abstract"):
         Penalty(0.1)
 
 
-def test_the_plan_of_a_run():
+def test_plan_of_run():
     class Planned(Classifier):
         def on_train_start(self):
             plan = _lightning.plan_of(self.trainer)
@@ -382,30 +382,30 @@ def test_the_plan_of_a_run():
         ("WeightClipping", "does not work with DeepSpeed: use DDP or FSDP2"),
     ],
 )
-def test_deepspeed_is_refused_with_what_to_do_instead(name, message):
-    trainer = types.SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy), callbacks=[])  # it cannot run on a CPU
+def test_deepspeed_raises_with_alternative(name, message):
+    trainer = types.SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy), callbacks=[])  # DeepSpeed cannot run on a CPU
     with pytest.raises(ValueError, match=message):
         ROWS[name].active().setup(trainer, Classifier(), "fit")
     ROWS[name].active().setup(trainer, Classifier(), "test")
 
 
 @pytest.mark.parametrize("name", ["DropoutInjection", "DropoutScheduler"])
-def test_dropout_works_under_deepspeed_too(name):
+def test_dropout_supports_deepspeed(name):
     trainer = types.SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy), callbacks=[], max_epochs=1, max_steps=-1)
     callback = ROWS[name].active()
     callback.setup(trainer, Classifier(), "fit")
     assert callback.find(Classifier())
 
 
-def test_progress_does_not_run_over_in_manual_optimization():
+def test_progress_in_manual_optimization():
     seen = []
 
-    class Seen(L1Penalty):
+    class RecordedPenalty(L1Penalty):
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Seen(Linear(0.0, 1.0))], Gan(lr=0.01), max_epochs=1)
+    fit([RecordedPenalty(Linear(0.0, 1.0))], Gan(lr=0.01), max_epochs=1)
     assert_close(seen, [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75])
     seen.clear()
-    fit([Seen(Linear(0.0, 1.0))], Gan(lr=0.01), max_epochs=-1, max_steps=4)
+    fit([RecordedPenalty(Linear(0.0, 1.0))], Gan(lr=0.01), max_epochs=-1, max_steps=4)
     assert_close(seen, [0.0, 0.0, 0.5, 0.5])

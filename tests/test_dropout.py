@@ -13,8 +13,8 @@ from lightning_reg.functional import dropout, inject_dropout
 
 @pytest.mark.parametrize("channelwise", [False, True])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_masks_are_bernoulli_and_the_mean_is_kept(p, channelwise):
-    """Rate, mean and variance within four standard errors, which one sample in 16 000 misses."""
+def test_dropout_rate_mean_and_variance(p, channelwise):
+    """All three are within four standard errors, which one sample in 16,000 misses."""
     torch.manual_seed(0)
     draws = dropout(torch.ones(100, 1000, dtype=torch.float64), p, channelwise).flatten()
     n = draws.numel()
@@ -26,7 +26,7 @@ def test_masks_are_bernoulli_and_the_mean_is_kept(p, channelwise):
     assert abs(draws.var() - variance) < 4 * ((fourth - variance**2) / n) ** 0.5 + 1e-4
 
 
-def test_channels_are_dropped_as_a_whole():
+def test_channelwise_drops_whole_channels():
     torch.manual_seed(0)
     kept = dropout(torch.ones(8, 16, 5, 5), 0.5, channelwise=True).flatten(2)
     assert set(kept.sum(2).flatten().tolist()) == {0.0, 50.0}
@@ -34,7 +34,7 @@ def test_channels_are_dropped_as_a_whole():
     assert len(set(mixed.flatten().tolist())) > 2
 
 
-def test_it_is_torchs_dropout_to_the_last_bit():
+def test_dropout_equals_torch():
     x = torch.randn(20, 30)
     torch.manual_seed(1)
     ours = dropout(x, 0.3)
@@ -51,8 +51,8 @@ class Plain(Classifier):
         self.net[3].p = 0.0
 
 
-def test_injected_dropout_is_the_layer_that_the_model_lacks():
-    """To the last bit, and with the state-dict keys that the plain model has."""
+def test_injected_dropout_equals_layer():
+    """Bit-identical, and the state-dict keys are those of the plain model."""
     injected = fit([DropoutInjection(0.3, after="net.2")], Plain())
     layer = Plain()
     layer.net[3].p = 0.3
@@ -61,7 +61,7 @@ def test_injected_dropout_is_the_layer_that_the_model_lacks():
     assert not any(module._forward_hooks for module in injected.modules())
 
 
-def test_nothing_is_dropped_in_validation():
+def test_no_dropout_in_validation():
     class Validates(Plain):
         def val_dataloader(self):
             return loader()
@@ -73,7 +73,7 @@ def test_nothing_is_dropped_in_validation():
     assert fit([DropoutInjection(0.5, after="ReLU")], Validates()).equal
 
 
-def test_a_hook_is_silent_in_eval_mode():
+def test_injected_dropout_is_off_in_eval_mode():
     layer = nn.Linear(4, 4)
     x = torch.ones(2, 4)
     before = layer(x)
@@ -93,23 +93,23 @@ def rates(callback, model=None, **kwargs):
     layer = model.net[3]
     layer.register_forward_hook(lambda module, args, output: seen.append(module.p))
     fit([callback], model, **kwargs)
-    assert layer.p == 0.1  # its own
+    assert layer.p == 0.1  # restored
     return seen
 
 
-def test_a_scheduler_drives_the_rate_and_gives_it_back():
+def test_scheduler_sets_and_restores_rate():
     assert rates(DropoutScheduler(0.4), max_epochs=1) == [0.4] * 4
     assert rates(DropoutScheduler(Linear(0.0, 0.8)), max_epochs=1) == pytest.approx([0.0, 0.2, 0.4, 0.6])
     assert rates(DropoutScheduler(Steps([0.5, 0.0], at=["1ep"])), max_epochs=2) == [0.5] * 4 + [0.0] * 4
     assert rates(DropoutScheduler(Steps([0.5, 0.0], at=["3st"])), max_epochs=1) == [0.5] * 3 + [0.0]
 
 
-def test_the_rate_changes_between_steps_and_not_within_one():
+def test_rate_is_constant_within_step():
     seen = rates(DropoutScheduler(Linear(0.0, 0.8)), max_epochs=1, accumulate_grad_batches=2)
     assert seen == pytest.approx([0.0, 0.0, 0.4, 0.4])
 
 
-def test_the_own_rate_comes_back_after_an_exception():
+def test_rate_is_restored_after_exception():
     class Fails(Classifier):
         def on_train_epoch_end(self):
             raise RuntimeError("stop")
@@ -121,7 +121,7 @@ def test_the_own_rate_comes_back_after_an_exception():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_variants_of_dropout_are_driven():
+def test_scheduler_supports_dropout_variants():
     class Variants(Classifier):
         def __init__(self):
             super().__init__()
@@ -136,18 +136,18 @@ def test_variants_of_dropout_are_driven():
     assert [module.p for module in model.net[3]] == [0.1, 0.2, 0.3]
 
 
-def test_a_model_without_dropout_is_pointed_to_injection():
+def test_scheduler_without_dropout_suggests_injection():
     model = Classifier()
     model.net[3] = nn.Identity()
     with pytest.raises(ValueError, match=r"DropoutScheduler: the model has no dropout to schedule; .* use DropoutInjection"):
         fit([DropoutScheduler(0.1)], model)
 
 
-def test_modules_in_eval_mode_are_said():
+def test_modules_in_eval_mode_warn():
     model = Classifier()
     model.net[2].eval()
     model.net[3].eval()
-    with pytest.warns(UserWarning, match="eval mode") as caught:  # among them Lightning's own, which does not say what follows
+    with pytest.warns(UserWarning, match="eval mode") as caught:  # includes Lightning's own, less specific warning
         fit([DropoutInjection(0.1, after="ReLU"), DropoutScheduler(0.1)], model)
     messages = " ".join(str(warning.message) for warning in caught)
     assert re.search(r"DropoutInjection-ReLU: net.2 will not drop anything, .* call model.train\(\)", messages)
@@ -186,12 +186,12 @@ class Recurrent(Classifier):
         ),
     ],
 )
-def test_outputs_that_cannot_be_dropped_are_refused(callback, message):
+def test_unsupported_outputs_raise(callback, message):
     with pytest.raises(TypeError, match=message):
         fit([callback], Recurrent())
 
 
-def test_channels_need_a_dimension():
+def test_channelwise_without_channels_raises():
     layer = nn.Identity()
     inject_dropout({"layer": layer}, 0.5, channelwise=True)
     with pytest.raises(TypeError, match=r"'layer' \(Identity\): channels are in dimension 1, but the output has shape \(3,\)"):
@@ -219,6 +219,6 @@ def test_channels_need_a_dimension():
     ],
     ids=["rate above 1", "negative rate", "schedule above 1", "no modules", "unknown modules", "no dropout"],
 )
-def test_bad_arguments_are_refused(make, message):
+def test_bad_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

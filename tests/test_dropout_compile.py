@@ -1,4 +1,4 @@
-"""Dropout under ``torch.compile``: one graph for all rates, also in what was compiled and run before the fit."""
+"""Dropout under ``torch.compile``: one graph for all rates, also if the model was compiled and run before the fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RATES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # twelve
 
 
 @pytest.fixture(autouse=True)
-def _forget_graphs():
+def _reset_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -32,7 +32,7 @@ def twelve_batches():
 
 
 class Body(nn.Module):
-    """Nothing but the dropout: its output shows what was dropped."""
+    """Only dropout, so that the output shows what was dropped."""
 
     def __init__(self, p):
         super().__init__()
@@ -42,8 +42,8 @@ class Body(nn.Module):
         return self.dropout(self.marker(x))
 
 
-class Shown(Classifier):
-    """A model that keeps the share of zeros that its compiled part returns in each batch."""
+class RecordsZeros(Classifier):
+    """A model that records the fraction of zeros in the output of its compiled part."""
 
     def __init__(self, counter, p=0.5, how="compile"):
         super().__init__()
@@ -53,21 +53,21 @@ class Shown(Classifier):
             self.body.compile(backend=counter)
         elif how == "compile":
             self.body = torch.compile(self.body, backend=counter)
-        self.shares = []
+        self.fractions = []
 
     def training_step(self, batch, batch_idx):
         dropped = self.body(torch.ones(100, 64))
-        self.shares.append((dropped == 0).float().mean().item())
+        self.fractions.append((dropped == 0).float().mean().item())
         return super().training_step((batch[0] * dropped[: len(batch[0])], batch[1]), batch_idx)
 
 
-def near(shares, rates, n=6400):
-    """Return whether each share lies within five standard errors of its rate, which one run in 100 000 misses."""
-    return all(abs(s - p) <= 5 * (p * (1 - p) / n) ** 0.5 + 1e-9 for s, p in zip(shares, rates, strict=True))
+def match_rates(fractions, rates, n=6400):
+    """Return whether each fraction is within five standard errors of its rate, which one run in 100,000 misses."""
+    return all(abs(s - p) <= 5 * (p * (1 - p) / n) ** 0.5 + 1e-9 for s, p in zip(fractions, rates, strict=True))
 
 
 class Rises:
-    """Twelve rates, one for each of twelve batches."""
+    """Twelve rates, one per batch."""
 
     def __call__(self, progress):
         return RATES[round(progress * 12)]
@@ -75,7 +75,7 @@ class Rises:
     __name__ = "rises"
 
 
-callbacks = pytest.mark.parametrize(
+each_callback = pytest.mark.parametrize(
     ("callback", "own"),
     [
         (lambda: DropoutScheduler(Rises(), modules="body.*"), 0.5),
@@ -85,56 +85,56 @@ callbacks = pytest.mark.parametrize(
 )
 
 
-@callbacks
+@each_callback
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("how", ["compile", "in place"])
-def test_twelve_rates_need_one_graph(callback, own, backend, how):
+def test_all_rates_share_one_graph(callback, own, backend, how):
     counter = CompileCounterWithBackend(backend)
-    model = fit([callback()], Shown(counter, own, how), twelve_batches(), max_epochs=1)
+    model = fit([callback()], RecordsZeros(counter, own, how), twelve_batches(), max_epochs=1)
     assert counter.frame_count == 1
-    assert near(model.shares, RATES)
-    assert not near(model.shares[1:], RATES[:-1])  # a batch later would show
+    assert match_rates(model.fractions, RATES)
+    assert not match_rates(model.fractions[1:], RATES[:-1])  # detects a shift by one batch
 
 
-@callbacks
-def test_a_model_that_ran_before_the_fit_gets_its_dropout_for_one_graph_more(callback, own):
-    """And a second fit finds the graph of the first."""
+@each_callback
+def test_fit_after_compiled_run_adds_one_graph(callback, own):
+    """A second fit reuses the graph of the first."""
     counter = CompileCounterWithBackend("aot_eager")
-    model = Shown(counter, own)
+    model = RecordsZeros(counter, own)
     plain = model.body(torch.ones(100, 64))
     assert counter.frame_count == 1
     for graphs in (2, 2):
-        model.shares.clear()
+        model.fractions.clear()
         fit([callback()], model, twelve_batches(), max_epochs=1)
-        assert near(model.shares, RATES)
+        assert match_rates(model.fractions, RATES)
         assert counter.frame_count == graphs
     after = model.body(torch.ones(100, 64))
-    assert near([(after == 0).float().mean().item()], [own])
+    assert match_rates([(after == 0).float().mean().item()], [own])
     assert plain.shape == after.shape
     assert counter.frame_count == 2
 
 
-def graphs_behind_the_whole(rate, ran_before):
-    """Return how many graphs dropout behind a compiled module needs."""
+def graphs_after_compiled_module(rate, ran_before):
+    """Return how many graphs dropout after a compiled module needs."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    model = Shown(counter, 0.0)
+    model = RecordsZeros(counter, 0.0)
     if ran_before:
         model.body(torch.ones(100, 64))
     fit([DropoutInjection(rate, after="body")], model, twelve_batches(), max_epochs=1)
-    assert near(model.shares, RATES if rate != 0.5 else [0.5] * 12)
+    assert match_rates(model.fractions, RATES if rate != 0.5 else [0.5] * 12)
     return counter.frame_count
 
 
 @pytest.mark.parametrize("ran_before", [False, True])
-def test_dropout_behind_what_is_compiled_as_a_whole(ran_before):
-    assert graphs_behind_the_whole(Rises(), ran_before) == graphs_behind_the_whole(0.5, ran_before)
+def test_dropout_after_compiled_module(ran_before):
+    assert graphs_after_compiled_module(Rises(), ran_before) == graphs_after_compiled_module(0.5, ran_before)
 
 
-def test_a_hook_alone_would_be_ignored_there():
-    """The negative control of the class that a driven module gets for a while."""
+def test_compiled_module_ignores_plain_hook():
+    """The negative control: it shows why a fit replaces the class of a module with dropout."""
     counter = CompileCounterWithBackend("eager")
-    model = Shown(counter, 0.0)
+    model = RecordsZeros(counter, 0.0)
     model.body(torch.ones(100, 64))
     handle = model.body._orig_mod.marker.register_forward_hook(lambda module, args, output: dropout(output, 0.5))
     assert model.body(torch.ones(100, 64)).all()
@@ -145,50 +145,50 @@ def test_a_hook_alone_would_be_ignored_there():
     assert model.body(torch.ones(100, 64)).all()
 
 
-def test_setting_the_rate_would_need_a_graph_for_each_value():
+def test_setting_rate_directly_recompiles():
     counter = CompileCounterWithBackend("eager")
-    model = Shown(counter)
+    model = RecordsZeros(counter)
     for p in RATES[1:8]:
         model.body.dropout.p = p
         model.body(torch.ones(2, 2))
     assert counter.frame_count == 7
 
 
-class Whole(Classifier):
-    """A model of which nothing keeps a compiler from making one graph."""
+class OneGraph(Classifier):
+    """A model that compiles to one graph."""
 
     def on_train_batch_start(self, batch, batch_idx):
         pass
 
 
-class Sets(Callback):
-    """What one writes first."""
+class SetsRate(Callback):
+    """A naive scheduler."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         pl_module.net[3].p = RATES[batch_idx]
 
 
 def graphs_of(callback):
-    """Return how many graphs the fit of a compiled LightningModule needs."""
+    """Return how many graphs a fit of a compiled LightningModule needs."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
-    model = torch.compile(Whole(), backend=counter)
+    model = torch.compile(OneGraph(), backend=counter)
     Trainer(**QUIET, max_epochs=1, callbacks=[callback]).fit(model, twelve_batches())
     return counter.frame_count
 
 
-@pytest.mark.filterwarnings("ignore:.*")  # dynamo's, of Lightning's own code
-def test_a_compiled_lightning_module_needs_no_more_graphs_than_for_a_single_rate():
-    once = graphs_of(DropoutScheduler(0.3))
-    assert graphs_of(DropoutScheduler(Rises())) == once > 0
+@pytest.mark.filterwarnings("ignore:.*")  # dynamo warns about Lightning's own code
+def test_compiled_lightning_module_needs_no_extra_graphs():
+    graphs = graphs_of(DropoutScheduler(0.3))
+    assert graphs_of(DropoutScheduler(Rises())) == graphs > 0
     assert graphs_of(DropoutInjection(Rises(), after="ReLU")) == graphs_of(DropoutInjection(0.3, after="ReLU"))
-    assert graphs_of(Sets()) > once
+    assert graphs_of(SetsRate()) > graphs
 
 
-def test_a_depth_profile_needs_one_graph():
+def test_depth_profile_needs_one_graph():
     counter = CompileCounterWithBackend("eager")
 
-    class Deep(Shown):
+    class Deep(RecordsZeros):
         def __init__(self):
             super().__init__(counter, how="not")
             self.body = torch.compile(nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.1)), backend=counter)
@@ -196,25 +196,25 @@ def test_a_depth_profile_needs_one_graph():
     profile = {"body.0": Linear(0.0, 1.0), "body.1": Linear(0.6, 0.0)}
     model = fit([DropoutScheduler(profile)], Deep(), twelve_batches(), max_epochs=1)
     assert counter.frame_count == 1
-    together = [1 - (1 - batch / 12) * (1 - 0.6 * (1 - batch / 12)) for batch in range(12)]
-    assert near(model.shares, together)
+    combined = [1 - (1 - batch / 12) * (1 - 0.6 * (1 - batch / 12)) for batch in range(12)]
+    assert match_rates(model.fractions, combined)
 
 
-class Attention(Shown):
+class Attention(RecordsZeros):
     def __init__(self):
         super().__init__(None, how="not")
         self.attention = torch.compile(nn.MultiheadAttention(8, 2, dropout=0.1), backend="eager")
 
 
 @pytest.mark.parametrize(("schedule", "warns"), [(Linear(0.0, 0.5), True), (0.3, False)])
-def test_attributes_that_are_part_of_the_graph_are_warned_of(schedule, warns, recwarn):
+def test_rates_that_recompile_warn(schedule, warns, recwarn):
     fit([DropoutScheduler(schedule)], Attention())
-    said = [str(w.message) for w in recwarn if "compiles the model again" in str(w.message)]
-    assert bool(said) is warns
-    assert all("MultiheadAttention 0.1: attention: torch compiles" in message for message in said)
+    messages = [str(w.message) for w in recwarn if "compiles the model again" in str(w.message)]
+    assert bool(messages) is warns
+    assert all("MultiheadAttention 0.1: attention: torch compiles" in message for message in messages)
 
 
-def test_copies_in_mid_fit_are_plain_modules_with_their_own_rate():
+def test_copies_during_fit_are_plain_modules():
     copies = []
 
     class Copies(Classifier):
@@ -225,17 +225,17 @@ def test_copies_in_mid_fit_are_plain_modules_with_their_own_rate():
             return super().training_step(batch, batch_idx)
 
     model = fit([DropoutScheduler(0.4), DropoutInjection(0.3, after=["ReLU", "net.3"])], Copies())
-    for made in copies:
-        assert [type(layer) for layer in made] == [type(layer) for layer in Classifier().net]
-        assert made[3].p == 0.1
-        assert vars(made[3]).keys() == vars(nn.Dropout()).keys()
-        made.train()
+    for copied in copies:
+        assert [type(layer) for layer in copied] == [type(layer) for layer in Classifier().net]
+        assert copied[3].p == 0.1
+        assert vars(copied[3]).keys() == vars(nn.Dropout()).keys()
+        copied.train()
         torch.manual_seed(0)
-        once = made(torch.ones(4, 64))
+        output = copied(torch.ones(4, 64))
         torch.manual_seed(0)
         plain = Classifier().net
-        plain.load_state_dict(made.state_dict())
-        assert torch.equal(once, plain(torch.ones(4, 64)))
+        plain.load_state_dict(copied.state_dict())
+        assert torch.equal(output, plain(torch.ones(4, 64)))
     assert model.net[3].p == 0.1
 
 
@@ -249,8 +249,8 @@ DROPS = {
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("kind", DROPS)
-def test_masks_of_compiled_code_are_bernoulli_and_the_mean_is_kept(kind, backend):
-    """Rate, mean and variance within five standard errors, which one figure in 1.7 million misses."""
+def test_compiled_dropout_rate_mean_and_variance(kind, backend):
+    """All three are within five standard errors, which one value in 1.7 million misses."""
     torch.manual_seed(0)
     layer, rate = kind(0.5), Rate(0.5)
     (site,) = find_dropout(layer)
@@ -261,13 +261,13 @@ def test_masks_of_compiled_code_are_bernoulli_and_the_mean_is_kept(kind, backend
         rate.set(p)
         draws = compiled(x).flatten(2).double() if x.ndim > 2 else compiled(x).double()
         if x.ndim > 2:
-            assert (draws == draws[..., :1]).all()  # channels as a whole
+            assert (draws == draws[..., :1]).all()  # whole channels
             draws = draws[..., 0]
         n, variance = draws.numel(), p / (1 - p)
         assert draws.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)], rel=1e-6)
         assert abs((draws == 0).double().mean() - p) < 5 * (p * (1 - p) / n) ** 0.5
         if p > 0.1:
-            assert abs((draws == 0).double().mean() - 1.05 * p) > 5 * (p * (1 - p) / n) ** 0.5  # the interval is narrow
+            assert abs((draws == 0).double().mean() - 1.05 * p) > 5 * (p * (1 - p) / n) ** 0.5  # detects a 5% error
         assert abs(draws.mean() - 1) < 5 * (variance / n) ** 0.5
         fourth = (1 - p) * (p / (1 - p)) ** 4 + p
         assert abs(draws.var() - variance) < 5 * ((fourth - variance**2) / n) ** 0.5 + 1e-4
@@ -277,7 +277,7 @@ def test_masks_of_compiled_code_are_bernoulli_and_the_mean_is_kept(kind, backend
 @pytest.mark.parametrize(("kind", "shape"), [(nn.AlphaDropout, (400, 500)), (nn.FeatureAlphaDropout, (400, 500, 1))])
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.8])
 def test_alpha_dropout_keeps_mean_variance_and_values(kind, shape, p):
-    """What is kept and what takes its place are those of torch's kernel; mean and variance within five standard errors."""
+    """Kept and replacement values match torch's kernel; mean and variance are within five standard errors."""
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.float64)
     channelwise = kind is nn.FeatureAlphaDropout
@@ -286,14 +286,14 @@ def test_alpha_dropout_keeps_mean_variance_and_values(kind, shape, p):
     n = x.numel()
 
     def parts(y):
-        constant = y.mode().values  # the value that replaces
+        constant = y.mode().values  # the replacement value
         replaced = y == constant
         slope = (y - constant)[~replaced]
         return constant, replaced.double().mean(), slope, x[~replaced]
 
-    (at, share, _, _), (at_theirs, _, _, _) = parts(ours), parts(theirs)
+    (at, fraction, _, _), (at_theirs, _, _, _) = parts(ours), parts(theirs)
     assert_close(at, at_theirs, rtol=1e-6, atol=1e-6)
-    assert abs(share - p) < 5 * (p * (1 - p) / n) ** 0.5
+    assert abs(fraction - p) < 5 * (p * (1 - p) / n) ** 0.5
     both = (ours != at) & (theirs != at_theirs)
     assert_close(ours[both], theirs[both], rtol=1e-5, atol=1e-6)
     assert abs(ours.mean()) < 5 / n**0.5
@@ -301,35 +301,35 @@ def test_alpha_dropout_keeps_mean_variance_and_values(kind, shape, p):
 
 
 @pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout])
-def test_the_ends_are_those_of_torchs_kernel_and_have_gradients(kind):
+def test_rates_0_and_1_match_torch(kind):
     x = torch.randn(6, 5, 4)
     for p in (0.0, 1.0):
         layer = kind(p)
         results = []
-        for driven in (False, True):
+        for replaced in (False, True):
             leaf = x.clone().requires_grad_()
-            if driven:
+            if replaced:
                 (site,) = find_dropout(layer)
                 site.use(Rate(p))
-            y = torch.compile(layer, backend="aot_eager")(leaf) if driven else layer(leaf)
+            y = torch.compile(layer, backend="aot_eager")(leaf) if replaced else layer(leaf)
             y.square().sum().backward()
             results.append((y.detach(), leaf.grad))
         for theirs, ours in zip(*results, strict=True):
             assert_close(ours, theirs)
 
 
-def test_half_precision_does_not_round_the_rate():
-    """A draw in bfloat16 has 256 values, so that p = 0.001 would drop one entry in 256."""
+def test_half_precision_does_not_round_rate():
+    """A bfloat16 draw has 256 values, so p = 0.001 would drop one entry in 256."""
     torch.manual_seed(0)
     n, p = 1_000_000, 0.001
-    share = (dropout(torch.ones(n, dtype=torch.bfloat16), torch.tensor(p)) == 0).double().mean()
-    assert abs(share - p) < 5 * (p * (1 - p) / n) ** 0.5
+    fraction = (dropout(torch.ones(n, dtype=torch.bfloat16), torch.tensor(p)) == 0).double().mean()
+    assert abs(fraction - p) < 5 * (p * (1 - p) / n) ** 0.5
     rounded = (torch.rand(n, dtype=torch.bfloat16) < p).double().mean()
     assert abs(rounded - p) > 5 * (p * (1 - p) / n) ** 0.5
 
 
 @pytest.mark.parametrize("p", [0.3, torch.tensor(0.3)])
-def test_samples_are_dropped_as_a_whole(p):
+def test_samplewise_drops_whole_samples(p):
     torch.manual_seed(0)
     kept = dropout(torch.ones(5000, 3, 2), p, samplewise=True).flatten(1)
     assert (kept == kept[:, :1]).all()
@@ -338,7 +338,7 @@ def test_samples_are_dropped_as_a_whole(p):
 
 
 @pytest.mark.parametrize(("kind", "shape"), [(nn.Dropout1d, (500, 3)), (nn.Dropout3d, (500, 3, 2, 2))])
-def test_a_single_sample_has_its_channels_in_front(kind, shape):
+def test_unbatched_input_has_channels_first(kind, shape):
     layer = kind(0.5)
     (site,) = find_dropout(layer)
     site.use(Rate(0.5))
@@ -357,7 +357,7 @@ def test_in_place_dropout_stays_in_place():
     assert not x.all()
 
 
-def test_a_subclass_that_drops_in_its_own_way_keeps_it():
+def test_subclass_keeps_its_own_forward():
     class Doubles(nn.Dropout):
         def forward(self, x):
             return x * 2
@@ -368,8 +368,8 @@ def test_a_subclass_that_drops_in_its_own_way_keeps_it():
     assert torch.equal(torch.compile(layer, backend="eager")(torch.ones(3)), torch.full((3,), 2.0))
 
 
-def test_eager_training_reads_no_tensor():
-    """Bit-identical to torch's kernel: the masks are those of nn.Dropout."""
+def test_eager_scheduler_equals_torch_dropout():
+    """Bit-identical: the masks are those of nn.Dropout."""
     plain = Classifier()
     plain.net[3].p = 0.4
     assert same(fit([DropoutScheduler(Steps([0.4, 0.4], at=[0.5]))]), fit(model=plain))

@@ -1,4 +1,4 @@
-"""Where rates of dropout hide, who drives which of them, and the schedules that the literature gives."""
+"""Where modules store dropout rates, which callback sets them, and schedules from the literature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_reg.functional import find_dropout, set_dropout_
 
 
 class DropPath(nn.Module):
-    """Stochastic depth, as timm's class of this name has it."""
+    """Stochastic depth, like timm's class of this name."""
 
     def __init__(self, drop_prob=0.0):
         super().__init__()
@@ -32,7 +32,7 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with a float of its own, as many models have it."""
+    """Attention with its rate in a float attribute, as in many models."""
 
     def __init__(self, attention_dropout=0.0):
         super().__init__()
@@ -43,8 +43,8 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=p)
 
 
-class Everywhere(Classifier):
-    """A model with every kind of place, which keeps the rates that each forward pass sees."""
+class AllSites(Classifier):
+    """A model with every kind of dropout site. It records the rates in each forward pass."""
 
     def __init__(self):
         super().__init__()
@@ -73,24 +73,24 @@ class Everywhere(Classifier):
         }
 
 
-OWN = {"net.3": 0.1, "encoder.self_attn": 0.1, "encoder.dropout": 0.1, "path": 0.2, "own": 0.3, "rnn": 0.4, "single": 0.0}
-inert = pytest.mark.filterwarnings("ignore:.*has a single layer")
+OWN_RATES = {"net.3": 0.1, "encoder.self_attn": 0.1, "encoder.dropout": 0.1, "path": 0.2, "own": 0.3, "rnn": 0.4, "single": 0.0}
+ignore_inert = pytest.mark.filterwarnings("ignore:.*has a single layer")
 
 
-@inert
-def test_every_place_is_driven_and_has_its_own_rate_back():
-    model = Everywhere()
-    assert model.rates() == OWN
+@ignore_inert
+def test_scheduler_sets_and_restores_every_site():
+    model = AllSites()
+    assert model.rates() == OWN_RATES
     fit([DropoutScheduler(0.5, attributes={"Attention": "attention_dropout"})], model, max_epochs=1)
-    assert model.seen == [{**dict.fromkeys(OWN, 0.5), "single": 0.0}] * 4
-    assert model.rates() == OWN
+    assert model.seen == [{**dict.fromkeys(OWN_RATES, 0.5), "single": 0.0}] * 4
+    assert model.rates() == OWN_RATES
 
 
-@inert
+@ignore_inert
 @pytest.mark.parametrize("part", ["MultiheadAttention", "DropPath", "LSTM", "Attention"])
-def test_what_is_driven_drops(part):
-    """At rate 1 nothing is left of the part: its output does not depend on its input, or is 0."""
-    model = Everywhere()
+def test_scheduled_site_drops(part):
+    """At rate 1, the output of the part is 0 or does not depend on its input."""
+    model = AllSites()
     scheduler = DropoutScheduler(1.0, modules=part, attributes={"Attention": "attention_dropout"})
     (site,) = scheduler.assign(model, [])["p"]
     before = site.original
@@ -110,9 +110,9 @@ def test_what_is_driven_drops(part):
     set_dropout_([site], before)
 
 
-def test_an_inert_rate_is_warned_of():
+def test_rate_without_effect_warns():
     with pytest.warns(UserWarning, match=r"DropoutScheduler: single has a single layer, .* use DropoutInjection"):
-        fit([DropoutScheduler(0.5, attributes={"Attention": "attention_dropout"})], Everywhere(), max_epochs=1)
+        fit([DropoutScheduler(0.5, attributes={"Attention": "attention_dropout"})], AllSites(), max_epochs=1)
     model = Classifier()
     model.net[3] = nn.Identity()
     model.rnn = nn.GRU(2, 2)
@@ -120,7 +120,7 @@ def test_an_inert_rate_is_warned_of():
         fit([DropoutScheduler(0.5)], model)
 
 
-def test_the_table_can_be_extended(monkeypatch):
+def test_dropout_attributes_can_be_extended(monkeypatch):
     model = nn.Sequential(Attention(0.3))
     assert find_dropout(model) == []
     monkeypatch.setitem(lightning_reg.DROPOUT_ATTRIBUTES, Attention, "attention_dropout")
@@ -133,25 +133,25 @@ def test_the_table_can_be_extended(monkeypatch):
         fit([DropoutScheduler(0.1, attributes={"Atention": "p"})])
 
 
-@inert
-def test_a_depth_profile_drives_each_part_by_its_own_schedule():
-    model = Everywhere()
+@ignore_inert
+def test_depth_profile_sets_rate_of_each_part():
+    model = AllSites()
     fit([DropoutScheduler({"encoder.*": Linear(0.0, 0.4), "LSTM": 0.25}, name="depth")], model, max_epochs=1)
     assert [seen["encoder.self_attn"] for seen in model.seen] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert [seen["encoder.dropout"] for seen in model.seen] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert [(seen["rnn"], seen["net.3"], seen["path"]) for seen in model.seen] == [(0.25, 0.1, 0.2)] * 4
-    assert model.rates() == OWN
+    assert model.rates() == OWN_RATES
 
 
-def test_injected_dropout_is_driven_by_the_module_that_it_follows_or_by_its_kind():
-    class Watches(Classifier):
+def test_scheduler_selects_injected_dropout():
+    class RecordsRates(Classifier):
         def training_step(self, batch, batch_idx):
             (hook,) = self.net[2]._forward_hooks.values()
             self.seen = [*getattr(self, "seen", []), (hook.act.__self__.rate.p, self.net[3].p)]
             return super().training_step(batch, batch_idx)
 
     def rates(*schedulers, p=0.2):
-        return fit([DropoutInjection(p, after="ReLU"), *schedulers], Watches(), max_epochs=1).seen[-1]
+        return fit([DropoutInjection(p, after="ReLU"), *schedulers], RecordsRates(), max_epochs=1).seen[-1]
 
     assert rates() == (0.2, 0.1)
     assert rates(DropoutScheduler(0.5)) == (0.5, 0.5)
@@ -202,36 +202,36 @@ def test_injected_dropout_is_driven_by_the_module_that_it_follows_or_by_its_kind
         "channels and samples",
     ],
 )
-def test_bad_arguments_are_refused(callbacks, message):
+def test_bad_arguments_raise(callbacks, message):
     with pytest.raises(ValueError, match=message):
         fit(callbacks())
 
 
-def test_a_rate_that_two_drive_is_an_error_before_anything_is_trained():
-    class Never(Classifier):
+def test_conflicting_rates_raise_before_training():
+    class NeverStarts(Classifier):
         def on_fit_start(self):
             raise AssertionError("the fit has started")
 
     with pytest.raises(ValueError, match="is set by both"):
-        fit([DropoutScheduler(0.1), DropoutScheduler(0.2, modules="net.3")], Never())
+        fit([DropoutScheduler(0.1), DropoutScheduler(0.2, modules="net.3")], NeverStarts())
 
 
-def test_a_profile_over_an_endless_run_is_refused():
+def test_profile_in_endless_run_raises():
     with pytest.raises(
         ValueError, match=r"p/net.\*=Linear\(0.0, 0.5\) depends on the fraction of training, but the run has no end"
     ):
         fit([DropoutScheduler({"net.*": Linear(0.0, 0.5)})], max_epochs=-1)
 
 
-def test_the_summary_lists_what_was_found_and_the_metrics_where_training_is(capsys, monkeypatch):
+def test_summary_lists_sites_and_metrics_show_progress(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     logger = Memory()
     callbacks = [DropoutScheduler({"net.3": Linear(0.0, 0.4)}), DropoutInjection(Linear(0.1, 0.5), after=["ReLU", "net.0"])]
     fit(callbacks, logger=logger, log_every_n_steps=1, max_epochs=1, enable_model_summary=True)
-    shown = capsys.readouterr().out
-    assert "Dropout 0.1: net.3" in shown
-    assert "p={'net.3': Linear(0.0, 0.4)}" in shown
-    assert "after net.0, net.2" in shown
+    printed = capsys.readouterr().out
+    assert "Dropout 0.1: net.3" in printed
+    assert "p={'net.3': Linear(0.0, 0.4)}" in printed
+    assert "after net.0, net.2" in printed
     assert [steps["reg/DropoutScheduler/p/net.3"] for steps in logger.steps.values()] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     for name in ("DropoutScheduler", "DropoutInjection-ReLU-net_0"):
         assert [steps[f"reg/{name}/progress"] for steps in logger.steps.values()] == [0.0, 0.25, 0.5, 0.75]
@@ -240,7 +240,7 @@ def test_the_summary_lists_what_was_found_and_the_metrics_where_training_is(caps
     assert injected == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
-def test_the_output_of_an_rnn_is_dropped_and_not_its_states():
+def test_injection_drops_rnn_output_but_not_states():
     class Recurrent(Classifier):
         def __init__(self):
             super().__init__()
@@ -248,16 +248,16 @@ def test_the_output_of_an_rnn_is_dropped_and_not_its_states():
 
         def training_step(self, batch, batch_idx):
             output, (hidden, _) = self.rnn(batch[0].view(-1, 8, 8))
-            self.share, self.states = (output == 0).float().mean().item(), (hidden == 0).sum().item()
+            self.fraction, self.states = (output == 0).float().mean().item(), (hidden == 0).sum().item()
             return super().training_step((output[:, -1], batch[1]), batch_idx)
 
     model = fit([DropoutInjection(0.5, after="LSTM")], Recurrent(), max_epochs=1)
-    assert 0.45 < model.share < 0.55
+    assert 0.45 < model.fraction < 0.55
     assert model.states == 0
 
 
-# Published for 300 epochs (Z. Liu et al., 2023, and its repository): early dropout of ViT-T, 0.1 falling in a line to 0
-# within 50 epochs; its early stochastic depth, 0.5 likewise; late stochastic depth of ViT-B, 0.4 from the 50th epoch on.
+# Published for 300 epochs (Z. Liu et al., 2023, and its repository): early dropout of ViT-T, linear from 0.1 to 0
+# within 50 epochs; its early stochastic depth, likewise from 0.5; late stochastic depth of ViT-B, 0.4 from epoch 50 on.
 EARLY = {0: 0.1, 1: 0.098, 10: 0.08, 25: 0.05, 40: 0.02, 49: 0.002, 50: 0.0, 51: 0.0, 150: 0.0, 299: 0.0}
 EARLY_DEPTH = {0: 0.5, 1: 0.49, 10: 0.4, 25: 0.25, 40: 0.1, 49: 0.01, 50: 0.0, 299: 0.0}
 EARLY_CONSTANT = {0: 0.1, 25: 0.1, 49: 0.1, 50: 0.0, 51: 0.0, 299: 0.0}
@@ -275,40 +275,40 @@ RECIPES = [
 
 
 @pytest.mark.parametrize(("recipe", "published"), RECIPES)
-def test_the_recipes_of_the_docstring_are_the_published_tables(recipe, published):
+def test_docstring_recipes_match_published_schedules(recipe, published):
     assert f"``{recipe}``" in DropoutScheduler.__doc__
     plan = Plan(total=300 * 7, per_epoch=7)
     schedule = eval(recipe, {"Linear": Linear, "Steps": Steps, "math": math})
     scheduler = DropoutScheduler(schedule)
     scheduler.resolve(plan)
-    found = {}
+    scheduled = {}
     for epoch in published:
         scheduler.update(plan.progress(epoch * 7))
-        found[epoch] = scheduler.current["p"]
-    assert found == pytest.approx(published, abs=1e-6)
-    last = {epoch: Steps([0.1, 0.0], at=["49ep"]).resolve(plan)(plan.progress(epoch * 7)) for epoch in EARLY_CONSTANT}
-    assert last != pytest.approx(EARLY_CONSTANT)  # an epoch less would show
+        scheduled[epoch] = scheduler.current["p"]
+    assert scheduled == pytest.approx(published, abs=1e-6)
+    shifted = {epoch: Steps([0.1, 0.0], at=["49ep"]).resolve(plan)(plan.progress(epoch * 7)) for epoch in EARLY_CONSTANT}
+    assert shifted != pytest.approx(EARLY_CONSTANT)  # detects a shift by one epoch
 
 
-def test_early_and_late_dropout_in_a_real_fit():
-    def followed(schedule):
+def test_early_and_late_dropout_in_fit():
+    def rates_in_fit(schedule):
         seen = []
         model = Classifier()
         model.net[3].register_forward_hook(lambda module, args, output: seen.append(module.p))
         fit([DropoutScheduler(schedule)], model, loader(), max_epochs=6)
         return seen
 
-    assert followed(Steps([0.1, 0.0], at=["1ep"])) == [0.1] * 4 + [0.0] * 20
-    assert followed(Steps([0.0, 0.4], at=["1ep"])) == [0.0] * 4 + [0.4] * 20
-    assert followed(Linear(0.1, 0.0, until="1ep")) == pytest.approx([0.1, 0.075, 0.05, 0.025] + [0.0] * 20)
+    assert rates_in_fit(Steps([0.1, 0.0], at=["1ep"])) == [0.1] * 4 + [0.0] * 20
+    assert rates_in_fit(Steps([0.0, 0.4], at=["1ep"])) == [0.0] * 4 + [0.4] * 20
+    assert rates_in_fit(Linear(0.1, 0.0, until="1ep")) == pytest.approx([0.1, 0.075, 0.05, 0.025] + [0.0] * 20)
 
 
-def test_repr_of_a_profile_is_the_call_that_made_it():
-    made = DropoutScheduler({"a.*": Cosine(0.1, 0.2), "b": 0.3}, attributes={"Attention": "drop"}, modules=["a.*", "b"])
-    assert repr(eval(repr(made), vars(lightning_reg))) == repr(made)
+def test_repr_of_profile_round_trips():
+    scheduler = DropoutScheduler({"a.*": Cosine(0.1, 0.2), "b": 0.3}, attributes={"Attention": "drop"}, modules=["a.*", "b"])
+    assert repr(eval(repr(scheduler), vars(lightning_reg))) == repr(scheduler)
 
 
-def test_modules_that_are_built_when_the_fit_starts_are_found():
+def test_modules_built_in_configure_model_are_found():
     class Later(Classifier):
         def configure_model(self):
             if isinstance(self.net[3], nn.Identity):
@@ -320,7 +320,7 @@ def test_modules_that_are_built_when_the_fit_starts_are_found():
     assert model.net[3].p == 0.2
 
 
-def test_a_class_that_registers_its_subclasses_does_not_hear_of_ours():
+def test_registry_of_subclasses_is_not_triggered():
     class Registered(nn.Dropout):
         register = {}
 
@@ -338,7 +338,7 @@ def test_a_class_that_registers_its_subclasses_does_not_hear_of_ours():
     assert type(model.net[3]) is Act
 
 
-def test_a_class_that_says_how_it_is_copied_is_copied_so_in_the_fit():
+def test_custom_reduce_is_used_during_fit():
     class Own(nn.Dropout):
         def __reduce__(self):
             return Own, (0.25,)

@@ -1,4 +1,4 @@
-"""The examples as a user runs them, from another folder: the main job without arguments, the others abbreviate."""
+"""The examples as a user runs them, from another folder. The main example runs in full, the others are shortened."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ NOTICES = ["available:", "Tip:", "many workers", "deprecated", "Warning", "fit` 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Run the example in a terminal of 80 columns and return the folder and all that it printed."""
+    """Run the example in a terminal of 80 columns; return the folder and the output."""
     folder = tmp_path_factory.mktemp("job")
     command = [sys.executable, str(ROOT / "examples" / "digits.py")]
     with (folder / "printed").open("w") as printed:
-        done = subprocess.run(
+        process = subprocess.run(
             command, env=environment(columns=80), cwd=folder, stdout=printed, stderr=subprocess.STDOUT, timeout=600, check=False
         )
     text = (folder / "printed").read_text()
-    assert done.returncode == 0, text[-3000:]
+    assert process.returncode == 0, text[-3000:]
     return folder, text
 
 
 def rows(printed):
-    """Return the cells of the table of results, by the name of the candidate."""
+    """Return the cells of the results table, by candidate."""
     lines = [line.split("│")[1:-1] for line in printed.rpartition("random labels, mean")[2].splitlines()]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines if len(cells) == 5}
 
@@ -50,7 +50,7 @@ def test_regularization_gains_ten_points(job):
     assert points >= 10
     assert 5 < low < points < high
     assert points == pytest.approx(numbers(results["all five"][0])[0] - numbers(results["plain"][0])[0], abs=0.11)
-    assert numbers(results["plain"][2])[0] > 99  # it has memorized the wrong labels
+    assert numbers(results["plain"][2])[0] > 99  # memorized the wrong labels
     assert numbers(results["all five"][2])[0] < 90
 
 
@@ -63,12 +63,12 @@ def test_every_technique_has_a_row(job):
         assert low < points < high
 
 
-def test_the_table_fits_80_columns(job):
+def test_table_fits_80_columns(job):
     assert max(map(len, job[1].splitlines())) <= 80
     assert "…" not in job[1]
 
 
-def test_the_table_fits_80_columns_on_a_slow_machine(capsys):
+def test_table_fits_80_columns_on_slow_machine(capsys):
     runs = {name: [digits.Run(0.888, 1.0, 123.4, [])] * 2 for name in [digits.PLAIN, *TECHNIQUES, digits.ALL]}
     rich.console.Console(width=80).print(digits.table(runs))
     printed = capsys.readouterr().out
@@ -76,29 +76,29 @@ def test_the_table_fits_80_columns_on_a_slow_machine(capsys):
     assert "…" not in printed
 
 
-def test_it_says_where_the_figure_and_the_logs_are(job):
+def test_output_names_figure_and_logs(job):
     folder, printed = job
     assert "Figure: runs/digits/digits.png" in printed
     assert "tensorboard --logdir runs/digits" in printed
     image = matplotlib.image.imread(folder / "runs/digits/digits.png")
-    assert image[..., :3].std() > 0.05  # something is drawn
+    assert image[..., :3].std() > 0.05  # not blank
     logs = {log.parent.relative_to(folder / "runs/digits") for log in folder.rglob("events.out.tfevents.*")}
     assert {str(log) for log in logs} == {"plain/version_0", "all_five/version_0"}
     assert sorted(path.name for path in folder.iterdir()) == ["printed", "runs"]
     assert not list(folder.rglob("*.ckpt"))
 
 
-def test_it_shows_progress_and_the_callbacks_once(job):
-    assert [int(done) for done in re.findall(r"Trained (\d+) of 70 models", job[1])] == [10, 20, 30, 40, 50, 60, 70]
+def test_output_shows_progress_and_one_summary(job):
+    assert [int(process) for process in re.findall(r"Trained (\d+) of 70 models", job[1])] == [10, 20, 30, 40, 50, 60, 70]
     assert job[1].count("Regularization") == 1
     assert "clip_value=0.1" in job[1]
 
 
-def test_lightning_is_silent(job):
+def test_lightning_notices_are_silenced(job):
     assert [notice for notice in NOTICES if notice in job[1]] == []
 
 
-def test_the_interval_is_that_of_a_paired_t_test():
+def test_interval_matches_paired_t_test():
     accuracies, plain = torch.tensor([[0.88, 0.86, 0.91, 0.87], [0.75, 0.77, 0.74, 0.70]]).double()
     runs = [[digits.Run(test, 0.0, 0.0, []) for test in tests.tolist()] for tests in (accuracies, plain)]
     points, low, high = digits.gain(*runs)
@@ -106,13 +106,13 @@ def test_the_interval_is_that_of_a_paired_t_test():
     assert points == pytest.approx(100 * (accuracies - plain).mean())
     assert (low, high) == pytest.approx((expected.low, expected.high))
     narrow = ttest_rel(accuracies, plain).confidence_interval(0.8)
-    found = digits.mean_interval((accuracies - plain).tolist(), level=0.8)
-    assert found[1:] == pytest.approx((narrow.low, narrow.high))
+    interval = digits.mean_interval((accuracies - plain).tolist(), level=0.8)
+    assert interval[1:] == pytest.approx((narrow.low, narrow.high))
     assert digits.mean_interval([1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
 
 
-def test_a_run_depends_on_its_seed_alone(monkeypatch):
-    """Not on what the process trained before, as workers and order would have it."""
+def test_run_depends_only_on_seed(monkeypatch):
+    """It does not depend on what the process trained before."""
     monkeypatch.setattr(digits, "EPOCHS", 2)
     alone = digits.train("all five", 3)
     others = [digits.train("DropoutInjection", 3), digits.train("all five", 4)]
@@ -122,7 +122,7 @@ def test_a_run_depends_on_its_seed_alone(monkeypatch):
 
 
 def labels_of(data):
-    """Return the labels that the data module gives, and whether each is for training."""
+    """Return the labels of the data module, and a mask of the training samples."""
     data.setup("fit")
     trained = torch.zeros(1797, dtype=torch.bool)
     trained[data.training.indices] = True
@@ -130,17 +130,17 @@ def labels_of(data):
 
 
 def test_label_noise_changes_training_labels_only():
-    right = torch.tensor(load_digits().target)
+    true_labels = torch.tensor(load_digits().target)
     labels, trained = labels_of(digits.Digits(seed=1))
     assert trained.sum() == 300
-    assert torch.equal(labels[~trained], right[~trained])
-    assert 70 <= (labels != right).sum() <= 90  # of the 90 that are drawn, one in ten is right by chance
+    assert torch.equal(labels[~trained], true_labels[~trained])
+    assert 70 <= (labels != true_labels).sum() <= 90  # 90 are drawn, and one in ten is right by chance
     assert torch.equal(labels, labels_of(digits.Digits(seed=1))[0])
     assert not torch.equal(labels, labels_of(digits.Digits(seed=2))[0])
-    assert torch.equal(labels_of(digits.Digits(label_noise=0.0))[0], right)
+    assert torch.equal(labels_of(digits.Digits(label_noise=0.0))[0], true_labels)
 
 
-def test_data_of_every_allowed_size():
+def test_smallest_and_largest_training_set():
     for samples in (10, 1487):
         data = digits.Digits(train_samples=samples)
         data.setup("fit")
@@ -158,26 +158,26 @@ def test_data_of_every_allowed_size():
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter is intended")
-def test_bad_values_of_the_data_are_refused(flag, message):
+def test_bad_data_arguments_raise(flag, message):
     with pytest.raises(ValueError, match=message):
         LightningCLI(digits.DigitsClassifier, digits.Digits, args=[f"--data.{flag}"], run=False, seed_everything_default=0)
 
 
 @pytest.mark.slow
-def test_schedules_of_dropout_are_compared(tmp_path):
+def test_dropout_schedules_example(tmp_path):
     script = str(ROOT / "examples" / "dropout_schedules.py")
     printed = run_script(script, "--epochs=4", "--seeds=2", folder=tmp_path, columns=200)
     rows = [line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│")]
     assert rows == ["none", "constant", "early", "late"]
     losses = {line.split("│")[1].strip(): line.split("│")[4].strip() for line in printed.splitlines() if line.startswith("│")}
-    assert len(set(losses.values())) == 4  # no two schedules came to the same
+    assert len(set(losses.values())) == 4  # all schedules differ
     assert "Curves: runs/dropout_schedules/curves.png" in printed
     assert matplotlib.image.imread(tmp_path / "runs/dropout_schedules/curves.png")[..., :3].std() > 0.05
 
 
 @pytest.mark.slow
-def test_the_pruning_curve_is_drawn(tmp_path):
-    """In short form; that magnitude beats chance at 80 % is seen after few epochs already."""
+def test_pruning_curve_example(tmp_path):
+    """Shortened. A few epochs show that magnitude beats random pruning at 80%."""
     flags = ["--epochs=6", "--seeds=2", f"--output={tmp_path}"]
     printed = run_script(str(ROOT / "examples" / "pruning_curve.py"), *flags, folder=tmp_path, columns=200)
     accuracies = {

@@ -1,4 +1,4 @@
-"""Nothing that belongs to a technique is missing from the public namespaces."""
+"""The public namespaces contain everything that belongs to a technique."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ HELPERS = {"injections_of"}
 
 def public(module, kind):
     """Return the public classes or functions that a module defines, by name."""
-    found = inspect.getmembers(module, lambda member: kind(member) and member.__module__ == module.__name__)
-    return {name: member for name, member in found if not name.startswith("_")}
+    members = inspect.getmembers(module, lambda member: kind(member) and member.__module__ == module.__name__)
+    return {name: member for name, member in members if not name.startswith("_")}
 
 
 PACKAGES = [importlib.import_module(f"lightning_reg.{kind}") for kind in KINDS]
 MODULES = [
-    importlib.import_module(found.name)
+    importlib.import_module(info.name)
     for package in PACKAGES
-    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
 ]
 CALLBACKS = {
     module: {name for name, cls in public(module, inspect.isclass).items() if issubclass(cls, Regularizer)} - BASES
@@ -37,22 +37,22 @@ CALLBACKS = {
 
 
 def test_every_callback_is_exported():
-    """From the package of its kind, and from ``lightning_reg``."""
+    """From the package of its group and from ``lightning_reg``."""
     defined = set().union(*CALLBACKS.values())
     assert len(defined) > 20
     assert defined - set(lightning_reg.__all__) == set()
     assert defined - {name for package in PACKAGES for name in package.__all__} == set()
 
 
-def test_every_function_beside_a_callback_is_exported():
-    """From ``lightning_reg.functional``, or from ``lightning_reg``; a name with an underscore says that it is private."""
+def test_every_technique_function_is_exported():
+    """From ``lightning_reg.functional`` or ``lightning_reg``, unless its name starts with an underscore."""
     defined = {name for module, callbacks in CALLBACKS.items() if callbacks for name in public(module, inspect.isfunction)}
     assert len(defined) > 20
     assert defined - {*vars(functional), *lightning_reg.__all__} == HELPERS
 
 
 @pytest.mark.slow
-def test_the_benchmarks_start():
-    """They import the table and everything that it needs, in a process of their own."""
+def test_benchmarks_start():
+    """In a new process, which imports the table and all that it needs."""
     printed = run_script("-m", "tests.benchmarks", "--help", folder=ROOT)
     assert "--seconds" in printed

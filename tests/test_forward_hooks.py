@@ -1,4 +1,4 @@
-"""Changes of the weights for one forward and backward pass: when they are there, and that they are gone everywhere else."""
+"""Techniques that change weights for one forward and backward pass, and hide the change from everything else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOG = []
 
 
 class Shift(ParameterRegularizer):
-    """Adds a constant to the weights of the forward and backward pass, and keeps a log."""
+    """Adds a constant to the weights for the forward and backward pass, and logs its calls."""
 
     phase = Phase.FORWARD
     valid_ranges = {"amount": NON_NEGATIVE}
@@ -47,13 +47,13 @@ def empty_log():
 
 
 class Recorder(Classifier):
-    """Keeps the first entry of the first weight at several times, relative to the start of the batch."""
+    """Records the first entry of the first weight at several times, relative to the start of the batch."""
 
     def __init__(self, **options):
         super().__init__(**options)
         self.seen = []
 
-    def note(self, when):
+    def record(self, when):
         self.seen.append((when, round(self.net[0].weight[0, 0].item() - self.begin, 3)))
 
     def on_train_batch_start(self, batch, batch_idx):
@@ -61,49 +61,49 @@ class Recorder(Classifier):
         self.begin = self.net[0].weight[0, 0].item()
 
     def training_step(self, batch, batch_idx):
-        self.note("forward")
+        self.record("forward")
         return super().training_step(batch, batch_idx)
 
     def on_before_backward(self, loss):
-        self.note("backward")
+        self.record("backward")
 
     def on_before_optimizer_step(self, optimizer):
-        self.note("step")
+        self.record("step")
 
 
-def test_the_change_is_there_from_the_forward_to_the_backward_pass():
+def test_change_lasts_from_forward_to_backward_pass():
     model = fit([Shift(1.0)], Recorder(lr=0.0), max_epochs=1, limit_train_batches=1)
     assert model.seen == [("forward", 1.0), ("backward", 1.0), ("step", 0.0)]
     assert same(model, Classifier())
 
 
-def test_several_are_undone_in_reverse_order():
+def test_changes_are_undone_in_reverse_order():
     fit([Shift(1.0, name="b"), Shift(2.0, name="a")], max_epochs=1, limit_train_batches=1)
     assert LOG == [("before", "a"), ("before", "b"), ("after", "b"), ("after", "a")]
 
 
-def test_every_accumulated_batch_has_its_own_change():
+def test_each_micro_batch_has_its_own_change():
     model = fit([Shift(1.0)], Recorder(lr=0.0), max_epochs=1, accumulate_grad_batches=2, limit_train_batches=2)
     both = [("forward", 1.0), ("backward", 1.0)]
     assert model.seen == [*both, *both, ("step", 0.0)]
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_a_skipped_batch_leaves_no_change():
+def test_skipped_batch_leaves_no_change():
     class Skips(Recorder):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx == 0 else loss
 
         def on_train_batch_end(self, outputs, batch, batch_idx):
-            self.note("end")
+            self.record("end")
 
     model = fit([Shift(1.0)], Skips(lr=0.0), max_epochs=1, limit_train_batches=2)
     skipped = [("forward", 1.0), ("step", 0.0), ("end", 0.0)]
     assert model.seen == [*skipped, ("forward", 1.0), ("backward", 1.0), ("step", 0.0), ("end", 0.0)]
 
 
-def test_an_exception_leaves_neither_a_change_nor_a_wrapper():
+def test_exception_leaves_no_change_or_wrapper():
     class Fails(Recorder):
         def training_step(self, batch, batch_idx):
             self.strategy = self.trainer.strategy
@@ -116,7 +116,7 @@ def test_an_exception_leaves_neither_a_change_nor_a_wrapper():
     assert "training_step" not in vars(model.strategy)
 
 
-def test_a_fit_leaves_no_wrapper_and_no_hook():
+def test_fit_leaves_no_wrapper_or_hook():
     class Keeps(Classifier):
         def configure_optimizers(self):
             self.kept = super().configure_optimizers()
@@ -130,7 +130,7 @@ def test_a_fit_leaves_no_wrapper_and_no_hook():
     assert not model.kept._optimizer_step_pre_hooks
 
 
-def test_validation_and_checkpoints_see_the_weights_without_the_change(tmp_path):
+def test_validation_and_checkpoints_use_true_weights(tmp_path):
     class Saves(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             trainer.save_checkpoint(tmp_path / "model.ckpt")
@@ -140,7 +140,7 @@ def test_validation_and_checkpoints_see_the_weights_without_the_change(tmp_path)
             return loader(16)
 
         def validation_step(self, batch, batch_idx):
-            self.note("validation")
+            self.record("validation")
 
     model = Validates(lr=0.0)
     fit([Shift(1.0), Saves()], model, max_epochs=1, val_check_interval=2, num_sanity_val_steps=0)
@@ -149,7 +149,7 @@ def test_validation_and_checkpoints_see_the_weights_without_the_change(tmp_path)
     assert torch.equal(saved["net.0.weight"], Classifier().net[0].weight)
 
 
-def test_each_evaluation_of_a_closure_has_the_change():
+def test_each_closure_evaluation_has_the_change():
     class Searches(Recorder):
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters(), lr=1e-6, max_iter=3)
@@ -161,7 +161,7 @@ def test_each_evaluation_of_a_closure_has_the_change():
     assert [kind for kind, _ in LOG] == ["before", "after"] * len(forwards)
 
 
-def test_under_a_loss_scale_the_step_is_that_of_the_shifted_gradient():
+def test_change_works_with_loss_scaling():
     def trained(**options):
         return fit([Shift(0.1)], Classifier(), max_epochs=1, **options)
 
@@ -173,7 +173,7 @@ def test_under_a_loss_scale_the_step_is_that_of_the_shifted_gradient():
 
 
 class TwoLosses(Recorder):
-    """Manual optimization: two backward passes of one forward pass, a step, and another forward pass with its step."""
+    """Manual optimization: one forward pass with two backward passes and a step, then another forward pass and step."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -186,16 +186,16 @@ class TwoLosses(Recorder):
         self.manual_backward(loss / 2, retain_graph=True)
         self.manual_backward(loss / 2)
         optimizer.step()
-        self.note("between")
+        self.record("between")
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         optimizer.step()
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.note("end")
+        self.record("end")
 
 
-def test_manual_optimization_has_the_change_until_each_step():
+def test_change_lasts_until_step_in_manual_optimization():
     model = fit([Shift(1.0)], TwoLosses(lr=0.0), max_epochs=1, limit_train_batches=1)
     first = [("forward", 1.0), ("backward", 1.0), ("backward", 1.0), ("step", 0.0)]
     assert model.seen == [*first, ("between", 1.0), ("forward", 1.0), ("backward", 1.0), ("step", 0.0), ("end", 0.0)]
@@ -239,7 +239,7 @@ def test_the_change_is_back_after_a_skipped_step(how):
             loss = super().training_step(batch, batch_idx)
             self.manual_backward(loss * float("nan"))
             optimizer.step()
-            self.note("between")
+            self.record("between")
 
     callbacks = [Shift(1.0), *([NonFiniteGradientGuard()] if how == "guard" else [])]
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))] if how == "scaler" else []
@@ -323,8 +323,8 @@ def test_penalties_take_the_gradient_route_beside_such_a_technique():
         fit([Shift(1.0), L2Penalty(0.1, inject="loss")])
 
 
-def test_other_techniques_see_the_weights_without_the_change():
-    """A penalty on the gradient route and a bound after the step act on the true weights."""
+def test_other_techniques_act_on_true_weights():
+    """A penalty on the gradient route and clipping after the step act on the true weights."""
     others = lambda: [L2Penalty(0.1, inject="gradient"), WeightClipping(0.05)]  # noqa: E731
     model = fit([Shift(0.0), *others()], max_epochs=1)
     assert same(model, fit(others(), max_epochs=1))
@@ -333,9 +333,9 @@ def test_other_techniques_see_the_weights_without_the_change():
     assert not same(shifted, model)
 
 
-def test_without_such_a_technique_nothing_is_wrapped():
-    class Looks(Callback):
+def test_no_wrapper_without_forward_technique():
+    class Checks(Callback):
         def on_train_start(self, trainer, pl_module):
             assert "training_step" not in vars(trainer.strategy)
 
-    fit([L2Penalty(0.1), Looks()], data=loader(16), max_epochs=1)
+    fit([L2Penalty(0.1), Checks()], data=loader(16), max_epochs=1)

@@ -42,24 +42,24 @@ def with_gradients(dtype=torch.float32):
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_clipping_is_torchs_to_the_last_bit(norm_type, max_norm, dtype):
+def test_norm_clipping_equals_torch(norm_type, max_norm, dtype):
     ours, theirs = with_gradients(dtype), with_gradients(dtype)
-    theirs[3].grad = None  # empty: torch has no largest magnitude of it
+    theirs[3].grad = None  # empty: torch cannot take its maximum
     norm = clip_gradient_norm_(ours, max_norm, norm_type)
     assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs, max_norm, norm_type))
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours, theirs, strict=True) if q.grad is not None)
     assert ours[-1].grad is None
 
 
-def test_norm_clipping_of_several_dtypes_is_torchs_to_the_last_bit():
+def test_norm_clipping_of_mixed_dtypes_equals_torch():
     both = [[*with_gradients(torch.float32), *with_gradients(torch.bfloat16)] for _ in range(2)]
     ours, theirs = ([p for p in params if p.grad is not None] for params in both)
     assert torch.equal(clip_gradient_norm_(ours, 0.7), nn.utils.clip_grad_norm_(theirs, 0.7))
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours, theirs, strict=True))
 
 
-def test_the_factor_on_the_host_is_torchs_to_the_last_bit():
-    """Of random norms and bounds over the whole range of float32, and of those at its ends."""
+def test_cpu_clip_factor_equals_torch():
+    """For random norms and bounds over the whole range of float32, and for extreme ones."""
     random = np.random.default_rng(0)
     norms = np.concatenate([10 ** random.uniform(-44, 38, 3000), random.uniform(0.5, 2, 3000), [0, math.inf, math.nan, 3e38]])
     bounds = np.concatenate([10 ** random.uniform(-38, 38, 3000), random.uniform(0.5, 2, 3000), [1e-3, 1.0, 1.0, math.inf]])
@@ -69,12 +69,12 @@ def test_the_factor_on_the_host_is_torchs_to_the_last_bit():
         clip_gradient_norm_([ours], bound)
         nn.utils.clip_grad_norm_([theirs], bound)
         assert_close(ours.grad, theirs.grad, rtol=0.0, atol=0.0, equal_nan=True)
-        given = parameter([1.0], grad=[norm]).grad
-        doubles += torch.equal(given * min(bound / (given.item() + 1e-6), 1.0), theirs.grad)
+        gradient = parameter([1.0], grad=[norm]).grad
+        doubles += torch.equal(gradient * min(bound / (gradient.item() + 1e-6), 1.0), theirs.grad)
     assert doubles < 0.9 * len(norms)  # a factor in double precision would differ
 
 
-def test_value_clipping_is_torchs_to_the_last_bit():
+def test_value_clipping_equals_torch():
     ours, theirs = with_gradients(), with_gradients()
     clip_gradient_value_(ours, 0.5)
     nn.utils.clip_grad_value_(theirs, 0.5)
@@ -88,7 +88,7 @@ def sparse_gradient():
     return embedding.weight
 
 
-def test_sparse_gradients_are_clipped_like_dense_ones():
+def test_clipping_of_sparse_gradients_matches_dense():
     for clip in (lambda p: clip_gradient_norm_([p], 2.0), lambda p: clip_gradient_value_([p], 6.0)):
         sparse, dense = sparse_gradient(), sparse_gradient()
         dense.grad = dense.grad.to_dense()
@@ -100,7 +100,7 @@ def test_sparse_gradients_are_clipped_like_dense_ones():
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
-def test_peaks_are_the_largest_magnitudes_of_each_tensor(k):
+def test_peak_dropping_zeros_largest_magnitudes(k):
     params = with_gradients()
     expected = []
     for p in params[:-1]:
@@ -111,14 +111,14 @@ def test_peaks_are_the_largest_magnitudes_of_each_tensor(k):
     assert_close([p.grad for p in params[:-1]], expected, rtol=0.0, atol=0.0)
 
 
-def test_exactly_k_of_tied_peaks_are_dropped_in_any_memory_layout():
+def test_peak_dropping_drops_exactly_k_of_tied_peaks():
     theta = parameter([[1.0, -1.0, 1.0], [1.0, 1.0, -1.0]], grad=[[1.0, -1.0, 1.0], [1.0, 1.0, -1.0]])
     theta.grad = theta.grad.t().contiguous().t()
     drop_peak_gradients_([theta], 2)
     assert theta.grad.count_nonzero() == 4
 
 
-def test_peak_dropping_refuses_sparse_gradients():
+def test_peak_dropping_of_sparse_gradient_raises():
     with pytest.raises(ValueError, match=r"peak dropping needs a dense gradient, got a sparse one: .* sparse=False"):
         drop_peak_gradients_([sparse_gradient()])
 
@@ -130,14 +130,14 @@ def test_peak_dropping_refuses_sparse_gradients():
         (GradientValueClipping(0.05), {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}),
     ],
 )
-def test_clipping_equals_the_trainers_to_the_last_bit(callback, trainer):
+def test_clipping_equals_trainer(callback, trainer):
     for accumulate in (1, 3):
         ours = fit([callback], accumulate_grad_batches=accumulate)
         assert same(ours, fit(accumulate_grad_batches=accumulate, **trainer))
         assert not same(ours, fit(accumulate_grad_batches=accumulate))
 
 
-def test_peak_dropping_equals_the_rule_in_a_hook_of_the_module():
+def test_peak_dropping_equals_manual_hook():
     class ByHand(Classifier):
         def on_before_optimizer_step(self, optimizer):
             for p in self.parameters():
@@ -147,29 +147,29 @@ def test_peak_dropping_equals_the_rule_in_a_hook_of_the_module():
     assert not same(fit([PeakGradientDropping()]), fit())
 
 
-def test_the_scope_of_a_norm_may_be_each_tensor():
-    class Once(Classifier):
+def test_norm_clipping_with_tensor_scope():
+    class RecordsNorms(Classifier):
         def on_before_optimizer_step(self, optimizer):
             self.norms = [p.grad.norm() for p in self.parameters()]
 
-    model = fit([GradientNormClipping(0.1, scope="tensor")], Once(), max_epochs=1)
+    model = fit([GradientNormClipping(0.1, scope="tensor")], RecordsNorms(), max_epochs=1)
     assert max(model.norms) <= 0.1
-    assert torch.stack(model.norms).norm() > 0.1  # which one norm for the model would not allow
+    assert torch.stack(model.norms).norm() > 0.1  # a norm of the whole model would not allow this
     for p, q in zip(with_gradients()[:3], with_gradients()[:3], strict=True):
         assert_close(clip_gradient_norm_([p], 0.1), nn.utils.clip_grad_norm_([q], 0.1))
 
 
-def test_two_clippings_of_two_parts_work_side_by_side():
-    class Watch(Classifier):
+def test_two_clippings_on_separate_parts():
+    class Recorder(Classifier):
         def on_before_optimizer_step(self, optimizer):
             self.norms = [torch.stack([p.grad.norm() for p in self.net[i].parameters()]).norm() for i in (0, 4)]
 
     callbacks = [GradientNormClipping(0.2, params="net.0.*"), GradientNormClipping(0.1, params="net.4.*")]
     assert [callback.name for callback in callbacks] == ["GradientNormClipping-net_0", "GradientNormClipping-net_4"]
-    assert_close(torch.stack(fit(callbacks, Watch(), max_epochs=1).norms), torch.tensor([0.2, 0.1]), rtol=1e-4, atol=0.0)
+    assert_close(torch.stack(fit(callbacks, Recorder(), max_epochs=1).norms), torch.tensor([0.2, 0.1]), rtol=1e-4, atol=0.0)
 
 
-def test_scaled_gradients_are_unscaled_before_they_are_clipped():
+def test_gradients_are_unscaled_before_clipping():
     def scaled(**kwargs):
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         return fit(plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **kwargs)
@@ -194,7 +194,7 @@ PROCESSING = [
 
 
 @pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
-def test_a_fused_optimizer_is_refused_only_under_a_loss_scale(callback):
+def test_fused_optimizer_raises_only_under_loss_scaling(callback):
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     message = rf"{type(callback).__name__} acts before .* the fused Adam unscales .* fused=False, or set precision="
     with pytest.raises(ValueError, match=message):
@@ -203,12 +203,12 @@ def test_a_fused_optimizer_is_refused_only_under_a_loss_scale(callback):
 
 
 @pytest.mark.parametrize("callback", [GradientNormClipping(1.0), GradientValueClipping(1.0)])
-def test_clipping_twice_is_said(callback):
+def test_clipping_twice_warns(callback):
     with pytest.warns(UserWarning, match=rf"{callback.name} and Trainer\(gradient_clip_val=0.5\) both clip .* remove one"):
         fit([callback], gradient_clip_val=0.5)
 
 
-def test_parameters_that_would_never_learn_are_said():
+def test_parameters_that_never_learn_warn():
     model = Classifier()
     model.net[4] = nn.Linear(16, 1)
     model.training_step = lambda batch, batch_idx: model.net(batch[0]).square().mean()
@@ -217,7 +217,7 @@ def test_parameters_that_would_never_learn_are_said():
 
 
 @pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
-def test_parameters_that_all_lack_a_gradient_are_left_alone(callback):
+def test_parameters_without_gradient_are_unchanged(callback):
     class Without(Classifier):
         def __init__(self):
             super().__init__()
@@ -240,12 +240,12 @@ def test_parameters_that_all_lack_a_gradient_are_left_alone(callback):
     fit([copy.deepcopy(callback)], model, max_epochs=1, logger=memory, log_every_n_steps=1)
     assert torch.equal(model.unused.weight, before)
     first = {key.rpartition("/")[2] for key in memory.steps[0]}
-    assert not first & {"norm_before_1", "clipped_steps_1"}  # no gradient is not a norm of zero
+    assert not first & {"norm_before_1", "clipped_steps_1"}  # a missing gradient does not count as norm 0
 
 
 @pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
-def test_flat_parameters_are_refused_where_shapes_or_norms_are_needed(callback, monkeypatch):
-    """FSDP1 needs CUDA in Lightning, so only what it is told is tested here."""
+def test_flattened_parameters_raise_unless_supported(callback, monkeypatch):
+    """Lightning's FSDP1 needs CUDA, so it is simulated here."""
     monkeypatch.setattr(_lightning, "uses_fsdp1", lambda trainer: True)
     monkeypatch.setattr(_lightning, "fsdp1_root", lambda trainer: None)
     if callback.supports_fsdp1:
@@ -257,7 +257,7 @@ def test_flat_parameters_are_refused_where_shapes_or_norms_are_needed(callback, 
             fit([callback], max_epochs=1)
 
 
-def test_the_root_of_flat_parameters_clips_their_norm(monkeypatch):
+def test_fsdp1_root_clips_norm(monkeypatch):
     class Root:
         calls = []
 
@@ -277,7 +277,7 @@ def test_the_root_of_flat_parameters_clips_their_norm(monkeypatch):
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_tensor_is_clipped_as_torch_clips_it_alone(norm_type, dtype):
+def test_norm_clipping_per_tensor_equals_torch(norm_type, dtype):
     ours, theirs = with_gradients(dtype), with_gradients(dtype)
     norms = clip_gradient_norm_per_tensor_(ours, 0.5, norm_type)
     expected = [nn.utils.clip_grad_norm_([q], 0.5, norm_type) for q in theirs if q.grad is not None and q.numel()]
@@ -289,7 +289,7 @@ def test_each_tensor_is_clipped_as_torch_clips_it_alone(norm_type, dtype):
     assert not all(torch.allclose(p.grad, q.grad) for p, q in zip(joint[:-1], ours[:-1], strict=True))
 
 
-def test_no_gradient_at_all_is_fine():
+def test_clipping_without_any_gradient():
     params = [nn.Parameter(torch.zeros(3))]
     assert clip_gradient_norm_(params, 1.0) == 0
     clip_gradient_value_(params, 1.0)
@@ -321,6 +321,6 @@ def test_no_gradient_at_all_is_fine():
         "fractional k",
     ],
 )
-def test_bounds_out_of_range_are_refused(make, message):
+def test_bounds_out_of_range_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

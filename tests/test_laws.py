@@ -1,4 +1,4 @@
-"""What holds for every callback of the suite, over one table."""
+"""Laws that hold for every callback of the suite, over one table."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ scheduled = pytest.mark.parametrize("row", [pytest.param(row, id=name) for name,
 def test_every_public_callback_has_a_row():
     public = [getattr(lightning_reg, name) for name in lightning_reg.__all__]
     callbacks = {cls.__name__ for cls in public if isinstance(cls, type) and issubclass(cls, Regularizer)}
-    assert callbacks - {"Penalty"} == set(ROWS)  # an abstract base
+    assert callbacks - {"Penalty"} == set(ROWS)  # abstract
     for name, row in ROWS.items():
         assert {type(callback).__name__ for callback in row.all()} == {name}
 
 
 @every_callback
-def test_an_active_callback_changes_training_and_an_inactive_one_changes_no_bit(row):
+def test_active_changes_training_and_inactive_does_not(row):
     plain, active = (fit(callbacks, model(row)) for callbacks in ([], [row.active()]))
     assert same(active, plain) is not changes(row)
     assert row.inactive or "inactive" in row.exempt
@@ -48,13 +48,13 @@ def test_an_active_callback_changes_training_and_an_inactive_one_changes_no_bit(
 
 
 @scheduled
-def test_a_schedule_begins_where_it_says_and_changes_training(row):
+def test_schedule_changes_training(row):
     plain, changing, active = (fit(callbacks, model(row)) for callbacks in ([], [row.scheduled()], [row.active()]))
     assert not same(changing, plain)
     assert not same(changing, active)
 
 
-def test_the_order_of_the_list_does_not_change_a_bit():
+def test_order_of_callbacks_does_not_matter():
     reference = fit(everything())
     for seed in range(5):
         callbacks = everything()
@@ -62,13 +62,13 @@ def test_the_order_of_the_list_does_not_change_a_bit():
         assert same(fit(callbacks), reference), callbacks
 
 
-def test_two_penalties_sum_alike_in_either_order():
-    """Floats do not add associatively; with three penalties an order would show."""
-    made = [L1Penalty(0.013), L2Penalty(0.17), L1Penalty(0.0071, params="net.4.*")]
+def test_order_of_penalties_does_not_matter():
+    """Floating-point addition is not associative, so three penalties would reveal their order."""
+    penalties = [L1Penalty(0.013), L2Penalty(0.17), L1Penalty(0.0071, params="net.4.*")]
     for route in ("loss", "gradient"):
-        for callback in made:
+        for callback in penalties:
             callback.inject = route
-        results = [fit([copy.deepcopy(cb) for cb in order]) for order in itertools.permutations(made)]
+        results = [fit([copy.deepcopy(cb) for cb in order]) for order in itertools.permutations(penalties)]
         assert all(same(result, results[0]) for result in results)
 
 
@@ -77,10 +77,10 @@ def test_accumulation_does_not_matter(row):
     if "accumulation" in row.exempt:
         pytest.skip(row.exempt["accumulation"])
 
-    def without_dropout():  # whose masks would differ
-        made = model(row)
-        made.net[3].p = 0.0
-        return made
+    def without_dropout():  # its masks would differ
+        classifier = model(row)
+        classifier.net[3].p = 0.0
+        return classifier
 
     once = fit([row.active()], without_dropout(), loader(64, batch_size=32))
     in_parts = fit([row.active()], without_dropout(), loader(64, batch_size=8), accumulate_grad_batches=4)
@@ -91,51 +91,51 @@ random_sets = pytest.mark.parametrize("names", [pytest.param(names, id=f"seed {S
 
 
 @random_sets
-def test_accumulation_does_not_matter_to_sets(names):
+def test_accumulation_does_not_matter_for_sets(names):
     def trained(**options):
-        bare = Classifier()
-        bare.net[3].p = 0.0
-        chosen = [ROWS[name].active() for name in names if "Dropout" not in name]
-        return weights(fit(chosen, bare, **options))
+        classifier = Classifier()
+        classifier.net[3].p = 0.0
+        callbacks = [ROWS[name].active() for name in names if "Dropout" not in name]
+        return weights(fit(callbacks, classifier, **options))
 
     once = trained(data=loader(64, batch_size=32))
     assert_close(trained(data=loader(64, batch_size=8), accumulate_grad_batches=4), once)
 
 
 @random_sets
-def test_the_order_of_sets_does_not_change_a_bit(names):
-    made = [ROWS[name].active() for name in names]
-    again = [ROWS[name].active() for name in reversed(names)]
-    assert same(fit(made), fit(again))
+def test_order_of_sets_does_not_matter(names):
+    callbacks = [ROWS[name].active() for name in names]
+    reordered = [ROWS[name].active() for name in reversed(names)]
+    assert same(fit(callbacks), fit(reordered))
 
 
 def scaled(callback, row, scale):
-    """Train in float16 with a loss scale."""
+    """Train in float16 with a loss scale and return the weights."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
     return weights(fit([callback], model(row), max_epochs=1, plugins=[plugin]))
 
 
 class Naive(Callback):
-    """A penalty as one writes it first."""
+    """A naive penalty."""
 
     def on_before_backward(self, trainer, pl_module, loss):
         loss.add_(0.1 * sum(p.square().sum() for p in pl_module.parameters()))
 
 
 @every_callback
-def test_the_loss_scale_does_not_matter(row):
+def test_loss_scale_does_not_matter(row):
     low, high = (scaled(row.active(), row, scale) for scale in (2.0**8, 2.0**12))
     assert_close(low, high, rtol=1e-3, atol=1e-4)
 
 
-def test_the_loss_scale_matters_to_a_naive_penalty():
+def test_loss_scale_matters_for_naive_penalty():
     low, high = (scaled(Naive(), ROWS["L2Penalty"], scale) for scale in (2.0**8, 2.0**12))
     with pytest.raises(AssertionError):
         assert_close(low, high, rtol=1e-3, atol=1e-4)
 
 
-class Branches(Classifier):
-    """The model, with a second dropout layer."""
+class TwoDropouts(Classifier):
+    """The model with a second dropout layer."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -146,18 +146,18 @@ class Branches(Classifier):
 
 
 @with_parts
-def test_two_of_a_kind_act_on_their_own_parts(row):
-    one, other = row.parts()
-    assert one.name != other.name
-    assert one.state_key != other.state_key
-    both = fit([one, other], Branches())
-    assert same(both, fit([other, one], Branches()))
-    assert same(both, fit([row.parts()[0]], Branches())) is not changes(row)
-    assert same(both, fit([row.parts()[1]], Branches())) is not changes(row)
+def test_two_callbacks_act_on_separate_parts(row):
+    first, second = row.parts()
+    assert first.name != second.name
+    assert first.state_key != second.state_key
+    both = fit([first, second], TwoDropouts())
+    assert same(both, fit([second, first], TwoDropouts()))
+    assert same(both, fit([row.parts()[0]], TwoDropouts())) is not changes(row)
+    assert same(both, fit([row.parts()[1]], TwoDropouts())) is not changes(row)
 
 
-class Recorder(Callback):
-    """Compares the state of the module before and after evaluation."""
+class StateCheck(Callback):
+    """Checks that evaluation does not change the state of the module."""
 
     def on_validation_start(self, trainer, pl_module):
         self.before = copy.deepcopy(pl_module.state_dict())
@@ -184,22 +184,22 @@ class Evaluates(Classifier):
 
 
 @every_callback
-def test_evaluation_changes_nothing_and_is_not_changed(row):
+def test_evaluation_is_unchanged(row):
     trained, plain = model(row, Evaluates), model(row, Evaluates)
     trainer = Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, callbacks=[row.active(), Recorder()]
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, callbacks=[row.active(), StateCheck()]
     )
-    bare = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    plain_trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     for evaluate in ("validate", "test", "predict"):
-        results = [getattr(t, evaluate)(m, loader()) for t, m in ((trainer, trained), (bare, plain))]
+        results = [getattr(t, evaluate)(m, loader()) for t, m in ((trainer, trained), (plain_trainer, plain))]
         changed = pytest.raises(AssertionError) if "predictions" in row.exempt and evaluate == "predict" else nullcontext()
         with changed:
             assert_close(results[0], results[1], rtol=0.0, atol=0.0)
     trainer.fit(trained, loader(), loader())
 
 
-def surroundings(model: LightningModule):
-    """Return what a callback might leave behind in a model."""
+def traces(model: LightningModule):
+    """Return everything in a model that a callback might leave changed."""
     hooks = {
         (name, kind): len(getattr(module, kind))
         for name, module in model.named_modules()
@@ -212,19 +212,19 @@ def surroundings(model: LightningModule):
 
 
 @every_callback
-def test_nothing_is_left_behind_and_fitting_twice_works(row):
+def test_fit_leaves_no_trace_and_can_be_repeated(row):
     trained, callback = model(row), row.active()
-    before = surroundings(trained)
+    before = traces(trained)
     fit([callback], trained)
-    assert surroundings(trained) == before
+    assert traces(trained) == before
     again = fit([callback], trained)
-    assert surroundings(trained) == before
+    assert traces(trained) == before
     fresh = fit([row.active()], fit([row.active()], model(row)))
     assert same(again, fresh) is ("second_fit" not in row.exempt)
 
 
 @every_callback
-def test_optimizers_are_left_without_hooks(row):
+def test_fit_leaves_no_optimizer_hooks(row):
     class Keeps(Classifier):
         def configure_optimizers(self):
             self.optimizer = super().configure_optimizers()
@@ -237,7 +237,7 @@ def test_optimizers_are_left_without_hooks(row):
 
 
 @every_callback
-def test_an_exception_leaves_nothing_behind(row):
+def test_exception_leaves_no_trace(row):
     class Fails(Classifier):
         def training_step(self, batch, batch_idx):
             if batch_idx == 2:
@@ -245,14 +245,14 @@ def test_an_exception_leaves_nothing_behind(row):
             return super().training_step(batch, batch_idx)
 
     failed = model(row, Fails)
-    before = surroundings(failed)
+    before = traces(failed)
     with pytest.raises(RuntimeError, match="stop"):
         fit([row.active()], failed)
-    assert surroundings(failed) == before
+    assert traces(failed) == before
 
 
 @every_callback
-def test_only_parameters_of_the_optimizer_that_steps_are_touched(row):
+def test_only_parameters_of_stepping_optimizer_change(row):
     if "several_optimizers" in row.exempt:
         with pytest.raises(ValueError, match="manual optimization"):
             fit([row.active()], Gan(**row.options))
@@ -286,7 +286,7 @@ class Awkward(Classifier):
 
 @pytest.mark.filterwarnings("ignore:.*which will not learn")
 @every_callback
-def test_awkward_parameters_are_handled(row):
+def test_awkward_parameters_are_supported(row):
     options = {"momentum": 0.0}  # torch's SGD has neither momentum nor weight decay for sparse gradients
     trained = Awkward(**options, **row.options)
     if "sparse_gradients" in row.exempt:
@@ -301,7 +301,7 @@ def test_awkward_parameters_are_handled(row):
 
 
 class Lazy(Classifier):
-    """A model whose first layer takes its shape from the first batch."""
+    """A model whose first layer gets its shape from the first batch."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -320,8 +320,8 @@ def test_lazy_modules_are_trained(row):
 
 
 @every_callback
-def test_half_precision_parameters_are_trained_alike(row):
-    """The run in bfloat16 is much nearer to the one in float32 than to one without the callback."""
+def test_half_precision_training_is_close(row):
+    """Training in bfloat16 is much closer to float32 than to training without the callback."""
     half = fit([row.active()], model(row), precision="bf16-true", max_epochs=1)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     if not changes(row):
@@ -332,8 +332,8 @@ def test_half_precision_parameters_are_trained_alike(row):
 
 
 @every_callback
-def test_double_precision_is_kept(row):
-    """As near to the run in float32 as rounding is, and no less exact than float64: an inactive callback changes no bit."""
+def test_double_precision_training(row):
+    """Close to float32 up to rounding, and an inactive callback changes no bit of a float64 run."""
     data = DataLoader([(images.double(), labels) for images, labels in loader().dataset], batch_size=16)
     double = fit([row.active()], model(row), data, precision="64-true", max_epochs=1)
     assert {p.dtype for p in double.parameters()} == {torch.float64}
@@ -345,7 +345,7 @@ def test_double_precision_is_kept(row):
 
 
 @every_callback
-def test_a_checkpoint_loads_into_the_plain_model(row, tmp_path):
+def test_checkpoint_loads_into_plain_model(row, tmp_path):
     trained = model(row)
     trainer = Trainer(accelerator="cpu", logger=False, max_epochs=1, default_root_dir=tmp_path, callbacks=[row.active()])
     trainer.fit(trained, loader())
@@ -354,20 +354,20 @@ def test_a_checkpoint_loads_into_the_plain_model(row, tmp_path):
 
 
 @every_callback
-def test_a_compiled_module_is_trained_alike(row, monkeypatch):
-    def compiled():
-        made = model(row)
-        made.net = torch.compile(made.net, backend="aot_eager")
-        return made
+def test_compiled_training_matches_eager(row, monkeypatch):
+    def compiled_model():
+        classifier = model(row)
+        classifier.net = torch.compile(classifier.net, backend="aot_eager")
+        return classifier
 
-    trained = dict(fit([row.active()], compiled(), max_epochs=1).named_parameters())
-    monkeypatch.setattr(rates, "is_compiling", lambda: True)  # so that eager code draws the masks of compiled code
+    trained = dict(fit([row.active()], compiled_model(), max_epochs=1).named_parameters())
+    monkeypatch.setattr(rates, "is_compiling", lambda: True)  # makes eager code draw the masks of compiled code
     eager = dict(fit([row.active()], model(row), max_epochs=1).named_parameters())
     assert_close({name.replace("_orig_mod.", ""): p for name, p in trained.items()}, eager)
 
 
 @every_callback
-def test_weight_averaging_works_beside_it(row):
+def test_works_with_weight_averaging(row):
     averages = [lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]
     if hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"):
         averages.append(lambda: lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.5))
@@ -377,8 +377,8 @@ def test_weight_averaging_works_beside_it(row):
         assert same(together, fit([average()], model(row), max_epochs=3)) is not changes(row)
 
 
-class Waits(TorchDispatchMode):
-    """Counts how often the host waits for a number from the device."""
+class SyncCounter(TorchDispatchMode):
+    """Counts how often the CPU waits for a number from the device."""
 
     count = 0
 
@@ -387,25 +387,27 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def waits(callbacks, row, batches):
-    with Waits() as mode:
+def count_syncs(callbacks, row, batches):
+    with SyncCounter() as mode:
         fit(callbacks, model(row), loader(16 * batches), max_epochs=1, logger=Memory(), log_every_n_steps=16)
     return mode.count
 
 
 @pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval")
 @every_callback
-def test_no_step_waits_for_the_device(row, monkeypatch):
-    """Counted as what four more steps, none of them logged, add to it; what happens once is not counted."""
+def test_no_device_sync_per_step(row, monkeypatch):
+    """Counts the syncs that four more unlogged steps add. One-time syncs do not count."""
     for module in [module for name, module in sys.modules.items() if name.startswith("lightning_reg.")]:
         if hasattr(module, "is_cpu"):
             monkeypatch.setattr(module, "is_cpu", lambda tensor: False)  # as if there were a device
-    plain, ours = (waits(callbacks(), row, 8) - waits(callbacks(), row, 4) for callbacks in (list, lambda: [row.active()]))
+    plain, ours = (
+        count_syncs(callbacks(), row, 8) - count_syncs(callbacks(), row, 4) for callbacks in (list, lambda: [row.active()])
+    )
     assert (ours > plain) is ("waits" in row.exempt)
 
 
 @every_callback
-def test_repr_is_the_call_that_made_it(row):
+def test_repr_round_trips(row):
     for callback in row.all():
         again = eval(repr(callback), vars(lightning_reg) | {"inf": float("inf")})
         assert repr(again) == repr(callback)

@@ -16,7 +16,7 @@ from lightning_reg.functional import sample_predictions
 
 
 class Predicts(Classifier):
-    """The model with batch normalization, which keeps the modes that its modules are in while it predicts."""
+    """The model with batch normalization. It records which modules are in training mode while it predicts."""
 
     def __init__(self, p=0.5):
         super().__init__()
@@ -46,13 +46,13 @@ def test_samples_are_stacked_and_differ():
     sampled, _ = predict([MonteCarloDropout(samples=5)], model)
     assert [batch.shape for batch in sampled] == [(5, 16, 10)] * 4
     assert all(not torch.equal(batch[0], batch[1]) for batch in sampled)
-    assert model.modes == {"net.3": True}  # batch normalization is not among them
+    assert model.modes == {"net.3": True}  # not batch normalization
     assert not any(modes(model).values())
     assert "predict_step" not in vars(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_one_sample_that_is_not_stacked():
+def test_single_sample_is_not_stacked():
     (first, *_), _ = predict([MonteCarloDropout()])
     (plain, *_), _ = predict([])
     assert first.shape == plain.shape == (16, 10)
@@ -60,8 +60,8 @@ def test_one_sample_that_is_not_stacked():
     assert torch.equal(plain, predict([])[0][0])
 
 
-def test_the_samples_are_those_of_dropout_and_their_mean_is_near_the_plain_prediction():
-    """Linear behind the dropout, so the mean of many samples is the plain prediction, within five standard errors."""
+def test_mean_and_variance_of_samples():
+    """The model is linear after the dropout, so the mean is the plain prediction, within five standard errors."""
     (sampled, *_), _ = predict([MonteCarloDropout(samples=4000)])
     (plain, *_), model = predict([])
     error = sampled.std(0) / math.sqrt(4000)
@@ -73,14 +73,14 @@ def test_the_samples_are_those_of_dropout_and_their_mean_is_near_the_plain_predi
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_every_module_is_afterwards_in_the_mode_that_it_was_in(training):
+def test_module_modes_are_restored(training):
     model = Predicts().train(training)
     before = modes(model)
     predict([MonteCarloDropout(samples=2)], model)
     assert modes(model) == before
 
 
-def test_an_exception_leaves_nothing_behind():
+def test_exception_leaves_no_trace():
     class Fails(Predicts):
         def predict_step(self, batch, batch_idx):
             raise RuntimeError("stop")
@@ -99,14 +99,14 @@ class Structured(Predicts):
         return {"logits": self.net(batch[0]), "parts": (batch[1], [batch_idx, None])}
 
 
-def test_structures_are_stacked_leaf_by_leaf():
+def test_nested_predictions_are_stacked():
     (first, *_), _ = predict([MonteCarloDropout(samples=3)], Structured())
     assert first["logits"].shape == (3, 16, 10)
     assert first["parts"][0].shape == (3, 16)
     assert first["parts"][1] == [[0, 0, 0], None]
 
 
-def test_a_writer_gets_the_stacked_predictions():
+def test_prediction_writer_gets_stacked_predictions():
     written = []
 
     class Writer(BasePredictionWriter):
@@ -118,37 +118,37 @@ def test_a_writer_gets_the_stacked_predictions():
 
 
 @pytest.mark.parametrize("p", [0.5, Linear(0.0, 1.0)])
-def test_injected_dropout_drops_in_predictions_with_its_rate_or_that_of_the_end_of_the_fit(p):
-    class Shows(Predicts):
+def test_injected_dropout_predicts_with_final_rate(p):
+    class PredictsOnes(Predicts):
         def predict_step(self, batch, batch_idx):
             self.evaluated = not self.net[2].training
             return self.net[2](torch.ones(100, 100))
 
-    model = Shows(0.0)
+    model = PredictsOnes(0.0)
     trainer = Trainer(**QUIET, max_epochs=2, callbacks=[DropoutInjection(p, after="ReLU"), MonteCarloDropout(samples=2)])
     trainer.fit(model, loader())
     assert torch.equal(model.eval().net[2](torch.ones(10)), torch.ones(10))
     sampled = trainer.predict(model, loader())[0]
-    rate = 0.5 if p == 0.5 else 7 / 8  # the last of eight batches began there
+    rate = 0.5 if p == 0.5 else 7 / 8  # the progress at the last of eight batches
     assert abs((sampled == 0).float().mean() - rate) < 5 * (rate * (1 - rate) / 20000) ** 0.5
     assert model.evaluated
     assert not model.net[2]._forward_hooks
 
 
-def test_a_fit_after_predictions_can_change_the_rate():
-    """Predictions run in inference mode, whose tensors nobody may change outside of it."""
+def test_fit_after_predict():
+    """Predict runs in inference mode, whose tensors cannot be changed outside of it."""
     model = Predicts()
     trainer = Trainer(**QUIET, max_epochs=1, callbacks=[DropoutInjection(0.5, after="ReLU"), MonteCarloDropout(samples=2)])
     trainer.predict(model, loader())
     trainer.fit(model.train(), loader())
 
 
-def test_it_changes_nothing_in_the_fit_beside_others():
+def test_fit_is_unchanged():
     callbacks = [DropoutInjection(0.2, after="ReLU"), DropoutScheduler(0.3)]
     assert same(fit([*callbacks, MonteCarloDropout(samples=4)]), fit(callbacks))
 
 
-def test_a_compiled_model_drops_too():
+def test_compiled_model_drops():
     torch._dynamo.reset()
     model = Predicts()
     model.net = torch.compile(model.net, backend="eager")
@@ -159,7 +159,7 @@ def test_a_compiled_model_drops_too():
     assert torch.equal(plain[0], again[0])
 
 
-def test_predict_of_a_module_that_is_compiled_as_a_whole():
+def test_predict_with_compiled_lightning_module():
     torch._dynamo.reset()
     model = Predicts()
     compiled = torch.compile(model, backend="eager")
@@ -168,7 +168,7 @@ def test_predict_of_a_module_that_is_compiled_as_a_whole():
     assert model.predict_step.__name__ != "sampled"
 
 
-def test_rates_of_zero_are_warned_of():
+def test_zero_rates_warn():
     with pytest.warns(
         UserWarning, match="MonteCarloDropout: all dropout rates are 0, so all predictions of a batch will be equal: Dropout"
     ):
@@ -180,7 +180,7 @@ class Iterates(Predicts):
         return None
 
 
-class Bare(LightningModule):
+class WithoutDropout(LightningModule):
     def forward(self, batch):
         return batch[0]
 
@@ -196,7 +196,7 @@ class Bare(LightningModule):
             r"predict_step\(dataloader_iter\) fetches its batches itself",
         ),
         (
-            lambda: predict([MonteCarloDropout(samples=2)], Bare()),
+            lambda: predict([MonteCarloDropout(samples=2)], WithoutDropout()),
             "the model has no dropout; .* use DropoutInjection",
         ),
         (
@@ -206,18 +206,18 @@ class Bare(LightningModule):
     ],
     ids=["no samples", "fractional samples", "iterator of batches", "no dropout", "unknown rate"],
 )
-def test_what_cannot_work_is_refused(make, message):
+def test_unsupported_use_raises(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_the_function_alone():
+def test_sample_predictions():
     numbers = iter(range(6))
     assert sample_predictions(lambda: (torch.tensor(next(numbers)), "x"), 3)[0].tolist() == [0, 1, 2]
 
 
-def test_a_transformer_does_not_pass_its_dropout_by():
-    """In eval mode torch takes a path on which the children of an encoder layer are not called at all."""
+def test_transformer_fast_path_is_disabled():
+    """In eval mode, torch takes a fast path that does not call the children of an encoder layer."""
 
     class Encodes(LightningModule):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Noise on the gradients: how much, when, and the same for everybody."""
+"""Gradient noise: its variance, its schedule, and its reproducibility."""
 
 from __future__ import annotations
 
@@ -25,57 +25,57 @@ def noise_at(callback, step, size=40_000):
 
 
 @pytest.mark.parametrize("step", [0, 9, 999])
-def test_the_variance_fades_as_the_source_says(step):
+def test_variance_decays_as_published(step):
     """The standard deviation of n draws is within 5 standard errors, σ/√(2n), in all but one of a million runs."""
     noise, expected = noise_at(GradientNoise(0.3), step), math.sqrt(0.3**2 / (1 + step) ** 0.55)
     tolerance = 5 * expected / math.sqrt(2 * len(noise))
     assert_close(noise.std().item(), expected, rtol=0.0, atol=tolerance)
     assert_close(noise.mean().item(), 0.0, rtol=0.0, atol=5 * expected / math.sqrt(len(noise)))
-    assert abs(noise.std().item() - 0.3 / (1 + step) ** 0.55) > tolerance or step == 0  # σ itself does not fade so
+    assert abs(noise.std().item() - 0.3 / (1 + step) ** 0.55) > tolerance or step == 0  # σ decays at another rate
 
 
-def test_it_depends_on_seed_name_and_step_alone():
-    one = noise_at(GradientNoise(0.1), 3)
-    assert torch.equal(one, noise_at(GradientNoise(0.1), 3))
+def test_noise_depends_only_on_seed_name_and_step():
+    noise = noise_at(GradientNoise(0.1), 3)
+    assert torch.equal(noise, noise_at(GradientNoise(0.1), 3))
     for other in (GradientNoise(0.1, seed=1), GradientNoise(0.1, name="other")):
-        assert not torch.equal(one, noise_at(other, 3))
-    assert not torch.equal(one / one.std(), noise_at(GradientNoise(0.1, decay=0.0), 4))
+        assert not torch.equal(noise, noise_at(other, 3))
+    assert not torch.equal(noise / noise.std(), noise_at(GradientNoise(0.1, decay=0.0), 4))
 
 
-def test_training_draws_what_it_would_draw_without():
+def test_noise_does_not_use_global_generator():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     noise_at(GradientNoise(0.1), 0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_run_with_noise_is_the_same_twice():
+def test_training_with_noise_is_reproducible():
     assert same(fit([GradientNoise(0.1)]), fit([GradientNoise(0.1)]))
     assert not same(fit([GradientNoise(0.1)]), fit([GradientNoise(0.1, seed=1)]))
 
 
-def test_parameters_without_a_gradient_get_none():
+def test_noise_skips_parameters_without_gradient():
     p, q = parameter([0.0]), parameter([0.0], grad=[0.0])
     add_gradient_noise_([p, q], 1.0, generator_for("cpu", 0))
     assert p.grad is None
     assert q.grad != 0
 
 
-def test_sparse_gradients_are_refused():
+def test_sparse_gradient_raises():
     layer = nn.Embedding(4, 2, sparse=True)
     layer(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="gradient noise needs a dense gradient, got a sparse one"):
         add_gradient_noise_([layer.weight], 1.0)
 
 
-def test_a_scheduled_deviation_multiplies_the_fading():
-    class Watch(Classifier):
+def test_scheduled_std():
+    class Recorder(Classifier):
         def on_before_optimizer_step(self, optimizer):
             self.largest = max(getattr(self, "largest", 0.0), self.net[0].weight.grad.abs().max().item())
 
-    silent, loud = (fit([GradientNoise(lambda progress, std=std: std)], Watch()) for std in (0.0, 10.0))
-    assert same(silent, fit(model=Watch()))
-    assert loud.largest > 5
+    without_noise, with_noise = (fit([GradientNoise(lambda progress, std=std: std)], Recorder()) for std in (0.0, 10.0))
+    assert same(without_noise, fit(model=Recorder()))
+    assert with_noise.largest > 5
 
 
 @pytest.mark.parametrize(
@@ -87,6 +87,6 @@ def test_a_scheduled_deviation_multiplies_the_fading():
     ],
     ids=["negative std", "negative decay", "negative seed"],
 )
-def test_arguments_out_of_range_are_refused(make, message):
+def test_arguments_out_of_range_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

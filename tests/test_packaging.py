@@ -1,4 +1,4 @@
-"""The metadata of the package: bounds, extras, pinned versions, and what the source distribution contains."""
+"""Package metadata: bounds, extras, pinned versions, and the contents of the source distribution."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PAGES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted((ROOT
 
 
 def pinned(name):
-    """Return the packages that a file of ``.ci`` pins, each with all its versions."""
+    """Return all versions of each package that a file in ``.ci`` pins."""
     lines = [line for line in (ROOT / ".ci" / name).read_text().splitlines() if not line.startswith("#")]
-    found = {}
+    versions = {}
     for requirement in map(Requirement, lines):
         (version,) = requirement.specifier
-        found.setdefault(canonicalize_name(requirement.name), set()).add(version.version)
-    return found
+        versions.setdefault(canonicalize_name(requirement.name), set()).add(version.version)
+    return versions
 
 
 def lower_bound(requirement):
@@ -45,18 +45,18 @@ def test_malicious_releases_are_excluded():
     assert [version for version in ("2.6.1", "2.6.2", "2.6.3", "2.6.4") if version in allowed] == ["2.6.1", "2.6.4"]
 
 
-def test_the_readme_lists_every_extra():
+def test_readme_lists_every_extra():
     section = (ROOT / "README.md").read_text().split("\n## Install\n")[1].split("\n## ")[0]
     assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(EXTRAS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_extras_to_install_exist(page):
+def test_documented_extras_exist(page):
     assert set(re.findall(r"(?:\.|\.whl)\[(\w+)\]\"", page.read_text())) <= set(EXTRAS)
 
 
-def test_every_package_of_the_tests_is_pinned():
-    """Of the extras, ``bench`` alone is not: it needs torchvision."""
+def test_required_packages_are_pinned():
+    """Except for the ``bench`` extra, which needs torchvision."""
     required = {*DEPENDENCIES, *(requirement.name for extra in EXTRAS.keys() - {"bench"} for requirement in EXTRAS[extra])}
     assert set(map(canonicalize_name, required)) - {PROJECT["name"]} <= set(pinned("constraints.txt"))
 
@@ -67,7 +67,7 @@ def test_pinned_versions_are_allowed():
         assert all(version in requirement.specifier for version in versions.get(canonicalize_name(requirement.name), ()))
 
 
-def test_the_oldest_versions_tested_are_the_lower_bounds():
+def test_oldest_tested_versions_are_lower_bounds():
     required = [*DEPENDENCIES.values(), *EXTRAS["cli"]]
     oldest = {requirement.name: Requirement(f"x=={lower_bound(requirement)}").specifier for requirement in required}
     tested = {name: versions for name, versions in pinned("oldest.txt").items() if name != "pytorch-lightning"}
@@ -76,10 +76,10 @@ def test_the_oldest_versions_tested_are_the_lower_bounds():
         assert all(version in oldest[name] for version in versions), name
 
 
-def test_the_source_distribution_contains_what_the_tests_read():
+def test_sdist_contains_files_that_tests_read():
     texts = [path.read_text() for path in HERE.rglob("*.py")]
     read = {path for text in texts for path in re.findall(r"\b(?:ROOT|HERE\.parent) / \"([\w.]+)\"", text)}
     assert {"docs", "examples", "README.md", ".ci", ".github"} <= read
     included = CONFIGURATION["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    assert read - {"pyproject.toml"} <= set(included)  # which it contains in any case
+    assert read - {"pyproject.toml"} <= set(included)  # always included
     assert all((ROOT / name).exists() for name in included)

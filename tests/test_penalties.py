@@ -47,14 +47,14 @@ CLOSED = {l1_penalty: add_l1_gradient_, l2_penalty: add_l2_gradient_}
 def tensors(dtype=torch.float32):
     torch.manual_seed(0)
     shapes = [(3, 4), (7,), (), (0, 5), (2, 3, 2)]
-    made = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-    made[1].data[2] = 0.0
-    return [*made, torch.randn(4, 3).to(dtype).t().requires_grad_()]
+    params = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+    params[1].data[2] = 0.0
+    return [*params, torch.randn(4, 3).to(dtype).t().requires_grad_()]
 
 
 @pytest.mark.parametrize("penalty", [l1_penalty, l2_penalty])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_value_and_gradient_are_those_of_the_sum(penalty, dtype):
+def test_value_and_gradient_match_naive_sum(penalty, dtype):
     fused, naive, added = tensors(dtype), tensors(dtype), tensors(dtype)
     value, reference = 3 * penalty(fused), 3 * NAIVE[penalty](naive)
     value.backward()
@@ -67,8 +67,8 @@ def test_value_and_gradient_are_those_of_the_sum(penalty, dtype):
 
 @pytest.mark.parametrize("penalty", [l1_penalty, l2_penalty])
 @pytest.mark.parametrize("others", [False, True])
-def test_large_tensors_are_worked_on_in_pieces_to_the_same_end(penalty, others):
-    """More entries than a piece holds, not a multiple of it, in both memory layouts."""
+def test_large_tensors_match_naive_sum(penalty, others):
+    """More entries than a chunk holds, and not a multiple of it, in both memory layouts."""
     torch.manual_seed(0)
     start = [torch.randn(1100, 1000), torch.randn(1000, 1100).t(), torch.randn(1, 1_100_000), torch.randn(2, 1_200_000, 1).mT]
     start[0][5, 7] = 0.0
@@ -86,20 +86,20 @@ def test_half_precision_is_summed_in_float32(penalty):
     layers = [torch.full((10, 10), 0.3).bfloat16() for _ in range(300)]
     truth = NAIVE[penalty]([layer.double() for layer in layers])
     assert_close(penalty(layers).double(), truth, rtol=1e-5, atol=0.0)
-    assert abs(NAIVE[penalty](layers) - truth) > 0.05 * truth  # what a sum in bfloat16 comes to
+    assert abs(NAIVE[penalty](layers) - truth) > 0.05 * truth  # a sum in bfloat16 is wrong
 
 
 @pytest.mark.parametrize("penalty", [l1_penalty, l2_penalty])
-def test_large_tensors_are_summed_exactly(penalty):
+def test_large_tensors_have_exact_sums(penalty):
     large = torch.full((20, 1_000_000), 0.3)
     truth = NAIVE[penalty]([large.double()])
     assert_close(penalty([large]).double(), truth, rtol=1e-6, atol=0.0)
-    norm = torch.linalg.vector_norm(large, 1)  # one sum from end to end
+    norm = torch.linalg.vector_norm(large, 1)  # torch keeps one running sum
     assert abs(norm - NAIVE[l1_penalty]([large.double()])) > 1e-3 * norm
 
 
-def test_l1_of_many_tensors_of_few_shapes_and_dtypes():
-    """More of one shape than are worked on at a time, in between others, some of another dtype or memory layout."""
+def test_l1_of_many_small_tensors():
+    """More tensors of one shape than a batch holds, mixed with other shapes, dtypes, and memory layouts."""
     torch.manual_seed(0)
     shapes = [(3, 4), (4, 3), (), (0, 2), (5,)] * 150
     start = [torch.randn(shape).to([torch.float32, torch.bfloat16][i % 7 == 0]) for i, shape in enumerate(shapes)]
@@ -109,19 +109,19 @@ def test_l1_of_many_tensors_of_few_shapes_and_dtypes():
     for p in added:
         p.grad = torch.ones_like(p)
     add_l1_gradient_(added, 0.5)
-    assert all(torch.equal(one.grad, other.grad + 1) for one, other in zip(added, naive, strict=True))
+    assert all(torch.equal(p.grad, expected.grad + 1) for p, expected in zip(added, naive, strict=True))
     assert_close(l1_penalty(start), NAIVE[l1_penalty]([p.double() for p in start]).float())
 
 
 @pytest.mark.parametrize("add", [add_l1_gradient_, add_l2_gradient_])
-def test_a_gradient_is_added_to_what_there_is(add):
+def test_gradient_is_added_to_existing_gradient(add):
     theta, missing = parameter([1.0, -2.0], grad=[10.0, 10.0]), parameter([1.0, -2.0])
     add([theta, missing], 0.5)
     assert_close(theta.grad - 10, missing.grad)
     assert missing.grad.sign().tolist() == [1.0, -1.0]
 
 
-def test_a_sparse_gradient_becomes_dense():
+def test_sparse_gradient_becomes_dense():
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     add_l2_gradient_([embedding.weight], 0.5)
@@ -130,14 +130,14 @@ def test_a_sparse_gradient_becomes_dense():
     assert_close(embedding.weight.grad, expected)
 
 
-def test_no_parameters_are_no_penalty():
+def test_penalty_of_no_parameters_is_zero():
     assert l1_penalty([]) == l2_penalty([]) == 0
     add_l1_gradient_([], 1.0)
     add_l2_gradient_([], 1.0)
 
 
-def test_the_strength_is_not_rounded_to_the_precision_of_the_loss():
-    """A loss in bfloat16, where 0.1 is 0.1001, of weights in float32."""
+def test_strength_is_not_rounded_to_dtype_of_loss():
+    """The loss is in bfloat16, where 0.1 is 0.1001; the weights are in float32."""
 
     class Half(Classifier):
         def training_step(self, batch, batch_idx):
@@ -150,20 +150,20 @@ def test_the_strength_is_not_rounded_to_the_precision_of_the_loss():
     assert not torch.allclose(trained, start - rounded * start, rtol=1e-6, atol=0.0)
 
 
-def test_l2_on_the_gradient_route_is_weight_decay_to_the_last_bit():
+def test_l2_on_gradient_route_equals_weight_decay():
     ours = fit([L2Penalty(0.01, params="all", inject="gradient")])
     assert same(ours, fit(model=Classifier(weight_decay=0.01)))
 
 
-def test_l2_on_the_loss_route_is_weight_decay():
+def test_l2_on_loss_route_matches_weight_decay():
     ours, reference = fit([L2Penalty(0.01, params="all", inject="loss")]), fit(model=Classifier(weight_decay=0.01))
     assert_close(weights(ours), weights(reference))
-    with pytest.raises(AssertionError):  # the mistake of leaving out the ½
+    with pytest.raises(AssertionError):  # detects a missing ½
         assert_close(weights(fit([L2Penalty(0.02, params="all", inject="loss")])), weights(reference))
 
 
 class Regression(Classifier):
-    """A linear model without bias whose gradient can be written down."""
+    """A linear model without bias, whose gradient has a closed form."""
 
     def __init__(self):
         super().__init__(lr=0.1, momentum=0.0)
@@ -176,7 +176,7 @@ class Regression(Classifier):
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_one_step_of_l1_by_hand(route):
+def test_l1_step_matches_formula(route):
     model = Regression()
     images, labels = next(iter(loader()))
     w = model.net.weight.detach().double()
@@ -186,7 +186,7 @@ def test_one_step_of_l1_by_hand(route):
 
 
 class Naive(Callback):
-    """What one writes first: the penalty added in every backward pass."""
+    """A naive penalty, added to the loss in every backward pass."""
 
     def on_before_backward(self, trainer, pl_module, loss):
         loss.add_(0.01 * NAIVE[l1_penalty]([p for p in pl_module.parameters() if p.ndim > 1]))
@@ -199,7 +199,7 @@ def without_dropout():
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_accumulation_does_not_change_the_penalty(route):
+def test_accumulation_does_not_change_penalty(route):
     def accumulated(callback):
         model = without_dropout()
         return weights(fit([callback], model, loader(64, batch_size=8), accumulate_grad_batches=4))
@@ -211,7 +211,7 @@ def test_accumulation_does_not_change_the_penalty(route):
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_the_loss_scale_does_not_change_the_penalty(route):
+def test_loss_scale_does_not_change_penalty(route):
     def scaled(callback):
         precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
         model = without_dropout()
@@ -232,7 +232,7 @@ def test_the_loss_scale_does_not_change_the_penalty(route):
 
 
 class Unused(Classifier):
-    """A model with a layer that the forward pass leaves out."""
+    """A model with a layer that the forward pass skips."""
 
     def __init__(self):
         super().__init__()
@@ -241,13 +241,13 @@ class Unused(Classifier):
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_a_parameter_that_is_not_used_is_penalized_too(route):
+def test_unused_parameter_is_penalized(route):
     model = fit([L2Penalty(0.1, inject=route)], Unused(), max_epochs=1, limit_train_batches=1)
     assert_close(model.unused.weight, torch.full((3, 3), 1 - 0.05 * 0.1))
 
 
 class Skips(Classifier):
-    """A model that has nothing to say about some batches."""
+    """A model that returns no loss for some batches."""
 
     def __init__(self, skipped):
         super().__init__()
@@ -259,7 +259,7 @@ class Skips(Classifier):
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_a_step_whose_last_batch_is_skipped_has_its_penalty(route):
+def test_step_with_skipped_last_batch_is_penalized(route):
     model = fit([L2Penalty(0.01, params="all", inject=route)], Skips({1, 3}), accumulate_grad_batches=2)
     reference = fit(model=Skips({1, 3}), accumulate_grad_batches=2)
     decayed = Skips({1, 3})
@@ -270,38 +270,38 @@ def test_a_step_whose_last_batch_is_skipped_has_its_penalty(route):
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_a_step_that_is_skipped_altogether_is_no_step(route):
+def test_fully_skipped_step_is_not_penalized(route):
     start = Skips({0, 1, 2, 3})
     model = fit([L2Penalty(0.01, inject=route)], Skips({0, 1, 2, 3}))
     assert same(model, start)
 
 
 class Custom(Penalty):
-    """Σ log(1 + θ²), given by its value alone."""
+    """Σ log(1 + θ²), defined only by its value."""
 
     def value(self, params):
         return sum(p.square().log1p().sum() for p in params)
 
 
-def test_a_penalty_of_ones_own_is_the_same_on_both_routes():
+def test_custom_penalty_matches_on_both_routes():
     by_loss, by_gradient = (fit([Custom(0.01, inject=route)], Unused()) for route in ("loss", "gradient"))
     assert_close(weights(by_loss), weights(by_gradient))
     assert not same(by_loss, fit(model=Unused()))
 
 
-def test_manual_optimization_takes_the_gradient_route_for_the_optimizer_that_steps():
+def test_manual_optimization_uses_gradient_route():
     decayed = Gan()
     decayed.weight_decay = 0.01
     assert same(fit([L2Penalty(0.01, params=["net.0.*", "net.4.*"])], Gan()), fit(model=decayed))
 
 
-def test_the_naive_penalty_cannot_change_such_a_loss():
+def test_naive_penalty_fails_in_manual_optimization():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         fit([Naive()], Gan())
 
 
 class Tied(Classifier):
-    """Two layers with one weight between them."""
+    """Two layers that share a weight."""
 
     def __init__(self):
         super().__init__()
@@ -314,7 +314,7 @@ class Tied(Classifier):
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_a_tied_weight_is_penalized_once(route):
+def test_tied_weight_is_penalized_once(route):
     class LayerByLayer(Callback):
         def on_before_backward(self, trainer, pl_module, loss):
             layers = [module for module in pl_module.modules() if isinstance(module, nn.Linear)]
@@ -337,7 +337,7 @@ def test_a_tied_weight_is_penalized_once(route):
 
 
 @pytest.mark.parametrize(("route", "evaluations"), [("loss", 4), ("gradient", 0)])
-def test_a_penalty_is_evaluated_once_in_a_step_and_its_value_only_where_it_is_needed(route, evaluations):
+def test_value_is_computed_only_when_needed(route, evaluations):
     class Counts(L1Penalty):
         count = 0
 
@@ -353,41 +353,41 @@ def test_a_penalty_is_evaluated_once_in_a_step_and_its_value_only_where_it_is_ne
     assert logged.count == max(evaluations, 2)
 
 
-def test_a_loss_route_that_cannot_be_exact_is_refused():
+def test_inexact_loss_route_raises():
     with pytest.raises(ValueError, match=r"L1Penalty: inject='loss' is not exact in manual optimization.*inject='gradient'"):
         fit([L1Penalty(0.1, inject="loss")], Gan())
 
 
-def test_the_gradient_route_is_refused_where_gradients_stay_scaled():
+def test_gradient_route_with_fused_optimizer_raises():
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match=r"L1Penalty acts before .* the fused Adam unscales .* fused=False"):
         fit([L1Penalty(0.1, inject="gradient")], Fused(), plugins=[precision])
 
 
-def test_a_second_decay_is_said():
+def test_l2_penalty_in_addition_to_weight_decay_warns():
     with pytest.warns(UserWarning, match=r"L2Penalty acts on parameters that the optimizer decays too \(weight_decay=0.1\)"):
         fit([L2Penalty(0.1)], Classifier(weight_decay=0.1))
 
 
 @pytest.mark.parametrize("kind", [L1Penalty, L2Penalty])
 @pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf")])
-def test_strengths_out_of_range_are_refused(kind, strength):
+def test_strength_out_of_range_raises(kind, strength):
     with pytest.raises(ValueError, match=rf"{kind.__name__}: strength must be a number in \[0, inf\), got {strength}"):
         kind(strength)
 
 
 @pytest.mark.parametrize("strength", ["0.1", True, None, [0.1]])
-def test_strengths_of_another_type_are_refused(strength):
+def test_strength_of_wrong_type_raises(strength):
     with pytest.raises(TypeError, match=r"L1Penalty: strength must be a number in \[0, inf\), got .* of type"):
         L1Penalty(strength)
 
 
-def test_an_unknown_route_is_refused():
+def test_unknown_route_raises():
     with pytest.raises(ValueError, match="L1Penalty: inject must be 'auto', 'loss' or 'gradient', got 'grad'"):
         L1Penalty(0.1, inject="grad")
 
 
-def test_the_logged_loss_has_no_penalty():
+def test_logged_loss_excludes_penalty():
     class Logs(Classifier):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -403,7 +403,7 @@ def test_the_logged_loss_has_no_penalty():
 
 
 @pytest.mark.parametrize("layer", UNITS, ids=repr)
-def test_the_group_lasso_is_the_sum_over_output_units(layer):
+def test_group_lasso_sums_over_output_units(layer):
     by_hand = layer.weight.detach().clone().requires_grad_()
     reference = sum(unit.numel() ** 0.5 * unit.norm() for unit in UNITS[layer](by_hand))
     (2 * reference).backward()
@@ -416,7 +416,7 @@ def test_the_group_lasso_is_the_sum_over_output_units(layer):
     assert_close(added.grad, by_hand.grad)
 
 
-def test_the_group_lasso_of_zero_vectors_and_single_numbers():
+def test_group_lasso_of_zeros_vectors_and_scalars():
     zero = torch.zeros(2, 3, requires_grad=True)
     group_lasso_penalty([zero]).backward()
     assert zero.grad.tolist() == [[0.0] * 3] * 2
@@ -429,21 +429,21 @@ def test_the_group_lasso_of_zero_vectors_and_single_numbers():
     assert Units() == (0, 1)
 
 
-def test_a_unit_of_zeros_has_no_gradient_whatever_the_loss_scale():
+def test_group_lasso_of_zero_unit_has_zero_gradient():
     zeros = torch.zeros(4, 4608, requires_grad=True)
     (2.0**60 * group_lasso_penalty([zeros])).backward()
     assert not zeros.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_group_lasso_of_the_smallest_numbers(dtype):
+def test_group_lasso_of_tiny_weights(dtype):
     single = torch.tensor([1e-35, -1e-35], dtype=dtype, requires_grad=True)
     group_lasso_penalty([single]).backward()
     assert_close(single.grad, torch.tensor([1.0, -1.0], dtype=dtype))
 
 
-def test_the_group_lasso_of_the_smallest_numbers_of_half_precision():
-    """Whose factor, 1 / ‖w‖, is beyond the range of their dtype."""
+def test_group_lasso_of_tiny_half_precision_weights():
+    """Their factor, 1 / ‖w‖, is beyond the range of float16."""
     start = torch.tensor([[0.0, 0.0], [6e-8, 6e-8]], dtype=torch.float16)
     fused, added = (start.clone().requires_grad_() for _ in range(2))
     group_lasso_penalty([fused]).backward()
@@ -452,7 +452,7 @@ def test_the_group_lasso_of_the_smallest_numbers_of_half_precision():
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 2, 3, 3), (20, 2, 3, 3)])
-def test_orthogonality_is_measured_on_the_smaller_gram_matrix(shape):
+def test_orthogonality_uses_smaller_gram_matrix(shape):
     torch.manual_seed(0)
     w = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     matrix = w.detach().flatten(1).numpy()
@@ -464,7 +464,7 @@ def test_orthogonality_is_measured_on_the_smaller_gram_matrix(shape):
     assert orthogonality_penalty([torch.tensor(q)]).item() == pytest.approx(0.0, abs=1e-20)
 
 
-def test_orthogonality_has_no_meaning_for_vectors():
+def test_orthogonality_of_vector_raises():
     with pytest.raises(ValueError, match=r"needs tensors with two or more dimensions, got shape \(3,\)"):
         orthogonality_penalty([torch.ones(3)])
     with pytest.raises(ValueError, match=r"with two or more dimensions, got net.0.bias, .*: exclude them"):
@@ -482,7 +482,7 @@ def test_distance_and_its_gradient():
     assert value.item() == pytest.approx(sum(p.numel() for p in params) / 2)
 
 
-def test_the_starting_point_pulls_back_to_it():
+def test_starting_point_penalty_limits_movement():
     start, free, held = Classifier(), fit(max_epochs=4), fit([StartingPointPenalty(5.0)], max_epochs=4)
 
     def moved(model):
@@ -492,14 +492,14 @@ def test_the_starting_point_pulls_back_to_it():
 
 
 @pytest.mark.parametrize("p", [1, 2])
-def test_activity_is_a_mean_over_the_batch(p):
+def test_activity_penalty_is_mean_over_batch(p):
     h = torch.randn(6, 3, 4)
     norms = [sample.abs().sum() if p == 1 else sample.square().sum() / 2 for sample in h]
     assert_close(activity_penalty(h, p), torch.stack(norms).mean())
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_the_activity_penalty_is_the_term_written_into_the_module(accumulate):
+def test_activity_penalty_matches_manual_term(accumulate):
     class ByHand(Classifier):
         def training_step(self, batch, batch_idx):
             images, labels = batch
@@ -513,7 +513,7 @@ def test_the_activity_penalty_is_the_term_written_into_the_module(accumulate):
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
-def test_the_activities_of_a_batch_that_is_skipped_are_forgotten():
+def test_activities_of_skipped_batch_are_discarded():
     class SkipsLate(Skips):
         def training_step(self, batch, batch_idx):
             loss = Classifier.training_step(self, batch, batch_idx)
@@ -523,7 +523,7 @@ def test_the_activities_of_a_batch_that_is_skipped_are_forgotten():
     assert same(early, late)
 
 
-def test_elastic_net_is_both_penalties():
+def test_elastic_net_equals_l1_plus_l2():
     for route in ("loss", "gradient"):
         both = fit([L1Penalty(0.01, inject=route), L2Penalty(0.1, inject=route)])
         assert_close(weights(fit([ElasticNetPenalty(0.01, 0.1, inject=route)])), weights(both))
@@ -534,7 +534,7 @@ ROUTED += [StartingPointPenalty(1.0), Custom(0.01)]
 
 
 @pytest.mark.parametrize("penalty", ROUTED, ids=repr)
-def test_both_routes_are_one_objective(penalty):
+def test_both_routes_match(penalty):
     by_loss, by_gradient = copy.deepcopy(penalty), copy.deepcopy(penalty)
     by_loss.inject, by_gradient.inject = "loss", "gradient"
     first, second = fit([by_loss], Unused()), fit([by_gradient], Unused())
@@ -543,15 +543,15 @@ def test_both_routes_are_one_objective(penalty):
 
 
 class Searches(Regression):
-    """The linear model with an optimizer that searches along a line for the smallest value of the objective."""
+    """The linear model with an optimizer that uses a line search."""
 
     def configure_optimizers(self):
         return torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=50, line_search_fn="strong_wolfe", tolerance_grad=1e-9)
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
-def test_a_line_search_sees_the_penalized_objective(route):
-    """Ridge in closed form; the naive penalty, of which the search sees only the gradient, misses it."""
+def test_line_search_sees_penalized_objective(route):
+    """Compared with ridge in closed form. The naive penalty misses it, since the search sees only its gradient."""
     images, labels = (part.double() for part in next(iter(loader(64, batch_size=64))))
     gram = images.T @ images / 32 + 0.5 * torch.eye(64)
     truth = torch.linalg.solve(gram, images.T @ labels / 32)
@@ -569,7 +569,7 @@ def test_a_line_search_sees_the_penalized_objective(route):
 
 
 class Wrong(Penalty):
-    """A penalty whose value is made by a test."""
+    """A penalty whose value is a function argument."""
 
     def __init__(self, strength, *, make, inject="auto"):
         self.make = make
@@ -590,12 +590,12 @@ class Wrong(Penalty):
     ],
     ids=["float", "matrix", "no graph", "NaN"],
 )
-def test_a_value_that_is_no_penalty_is_refused(make, error, message, route):
+def test_invalid_penalty_value_raises(make, error, message, route):
     with pytest.raises(error, match=message):
         fit([Wrong(0.1, make=make, inject=route)])
 
 
-def test_the_starting_point_of_another_model_is_refused():
+def test_starting_point_of_other_model_raises():
     callback = StartingPointPenalty(0.1)
     fit([callback])
     other = Classifier()
@@ -618,12 +618,12 @@ def test_the_starting_point_of_another_model_is_refused():
     ],
     ids=["negative strength", "unknown p", "no modules", "unknown modules", "manual optimization"],
 )
-def test_bad_arguments_are_refused(make, message):
+def test_bad_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_activities_that_are_no_float_tensor_are_refused():
+def test_activities_of_wrong_type_raise():
     class Pair(nn.Module):
         def forward(self, x):
             return x, x

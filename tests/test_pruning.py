@@ -1,4 +1,4 @@
-"""The functions behind pruning, against sorting, loops and torch's own pruning."""
+"""The functions behind pruning, compared with sorting, loops, and torch's own pruning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lightning_reg.pruning.masks import pack_bits, unpack_bits
 
 
 def by_sorting(scores, count):
-    """The reference: a stable sort of a copy of everything."""
+    """Return reference masks from a stable sort of all scores."""
     flat = torch.cat([s.flatten().float() for s in scores])
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[flat.argsort(stable=True)[:count]] = True
@@ -45,24 +45,24 @@ KINDS = {
 
 @pytest.mark.parametrize(("chunk", "width"), [(1 << 19, 16), (7, 5), (64, 11)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_radix_select_is_a_stable_sort(kind, chunk, width, monkeypatch):
+def test_smallest_entries_match_stable_sort(kind, chunk, width, monkeypatch):
     monkeypatch.setattr(select, "_CHUNK", chunk)
     monkeypatch.setattr(select, "_WIDTH", width)
     torch.manual_seed(0)
     scores = [KINDS[kind](shape) for shape in [(5, 9), (0, 3), (), (30,), (2, 3, 4)]]
     for count in (0, 1, 2, 31, 50, 75, 99, 100):
-        found = smallest_entries(scores, count)
-        assert sum(int(mask.sum()) for mask in found) == count
-        assert_close(found, by_sorting(scores, count), rtol=0.0, atol=0.0)
+        masks = smallest_entries(scores, count)
+        assert sum(int(mask.sum()) for mask in masks) == count
+        assert_close(masks, by_sorting(scores, count), rtol=0.0, atol=0.0)
 
 
-def test_an_unstable_choice_among_ties_would_show():
+def test_unstable_sort_would_differ():
     scores = [torch.zeros(4), torch.zeros(4)]
     reverse = [mask.flip(0) for mask in by_sorting(scores, 3)[::-1]]
     assert not all(torch.equal(*pair) for pair in zip(smallest_entries(scores, 3), reverse, strict=True))
 
 
-def test_magnitude_is_what_torch_prunes_up_to_ties():
+def test_magnitude_pruning_matches_torch_up_to_ties():
     torch.manual_seed(0)
     modules = [nn.Linear(64, 64), nn.Conv2d(8, 16, 3), nn.Embedding(50, 12)]
     params = [module.weight.detach().clone() for module in modules]
@@ -71,20 +71,20 @@ def test_magnitude_is_what_torch_prunes_up_to_ties():
     total = sum(p.numel() for p in params)
     assert sum(int(mask.sum()) for mask in masks) == round(0.8 * total)
     for module, p, mask in zip(modules, params, masks, strict=True):
-        apart = mask != (module.weight_mask == 0)
+        differing = mask != (module.weight_mask == 0)
         largest = max(float(q[m].abs().max()) for q, m in zip(params, masks, strict=True))
-        assert (p[apart].abs() == largest).all()  # only what is tied at the threshold
+        assert (p[differing].abs() == largest).all()  # they differ only in ties at the threshold
     assert not torch.equal(pruning_masks(params, 0.7)[0], masks[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_magnitudes_of_any_precision_are_compared_in_float32(dtype):
+def test_magnitudes_are_compared_in_float32(dtype):
     torch.manual_seed(0)
     params = [torch.randn(50, 7).to(dtype), torch.randn(20).to(dtype)]
     assert_close(pruning_masks(params, 0.3), by_sorting([p.abs() for p in params], 111), rtol=0.0, atol=0.0)
 
 
-def test_per_layer_each_tensor_has_its_share():
+def test_layer_scope_prunes_each_tensor_equally():
     torch.manual_seed(0)
     params = [torch.randn(7, 3), 10 * torch.randn(5, 5), torch.zeros(0, 4)]
     masks = pruning_masks(params, 0.3, scope="layer")
@@ -93,14 +93,14 @@ def test_per_layer_each_tensor_has_its_share():
     assert [int(mask.sum()) for mask in pruning_masks(params, 0.3)] != [int(mask.sum()) for mask in masks]
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "given"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "custom"])
 @pytest.mark.parametrize("structure", ["element", "unit"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_what_is_pruned_stays_so_and_the_share_does_not_compound(criterion, structure, scope):
+def test_pruned_weights_stay_pruned_without_compounding(criterion, structure, scope):
     torch.manual_seed(0)
     params = [torch.randn(20, 10) + 1, torch.randn(30, 10)]
-    given = [torch.randn(p.shape) for p in params] if criterion == "given" else criterion
-    options = {"scope": scope, "structure": structure, "criterion": given}
+    scores = [torch.randn(p.shape) for p in params] if criterion == "custom" else criterion
+    options = {"scope": scope, "structure": structure, "criterion": scores}
     pruned = pruning_masks(params, 0.2, **options, seed=1)
     more = pruning_masks(params, 0.5, **options, pruned=pruned, seed=2)
     assert all((~mask & before).sum() == 0 for mask, before in zip(more, pruned, strict=True))
@@ -119,7 +119,7 @@ LAYERS = [
 
 
 def units_by_hand(layer):
-    """Return index tuples of the output units, written out from torch's documentation of each weight."""
+    """Return index tuples of the output units, from torch's documentation of each weight."""
     shape = layer.weight.shape
     if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
         return [(slice(i, i + 1),) for i in range(shape[0])]
@@ -128,7 +128,7 @@ def units_by_hand(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_units_are_whole_and_those_of_smallest_norm(layer):
+def test_unit_pruning_removes_units_of_smallest_norm(layer):
     torch.manual_seed(0)
     weight = torch.randn(layer.weight.shape)
     units = units_by_hand(layer)
@@ -144,15 +144,15 @@ def test_units_are_whole_and_those_of_smallest_norm(layer):
     assert not torch.equal(scored, expected)
 
 
-def test_units_of_all_tensors_are_ranked_by_their_root_mean_square():
+def test_units_are_ranked_globally_by_root_mean_square():
     wide, narrow = torch.full((3, 100), 1.0), torch.full((3, 4), 1.5)
     wide[0] = 0.5
-    masks = pruning_masks([wide, narrow], 0.34, structure="unit")  # room for 106 entries: one wide unit, not two
+    masks = pruning_masks([wide, narrow], 0.34, structure="unit")  # 106 entries: room for one wide unit, not two
     assert masks[0].all(1).tolist() == [True, False, False]
-    assert not masks[1].any()  # whose norms of 3 are smaller than those of the wide units
+    assert not masks[1].any()  # though its norms of 3 are smaller than those of the wide units
 
 
-def test_two_of_each_four_keep_the_largest_sum():
+def test_two_of_four_keeps_largest_sum():
     torch.manual_seed(0)
     weight = torch.randn(3, 5, 8)
     (mask,) = pruning_masks([weight], 0.5, structure="2:4")
@@ -164,44 +164,44 @@ def test_two_of_each_four_keep_the_largest_sum():
     assert not none.any()
 
 
-def test_two_of_four_refuses_other_shares_and_shapes():
+def test_two_of_four_with_other_sparsity_or_shape_raises():
     with pytest.raises(ValueError, match=r"sparsity must be 0 or 0\.5, got 0\.6"):
         pruning_masks([torch.zeros(4, 4)], 0.6, structure="2:4")
     with pytest.raises(ValueError, match=r"multiple of 4, got shape \(4, 3\)"):
         pruning_masks([torch.zeros(4, 3)], 0.5, structure="2:4")
 
 
-def test_random_masks_are_uniform_and_depend_on_the_seed():
-    """The mean place, and the overlap of two masks, within four standard errors."""
+def test_random_masks_are_uniform_and_depend_on_seed():
+    """The mean position and the overlap of two masks are within four standard errors."""
     p = torch.ones(400, 250)
-    one, other, again = (pruning_masks([p], 0.3, criterion="random", seed=seed)[0] for seed in (0, 1, 0))
-    assert torch.equal(one, again)
-    places = one.flatten().nonzero().float() / p.numel()
-    assert abs(places.mean() - 0.5) < 4 * (1 / 12 / 30_000) ** 0.5
-    assert abs((one & other).float().mean() - 0.09) < 4 * (0.09 * 0.91 / p.numel()) ** 0.5
-    assert abs(one[:, ::2].float().mean() - 0.3) < 4 * (0.3 * 0.7 / p.numel() * 2) ** 0.5
+    first, second, repeated = (pruning_masks([p], 0.3, criterion="random", seed=seed)[0] for seed in (0, 1, 0))
+    assert torch.equal(first, repeated)
+    positions = first.flatten().nonzero().float() / p.numel()
+    assert abs(positions.mean() - 0.5) < 4 * (1 / 12 / 30_000) ** 0.5
+    assert abs((first & second).float().mean() - 0.09) < 4 * (0.09 * 0.91 / p.numel()) ** 0.5
+    assert abs(first[:, ::2].float().mean() - 0.3) < 4 * (0.3 * 0.7 / p.numel() * 2) ** 0.5
 
 
-def test_scores_of_the_wrong_shape_or_not_finite_are_refused():
+def test_scores_of_wrong_shape_or_nonfinite_raise():
     with pytest.raises(ValueError, match=r"scores of shape \(3,\), expected \(4,\)"):
         pruning_masks([torch.zeros(4)], 0.5, criterion=[torch.zeros(3)])
     with pytest.raises(ValueError, match="1 scores that are infinite or NaN"):
         pruning_masks([torch.zeros(2)], 0.5, criterion=[torch.tensor([0.0, torch.nan])])
 
 
-def test_a_weight_that_is_nan_counts_as_the_largest():
+def test_nan_weight_counts_as_largest():
     (mask,) = pruning_masks([torch.tensor([torch.nan, -torch.inf, 2.0, -1.0])], 0.5)
     assert mask.tolist() == [False, False, True, True]
 
 
-def test_masks_hold_against_nan_and_leave_the_rest_alone():
+def test_mask_zeros_nan_and_keeps_other_weights():
     p = torch.tensor([torch.nan, torch.inf, -2.0, -0.0])
     mask_([p], [torch.tensor([True, True, False, False])])
     assert p.tolist() == [0.0, 0.0, -2.0, 0.0]
     assert p.signbit().tolist() == [False, False, True, True]
 
 
-def test_gradients_are_masked_dense_or_sparse():
+def test_mask_gradients_dense_and_sparse():
     mask = torch.tensor([[True, False], [False, False], [True, True]])
     dense, none = parameter([[1.0, 1.0]] * 3, grad=[[1.0, 2.0], [3.0, 4.0], [torch.nan, 6.0]]), parameter([1.0])
     mask_gradients_([dense, none], [mask, torch.tensor([True])])
@@ -222,7 +222,7 @@ def test_gradients_are_masked_dense_or_sparse():
     ],
     ids=["SGD", "AdamW", "RMSprop"],
 )
-def test_an_optimizer_forgets_what_is_masked_and_nothing_else(make):
+def test_clear_state_zeros_only_masked_entries(make):
     torch.manual_seed(0)
     p, other = parameter([1.0, 2.0, 3.0]), parameter([1.0, 2.0, 3.0])
     optimizer = make([p, other])
@@ -240,7 +240,7 @@ def test_an_optimizer_forgets_what_is_masked_and_nothing_else(make):
     assert seen
 
 
-def test_lbfgs_forgets_everything():
+def test_clear_state_of_lbfgs_removes_everything():
     p = parameter([1.0, 2.0])
     optimizer = torch.optim.LBFGS([p])
 
@@ -257,7 +257,7 @@ def test_lbfgs_forgets_everything():
 
 
 @pytest.mark.parametrize("shape", [(0,), (), (1,), (8,), (3, 5), (1001,)])
-def test_bits_are_an_eighth_of_a_byte_and_come_back(shape):
+def test_pack_bits_round_trips(shape):
     torch.manual_seed(0)
     mask = torch.rand(shape) > 0.5
     packed = pack_bits(mask)
@@ -266,21 +266,21 @@ def test_bits_are_an_eighth_of_a_byte_and_come_back(shape):
     assert torch.equal(unpack_bits(packed, shape), mask)
 
 
-def test_sparsity_counts_the_zeros_of_each_parameter_and_of_all():
+def test_sparsity_counts_zeros():
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
     with torch.no_grad():
         model[0].weight.view(-1)[:6] = torch.tensor([0.0, -0.0] * 3)
         model[0].bias.zero_()
-    found = lightning_reg.sparsity(model)
-    assert found.parameters == {"0.weight": (6, 12), "2.weight": (0, 6)}
-    assert (found.total, found.fraction) == ((6, 18), 6 / 18)
-    assert str(found).splitlines() == ["0.weight   50.00%  6 of 12", "2.weight    0.00%  0 of 6", "total      33.33%  6 of 18"]
+    result = lightning_reg.sparsity(model)
+    assert result.parameters == {"0.weight": (6, 12), "2.weight": (0, 6)}
+    assert (result.total, result.fraction) == ((6, 18), 6 / 18)
+    assert str(result).splitlines() == ["0.weight   50.00%  6 of 12", "2.weight    0.00%  0 of 6", "total      33.33%  6 of 18"]
     assert lightning_reg.sparsity(model, "all").parameters["0.bias"].fraction == 1.0
     with pytest.raises(ValueError, match="selects no parameter"):
         lightning_reg.sparsity(nn.ReLU())
 
 
-def test_units_have_a_default():
+def test_default_units():
     (mask,) = pruning_masks([torch.tensor([[3.0, 4.0], [1.0, 1.0]])], 0.5, structure="unit")
     (same,) = pruning_masks([torch.tensor([[3.0, 4.0], [1.0, 1.0]])], 0.5, structure="unit", units=[Units()])
     assert mask.tolist() == same.tolist() == [[False, False], [True, True]]

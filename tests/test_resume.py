@@ -1,4 +1,4 @@
-"""Training that is stopped and goes on in a new process, against training that is not."""
+"""Training that resumes in a new process, compared with uninterrupted training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from resume_worker import NAMES, STEPS, train
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Train without a stop, then let another process resume from the checkpoints."""
+    """Train without interruption, then resume from the checkpoints in another process."""
     folder = tmp_path_factory.mktemp("runs")
     for name in NAMES:
         torch.save(train(name, folder / name), folder / name / "uninterrupted.pt")
@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(runs, name, step):
+def test_resumed_run_matches_uninterrupted_run(runs, name, step):
     uninterrupted = torch.load(runs / name / "uninterrupted.pt")
     resumed = torch.load(runs / name / f"resumed_{step}.pt")
     assert identical(uninterrupted, resumed)

@@ -24,18 +24,18 @@ GRID = np.linspace(0.0, 1.0, 41)
     ],
     ids=["linear", "linear between markers", "cosine", "cubic", "exponential", "steps"],
 )
-def test_values_follow_the_formula(schedule, reference):
+def test_values_match_formula(schedule, reference):
     np.testing.assert_allclose([schedule(x) for x in GRID], reference(GRID), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [Linear, Cosine, Cubic, Exponential])
-def test_ends_are_exact_and_constant_outside(kind):
+def test_values_are_exact_at_ends_and_constant_outside(kind):
     schedule = kind(0.3, 0.7, begin=0.2, until=0.6)
     assert [schedule(x) for x in (0.0, 0.19, 0.2)] == pytest.approx([0.3] * 3, abs=0)
     assert [schedule(x) for x in (0.6, 0.8, 1.0)] == [0.7] * 3
 
 
-def test_a_ramp_of_no_length_is_a_jump():
+def test_ramp_of_length_zero_jumps():
     jump = Linear(0.0, 1.0, begin=0.5, until=0.5)
     assert [jump(x) for x in (0.49, 0.5)] == [0.0, 1.0]
 
@@ -43,86 +43,91 @@ def test_a_ramp_of_no_length_is_a_jump():
 @pytest.mark.parametrize(
     ("number", "batches"), [(0, 0), (4, 4), (10, 10), (12, 14), (15, 20), (16, 24), (18, 30), (20, 38), (21, 40)]
 )
-def test_steps_are_placed_where_accumulation_varies(number, batches):
-    # 10 batches in an epoch: a step for each, then for two of them, then for four of them (so 4, 4 and 2)
+def test_plan_places_steps_under_varying_accumulation(number, batches):
+    # 10 batches per epoch: a step per batch, then per two batches, then per four (so 4, 4 and 2)
     assert Plan(total=100, per_epoch=10, per_step={0: 1, 1: 2, 2: 4}).steps(number) == batches
 
 
 @pytest.mark.parametrize(
     ("marker", "batches"), [("3ep", 30.0), ("1.5ep", 15.0), ("4st", 14.0), ("6st", 20.0), (0.25, 25.0), (0.0, 0.0)]
 )
-def test_markers_become_batches(marker, batches):
-    # 10 batches in an epoch, a step every 4 of them: an epoch has steps of 4, 4 and 2 batches
+def test_plan_converts_markers_to_batches(marker, batches):
+    # 10 batches per epoch and 4 per step: an epoch has steps of 4, 4 and 2 batches
     assert Plan(total=100, per_epoch=10, per_step={0: 4}).batches(marker) == batches
 
 
-def test_a_marker_takes_effect_with_the_batch_that_it_names():
+def test_marker_takes_effect_at_its_batch():
     plan = Plan(total=70, per_epoch=7)
     schedule = Steps([0.0, 1.0], at=["3ep"]).resolve(plan)
     assert [schedule(plan.progress(batch)) for batch in (20, 21)] == [0.0, 1.0]
 
 
-def test_epochs_and_steps_need_no_end():
+def test_epoch_markers_work_in_endless_run():
     plan = Plan(total=math.inf, per_epoch=10)
     schedule = Linear(0.0, 1.0, until="2ep").resolve(plan)
     assert [schedule(plan.progress(batch)) for batch in (0, 10, 20, 500)] == [0.0, 0.5, 1.0, 1.0]
 
 
-def test_a_trainer_moves_the_strength():
+def test_schedule_sets_strength_in_fit():
     seen = []
 
-    class Watch(L1Penalty):
+    class RecordedPenalty(L1Penalty):
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Watch(Linear(0.0, 8.0), inject="gradient")], max_epochs=2)
+    fit([RecordedPenalty(Linear(0.0, 8.0), inject="gradient")], max_epochs=2)
     assert seen == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
 
-def test_a_trainer_moves_the_strength_of_a_term_of_the_loss():
+def test_schedule_sets_strength_on_loss_route():
     seen = []
 
-    class Watch(L1Penalty):
+    class RecordedPenalty(L1Penalty):
         def value(self, params):
             seen.append(self.current["strength"])
             return super().value(params)
 
-    fit([Watch(Linear(0.0, 8.0), inject="loss")], max_epochs=2)
-    assert seen == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]  # where it is 0 no value is needed
+    fit([RecordedPenalty(Linear(0.0, 8.0), inject="loss")], max_epochs=2)
+    assert seen == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]  # strength 0 needs no value
 
 
 @pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 2}])
-def test_progress_is_the_same_under_accumulation(limit):
-    """The value of a step depends on the batches before the step, not on those that it accumulates."""
+def test_progress_under_accumulation(limit):
+    """The value in a step depends on the batches before the step, not on those that it accumulates."""
     seen = []
 
-    class Watch(L1Penalty):
+    class RecordedPenalty(L1Penalty):
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Watch(Linear(0.0, 1.0), inject="gradient")], data=loader(64, batch_size=16), accumulate_grad_batches=4, **limit)
+    fit(
+        [RecordedPenalty(Linear(0.0, 1.0), inject="gradient")],
+        data=loader(64, batch_size=16),
+        accumulate_grad_batches=4,
+        **limit,
+    )
     assert seen == [0.0, 0.5]
 
 
-def test_steps_are_counted_in_optimizer_steps():
+def test_step_markers_count_optimizer_steps():
     seen = []
 
-    class Watch(L1Penalty):
+    class RecordedPenalty(L1Penalty):
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Watch(Steps([1.0, 2.0], at=["1st"]), inject="gradient")], accumulate_grad_batches=2, max_epochs=2)
+    fit([RecordedPenalty(Steps([1.0, 2.0], at=["1st"]), inject="gradient")], accumulate_grad_batches=2, max_epochs=2)
     assert seen == [1.0, 2.0, 2.0, 2.0]
 
 
-def test_a_plain_function_is_a_schedule():
+def test_function_as_schedule():
     seen = []
 
-    class Watch(L1Penalty):
+    class RecordedPenalty(L1Penalty):
         def gradients(self, params, optimizer, step):
             seen.append(self.current["strength"])
 
-    fit([Watch(lambda progress: 2 * progress, inject="gradient")], max_epochs=1)
+    fit([RecordedPenalty(lambda progress: 2 * progress, inject="gradient")], max_epochs=1)
     assert seen == [0.0, 0.5, 1.0, 1.5]
 
 
@@ -139,17 +144,17 @@ def test_a_plain_function_is_a_schedule():
     ],
     ids=["unknown unit", "fraction above 1", "markers decrease", "too few values", "epochs decrease", "end of 0", "end of NaN"],
 )
-def test_malformed_schedules_are_refused_at_once(make, message):
+def test_malformed_schedules_raise_immediately(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_markers_that_meet_in_the_wrong_order_are_refused_when_the_fit_starts():
+def test_decreasing_markers_raise_when_fit_starts():
     with pytest.raises(ValueError, match=r"Linear\(0.0, 1.0, begin='2ep', until=0.25\): the markers must not decrease"):
         fit([L1Penalty(Linear(0, 1, begin="2ep", until=0.25))], max_epochs=4)
 
 
-def test_a_schedule_that_leaves_the_range_is_refused():
+def test_schedule_out_of_range_raises():
     with pytest.raises(ValueError, match=r"L1Penalty: strength=Linear\(1.0, -1.0\) must be a number in \[0, inf\), got -1.0"):
         L1Penalty(Linear(1.0, -1.0))
     with pytest.raises(ValueError, match=r"L1Penalty: strength=.* at progress 0.5 must be a number in \[0, inf\), got -0.5"):
@@ -159,12 +164,12 @@ def test_a_schedule_that_leaves_the_range_is_refused():
 @pytest.mark.parametrize(
     "schedule", [Linear(0.0, 1.0), Steps([0, 1], at=[0.5]), lambda progress: progress], ids=["linear", "steps", "callable"]
 )
-def test_a_fraction_of_an_endless_run_is_refused(schedule):
+def test_fraction_in_endless_run_raises(schedule):
     with pytest.raises(ValueError, match=r"L1Penalty: strength=.* the run has no end \(max_epochs=-1\).*'3ep' or '500st'"):
         fit([L1Penalty(schedule)], max_epochs=-1)
 
 
-def test_a_fraction_of_an_epoch_of_unknown_length_is_refused():
+def test_markers_that_need_unknown_length_raise():
     with pytest.raises(
         ValueError, match=r"the marker 1 is a fraction of training, but the length .* count steps, as in '500st'"
     ):

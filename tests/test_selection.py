@@ -12,7 +12,7 @@ from lightning_reg._engine.selection import select_parameters
 
 
 class Zoo(nn.Module):
-    """One of each kind of parameter."""
+    """A module with every kind of parameter."""
 
     def __init__(self):
         super().__init__()
@@ -40,11 +40,11 @@ WEIGHTS = [
 ]
 
 
-def test_weights_are_neither_biases_nor_norms_nor_vectors():
+def test_weights_exclude_biases_norms_and_vectors():
     assert list(select_parameters(Zoo(), "weights")) == WEIGHTS
 
 
-def test_all_means_all_and_a_tied_parameter_counts_once():
+def test_all_includes_tied_parameter_once():
     zoo = Zoo()
     assert [id(p) for p in select_parameters(zoo, "all").values()] == [id(p) for p in zoo.parameters()]
 
@@ -74,7 +74,7 @@ def test_globs_and_callables(params, names):
     assert list(select_parameters(Zoo(), params)) == names
 
 
-def test_compiled_modules_keep_their_names():
+def test_compiled_modules_keep_names():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     model[0] = torch.compile(model[0])
     assert list(select_parameters(model, ["0.*"])) == ["0.weight", "0.bias"]
@@ -96,13 +96,13 @@ def test_compiled_modules_keep_their_names():
     ],
     ids=["unknown name", "unknown exclusion", "exclusion alone", "empty list", "callable", "everything excluded"],
 )
-def test_a_selection_of_nothing_is_refused_with_near_names(params, message):
+def test_empty_selection_raises_with_close_matches(params, message):
     model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match=message):
         select_parameters(model, params)
 
 
-def test_a_model_without_weights_says_what_it_has():
+def test_model_without_weights_raises_with_what_is_left_out():
     with pytest.raises(
         ValueError,
         match=r"params='weights' selects no parameter; .weights. leaves out normalization \(weight\), biases \(bias\)",
@@ -110,7 +110,7 @@ def test_a_model_without_weights_says_what_it_has():
         select_parameters(nn.LayerNorm(4))
 
 
-def test_modules_by_glob_and_by_class():
+def test_select_modules_by_glob_and_class():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert list(select_modules(model, ["ReLU"])) == ["1", "2.1"]
     assert list(select_modules(model, ["2.*"])) == ["2.0", "2.1"]
@@ -118,15 +118,15 @@ def test_modules_by_glob_and_by_class():
         select_modules(model, ["Relu"])
 
 
-def test_a_trainer_refuses_before_anything_is_trained():
+def test_unknown_name_raises_in_fit():
     with pytest.raises(
         ValueError, match=r"L1Penalty: params: no parameter has a name that matches 'nett.\*'; close matches: net.4.bias"
     ):
         fit([L1Penalty(0.1, params="nett.*")])
 
 
-class Late(Classifier):
-    """A model whose layers exist only after the callbacks' ``setup``."""
+class LateLayers(Classifier):
+    """A model whose layers do not exist yet in ``setup`` of the callbacks."""
 
     def __init__(self):
         super().__init__()
@@ -139,24 +139,24 @@ class Late(Classifier):
         self.net = self.hidden[0]
 
 
-def test_modules_that_are_built_late_are_found_when_the_fit_starts():
-    callback = Watch(0.1, inject="gradient")
-    fit([callback], Late())
+def test_modules_built_in_configure_model_are_found():
+    callback = RecordedPenalty(0.1, inject="gradient")
+    fit([callback], LateLayers())
     assert callback.seen == ["net.0.weight", "net.4.weight"]
     with pytest.raises(ValueError, match=r"L1Penalty: params: no parameter has a name that matches 'nett.\*'"):
-        fit([L1Penalty(0.1, params="nett.*")], Late())
+        fit([L1Penalty(0.1, params="nett.*")], LateLayers())
 
 
-class Watch(L1Penalty):
-    """Keeps which parameters it was given."""
+class RecordedPenalty(L1Penalty):
+    """Records which parameters it gets."""
 
     def gradients(self, params, optimizer, step):
         names = {id(p): name for name, p in self.tensors.items()}
         self.seen = [names[id(p)] for p in params]
 
 
-def test_frozen_parameters_are_left_alone_until_they_are_unfrozen():
-    model, callback = Classifier(), Watch(0.1, inject="gradient")
+def test_frozen_parameters_are_skipped_until_unfrozen():
+    model, callback = Classifier(), RecordedPenalty(0.1, inject="gradient")
     model.net[0].requires_grad_(False)
     fit([callback], model)
     assert callback.seen == ["net.4.weight"]
@@ -165,7 +165,7 @@ def test_frozen_parameters_are_left_alone_until_they_are_unfrozen():
     assert callback.seen == ["net.0.weight", "net.4.weight"]
 
 
-def test_a_selection_of_frozen_parameters_is_said():
+def test_frozen_selection_raises_or_warns():
     model = Classifier()
     model.net[0].requires_grad_(False)
     model.net[4].weight.requires_grad_(False)
@@ -175,7 +175,7 @@ def test_a_selection_of_frozen_parameters_is_said():
         fit([L1Penalty(0.1, params="net.0.*")], model)
 
 
-def test_parameters_that_no_optimizer_holds_are_said():
+def test_parameters_outside_optimizers_warn():
     class HeadOnly(Classifier):
         def configure_optimizers(self):
             return torch.optim.SGD(self.net[4].parameters(), lr=0.1)

@@ -10,28 +10,28 @@ from lightning_reg.functional import shrink_randomly_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_it_is_the_formula(dtype):
+def test_shrinkage_matches_formula(dtype):
     torch.manual_seed(0)
     theta = torch.randn(40, 50).to(dtype)
     before = theta.clone()
     shrink_randomly_([theta], 0.3, torch.Generator().manual_seed(5))
-    noise = torch.rand(40, 50, generator=torch.Generator().manual_seed(5))  # in float32, whatever it acts on
+    noise = torch.rand(40, 50, generator=torch.Generator().manual_seed(5))  # in float32 for every dtype
     assert_close(theta, (before - 0.3 * noise * before).to(dtype))
 
 
-def test_shares_are_uniform():
-    """Mean and variance of U(0, 1) within four standard errors, which one sample in 16 000 misses."""
+def test_fractions_are_uniform():
+    """Mean and variance of U(0, 1) within four standard errors, which one sample in 16,000 misses."""
     theta = torch.ones(100_000, dtype=torch.float64)
     shrink_randomly_([theta], 1.0, torch.Generator().manual_seed(0))
-    shares = 1 - theta
-    assert shares.min() >= 0
-    assert shares.max() < 1
-    assert abs(shares.mean() - 1 / 2) < 4 * (1 / 12 / 100_000) ** 0.5
-    assert abs(shares.var() - 1 / 12) < 4 * (1 / 180 / 100_000) ** 0.5
+    fractions = 1 - theta
+    assert fractions.min() >= 0
+    assert fractions.max() < 1
+    assert abs(fractions.mean() - 1 / 2) < 4 * (1 / 12 / 100_000) ** 0.5
+    assert abs(fractions.var() - 1 / 12) < 4 * (1 / 180 / 100_000) ** 0.5
 
 
-class Counts(Classifier):
-    """Keeps how much the norm of the weights has shrunk; its optimizer does nothing."""
+class RecordsNorms(Classifier):
+    """Records the norm of the weights after each step. The optimizer does nothing."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -47,15 +47,15 @@ class Counts(Classifier):
         return [later < earlier for earlier, later in zip(self.norms, self.norms[1:], strict=False)]
 
 
-def test_it_acts_after_each_step_or_at_the_end_of_each_epoch():
-    assert fit([RandomShrinkage(0.1)], Counts()).shrunk == [True] * 8
-    assert fit([RandomShrinkage(0.1)], Counts(), accumulate_grad_batches=2).shrunk == [False, True] * 4
-    # the model's own hook comes after the callbacks'
-    assert fit([RandomShrinkage(0.1, every="epoch")], Counts()).shrunk == [False, False, False, True] * 2
+def test_shrinks_after_each_step_or_epoch():
+    assert fit([RandomShrinkage(0.1)], RecordsNorms()).shrunk == [True] * 8
+    assert fit([RandomShrinkage(0.1)], RecordsNorms(), accumulate_grad_batches=2).shrunk == [False, True] * 4
+    # the model's own hook runs after those of the callbacks
+    assert fit([RandomShrinkage(0.1, every="epoch")], RecordsNorms()).shrunk == [False, False, False, True] * 2
 
 
-def test_an_epoch_is_shrunk_before_it_is_validated():
-    class Validated(Counts):
+def test_shrinks_before_validation():
+    class Validated(RecordsNorms):
         def on_validation_epoch_end(self):
             if not self.trainer.sanity_checking:
                 self.validated = self.net[0].weight.norm().item()
@@ -70,10 +70,10 @@ def test_an_epoch_is_shrunk_before_it_is_validated():
     assert model.validated == model.norms[-1] < model.norms[0]
 
 
-def test_each_step_and_each_seed_draws_anew():
+def test_each_step_and_seed_draws_new_numbers():
     def ratio(**kwargs):
-        start = Counts().net[0].weight
-        return [fit([RandomShrinkage(0.1, **kwargs)], Counts(), max_steps=n).net[0].weight / start for n in (1, 2)]
+        start = RecordsNorms().net[0].weight
+        return [fit([RandomShrinkage(0.1, **kwargs)], RecordsNorms(), max_steps=n).net[0].weight / start for n in (1, 2)]
 
     first, both = ratio()
     assert not torch.allclose(both, first**2)
@@ -81,17 +81,17 @@ def test_each_step_and_each_seed_draws_anew():
     assert torch.equal(ratio(seed=0)[0], first)
 
 
-def test_training_draws_what_it_would_draw_without():
-    """The global generator feeds dropout, so a draw from it would show."""
+def test_shrinkage_does_not_use_global_generator():
+    """Dropout uses the global generator, so a draw from it would change training."""
 
     class Unseeded(Classifier):
         def on_train_batch_start(self, batch, batch_idx):
             pass
 
     torch.manual_seed(3)
-    shrunk_none = fit([RandomShrinkage(1e-30)], Unseeded())
+    unshrunk = fit([RandomShrinkage(1e-30)], Unseeded())
     torch.manual_seed(3)
-    assert same(shrunk_none, fit(model=Unseeded()))
+    assert same(unshrunk, fit(model=Unseeded()))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,6 @@ def test_training_draws_what_it_would_draw_without():
     ],
     ids=["epsilon above 1", "negative epsilon", "unknown every", "negative seed"],
 )
-def test_arguments_out_of_range_are_refused(make, message):
+def test_arguments_out_of_range_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""A linear model trained through a Trainer against scikit-learn's solvers, on the same objective.
+"""A linear model trained with a Trainer, compared with scikit-learn's solvers on the same objective.
 
 scikit-learn minimizes, over n samples with centered columns and targets:
 
@@ -31,12 +31,12 @@ ALPHA, RATIO = 0.1, 0.5
 
 
 class LinearModel(LightningModule):
-    """Half the mean squared error of a linear map, by gradient descent on all samples.
+    """Half the mean squared error of a linear map, minimized by gradient descent on all samples.
 
     Args:
-        lr: The learning rate at first; it must stay below 2 over the largest eigenvalue, which is 4.
-        end: The learning rate at last, to which it falls over the second half.
-        steps: How many steps there are.
+        lr: The initial learning rate. It must stay below 2 over the largest eigenvalue, which is 4.
+        end: The final learning rate, reached over the second half of training.
+        steps: The number of steps.
     """
 
     def __init__(self, lr: float = 0.4, end: float = 0.4, steps: int = 1) -> None:
@@ -51,8 +51,8 @@ class LinearModel(LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
-        fall = Exponential(1.0, self.end / self.lr, begin=0.5)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: fall(step / self.steps))
+        decay = Exponential(1.0, self.end / self.lr, begin=0.5)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / self.steps))
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
@@ -62,16 +62,16 @@ def coefficients(callbacks, steps, **model):
     return trained.linear.weight.detach().numpy()[0]
 
 
-def error(found, solver):
-    """Return the relative distance of coefficients from those of a solver."""
+def error(result, solver):
+    """Return the relative distance of coefficients from a solver's coefficients."""
     truth = solver.fit(X, Y).coef_
-    return np.linalg.norm(found - truth) / np.linalg.norm(truth)
+    return np.linalg.norm(result - truth) / np.linalg.norm(truth)
 
 
 RIDGE = Ridge(alpha=ALPHA * len(X), fit_intercept=False, tol=1e-12)
 LASSO = Lasso(alpha=ALPHA, fit_intercept=False, tol=1e-12, max_iter=100_000)
 NET = ElasticNet(alpha=ALPHA, l1_ratio=RATIO, fit_intercept=False, tol=1e-12, max_iter=100_000)
-SUBGRADIENT = {"lr": 0.4, "end": 3e-4}  # the subgradient hovers within a step of zero, so the steps must vanish
+SUBGRADIENT = {"lr": 0.4, "end": 3e-4}  # subgradient steps oscillate around zero, so the learning rate must vanish
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
@@ -81,25 +81,25 @@ def test_ridge(route):
 
 
 def test_lasso_by_proximal_steps():
-    found = coefficients([SoftThresholding(ALPHA)], 600)
-    assert error(found, LASSO) < 1e-3
-    assert (found == 0).tolist() == (LASSO.coef_ == 0).tolist()
-    assert 0 < (found == 0).sum() < 10
+    result = coefficients([SoftThresholding(ALPHA)], 600)
+    assert error(result, LASSO) < 1e-3
+    assert (result == 0).tolist() == (LASSO.coef_ == 0).tolist()
+    assert 0 < (result == 0).sum() < 10
 
 
 def test_elastic_net_by_proximal_steps():
-    found = coefficients([SoftThresholding(ALPHA * RATIO), L2Penalty(ALPHA * (1 - RATIO))], 600)
-    assert error(found, NET) < 1e-3
-    assert (found == 0).tolist() == (NET.coef_ == 0).tolist()
-    assert 0 < (found == 0).sum() < 10
+    result = coefficients([SoftThresholding(ALPHA * RATIO), L2Penalty(ALPHA * (1 - RATIO))], 600)
+    assert error(result, NET) < 1e-3
+    assert (result == 0).tolist() == (NET.coef_ == 0).tolist()
+    assert 0 < (result == 0).sum() < 10
 
 
 @pytest.mark.parametrize("route", ["loss", "gradient"])
 def test_lasso_by_subgradients(route):
-    """As near, but without a single exact zero."""
-    found = coefficients([L1Penalty(ALPHA, inject=route)], 2500, **SUBGRADIENT)
-    assert error(found, LASSO) < 1e-3
-    assert not (found == 0).any()
+    """As close, but without exact zeros."""
+    result = coefficients([L1Penalty(ALPHA, inject=route)], 2500, **SUBGRADIENT)
+    assert error(result, LASSO) < 1e-3
+    assert not (result == 0).any()
 
 
 def test_elastic_net_by_subgradients():
@@ -107,6 +107,6 @@ def test_elastic_net_by_subgradients():
     assert error(coefficients([penalty], 2500, **SUBGRADIENT), NET) < 1e-3
 
 
-def test_a_scheduled_strength_ends_at_its_own_solution():
-    """A path from a strong penalty to a weak one, as solvers take it."""
+def test_scheduled_strength_reaches_solution_of_final_value():
+    """From a strong penalty to a weak one, like the path of a solver."""
     assert error(coefficients([SoftThresholding(Exponential(1.0, ALPHA, until=0.3))], 900), LASSO) < 1e-3

@@ -1,4 +1,4 @@
-"""Bounds that are learned from earlier norms, and figures that survive a checkpoint."""
+"""Bounds learned from earlier gradient norms, and metrics that survive a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def finite(norms):
 
 @pytest.mark.parametrize("window", [1, 4, 100])
 @pytest.mark.parametrize("quantile", [0.1, 0.5, 0.93])
-def test_the_quantile_is_numpys_over_the_last_finite_norms(window, quantile):
+def test_quantile_bound_matches_numpy(window, quantile):
     history = torch.full((window,), math.nan)
     for step, norm in enumerate(NORMS, start=1):
         history = update_norm_history(history, torch.tensor(norm))
@@ -47,19 +47,19 @@ def z_score_rule(norms, z, decay, warmup):
         bounds.append(bound)
         if not math.isfinite(norm):
             continue
-        kept = min(norm, bound)
+        clipped = min(norm, bound)
         if mean is not None:
-            mean = decay * mean + (1 - decay) * kept
-            variance = decay * variance + (1 - decay) * (kept - mean) ** 2
+            mean = decay * mean + (1 - decay) * clipped
+            variance = decay * variance + (1 - decay) * (clipped - mean) ** 2
         else:
-            seen.append(kept)
+            seen.append(clipped)
             if len(seen) == warmup:
                 mean, variance = np.mean(seen), np.var(seen)
     return bounds
 
 
 @pytest.mark.parametrize(("z", "decay", "warmup"), [(2.5, 0.97, 4), (0.5, 0.5, 2), (1.0, 0.9, 1)])
-def test_the_z_score_rule_is_the_published_one_in_float64(z, decay, warmup):
+def test_z_score_bound_matches_published_rule(z, decay, warmup):
     statistics, bounds = torch.zeros(3), []
     for norm in map(torch.tensor, NORMS):
         bound = z_score_bound(norm, statistics, z) if statistics[0] >= warmup else torch.tensor(math.inf)
@@ -73,8 +73,8 @@ def test_the_z_score_rule_is_the_published_one_in_float64(z, decay, warmup):
     assert statistics[0] == len(finite(NORMS))
 
 
-def test_statistics_that_saw_a_spike_unclipped_would_differ():
-    """The negative control: what enters the averages is the norm after clipping."""
+def test_statistics_use_clipped_norms():
+    """The negative control: statistics of unclipped norms would differ."""
     clipped, unclipped = (torch.tensor([4.0, 1.0, 0.01]) for _ in range(2))
     bound = z_score_bound(torch.tensor(9.0), clipped, 2.5)
     clipped = update_norm_statistics(clipped, bound, 0.97, 4)
@@ -82,8 +82,8 @@ def test_statistics_that_saw_a_spike_unclipped_would_differ():
     assert unclipped[2] > 100 * clipped[2]
 
 
-class Watch(Classifier):
-    """Keeps the norm that the optimizer sees, and makes some steps larger or not finite."""
+class Recorder(Classifier):
+    """Records the norm that the optimizer sees, and makes some steps larger or non-finite."""
 
     def __init__(self, factors=(), **options):
         super().__init__(**options)
@@ -96,26 +96,26 @@ class Watch(Classifier):
         self.norms.append(torch.stack([p.grad.norm() for p in self.parameters()]).norm().item())
 
 
-def test_a_quantile_bounds_each_step_by_the_norms_before_clipping():
-    free = Watch(lr=0.0)
-    fit(model=free, max_epochs=3)  # nothing moves, so the norms are those of the batches
-    clipped = Watch(lr=0.0)
+def test_quantile_clipping_uses_norms_before_clipping():
+    free = Recorder(lr=0.0)
+    fit(model=free, max_epochs=3)  # lr is 0, so the norms depend only on the batches
+    clipped = Recorder(lr=0.0)
     fit([QuantileGradientClipping(0.25)], clipped, max_epochs=3)
     expected = [min(norm, np.quantile(free.norms[: step + 1], 0.25)) for step, norm in enumerate(free.norms)]
     assert clipped.norms == pytest.approx(expected, rel=1e-4)
     assert clipped.norms != pytest.approx(free.norms, rel=1e-4)
 
 
-def test_outliers_are_brought_back_and_the_rest_is_left():
-    free, clipped = Watch(lr=0.0), Watch({9: 50.0}, lr=0.0)
+def test_z_score_clipping_clips_only_outliers():
+    free, clipped = Recorder(lr=0.0), Recorder({9: 50.0}, lr=0.0)
     fit(model=free, max_epochs=3)
     fit([ZScoreGradientClipping(2.5, warmup=4)], clipped, max_epochs=3)
     assert clipped.norms[9] < 2 * max(free.norms)
     assert clipped.norms[:9] == pytest.approx(free.norms[:9], rel=1e-5)
 
 
-class Survives(Watch):
-    """Keeps its weights, whatever the gradients are."""
+class KeepsFinite(Recorder):
+    """Keeps its weights finite, whatever the gradients are."""
 
     def on_before_optimizer_step(self, optimizer):
         for p in self.parameters():
@@ -126,11 +126,11 @@ class Survives(Watch):
     "make", [lambda: QuantileGradientClipping(0.25), lambda: ZScoreGradientClipping(0.5, warmup=2)], ids=["quantile", "z-score"]
 )
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_does_not_end_the_statistics(make, bad):
-    """Published callbacks lose their statistics for good: their mean is NaN from then on."""
+def test_nonfinite_step_does_not_break_statistics(make, bad):
+    """Published callbacks never recover, since their mean stays NaN."""
     callback, healthy = make(), make()
-    fit([callback], Survives({3: bad}, lr=0.0), max_epochs=3, logger=Memory(), log_every_n_steps=4)
-    fit([healthy], Watch(lr=0.0), max_epochs=3)
+    fit([callback], KeepsFinite({3: bad}, lr=0.0), max_epochs=3, logger=Memory(), log_every_n_steps=4)
+    fit([healthy], Recorder(lr=0.0), max_epochs=3)
     (memory,), (other,) = callback.state["memory"].values(), healthy.state["memory"].values()
     assert memory[-1].isfinite()
     norms = lambda memory: memory[0] if len(memory) == 3 else memory.isfinite().sum()  # noqa: E731
@@ -138,7 +138,7 @@ def test_a_step_that_is_not_finite_does_not_end_the_statistics(make, bad):
     assert dict(callback.running.compute_and_reset())["nonfinite_steps"] == 1
 
 
-def test_each_optimizer_has_its_own_statistics_and_figures():
+def test_statistics_and_metrics_per_optimizer():
     callback, memory = QuantileGradientClipping(0.5, window=3), Memory()
     fit([callback], Gan(), logger=memory, log_every_n_steps=1)
     assert sorted(callback.state["memory"]) == [0, 1]
@@ -148,14 +148,14 @@ def test_each_optimizer_has_its_own_statistics_and_figures():
     }
 
 
-def test_no_gradient_at_all_is_no_norm():
+def test_missing_gradients_do_not_enter_statistics():
     for callback in (QuantileGradientClipping(), ZScoreGradientClipping()):
         callback.update(0.0)
         callback.gradients([parameter([1.0])], None, None)
         assert not callback.state["memory"]
 
 
-def test_a_second_fit_begins_anew():
+def test_second_fit_starts_fresh():
     callback = ZScoreGradientClipping(0.5, warmup=2)
     fit([callback])
     assert same(fit([callback]), fit([ZScoreGradientClipping(0.5, warmup=2)]))
@@ -171,25 +171,25 @@ def test_a_second_fit_begins_anew():
     ],
     ids=["quantile", "z-score", "norm"],
 )
-def test_what_is_logged_after_a_resume_in_mid_epoch_is_what_would_have_been(make, tmp_path):
+def test_metrics_after_mid_epoch_resume_match(make, tmp_path):
     def run(epochs, folder, resume=None):
         memory = Memory()
         saves = ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
         options = {**QUIET, "enable_checkpointing": True, "logger": memory, "log_every_n_steps": 4}
         Trainer(**options, max_epochs=epochs, callbacks=[make(), saves]).fit(
-            Survives({2: math.nan}), Resumable(), ckpt_path=resume
+            KeepsFinite({2: math.nan}), Resumable(), ckpt_path=resume
         )
         return memory.steps
 
-    full_tensor = run(3, tmp_path / "whole")
-    resumed = run(3, tmp_path / "later", tmp_path / "whole" / "step=6.ckpt")
-    later = {step: metrics for step, metrics in full_tensor.items() if step >= 6}
-    assert later
-    assert all(str(resumed[step]) == str(metrics) for step, metrics in later.items())  # NaN is not equal to itself
-    assert all(metrics[f"reg/{make().name}/nonfinite_steps"] == 1 for metrics in later.values())
+    uninterrupted = run(3, tmp_path / "uninterrupted")
+    resumed = run(3, tmp_path / "resumed", tmp_path / "uninterrupted" / "step=6.ckpt")
+    expected = {step: metrics for step, metrics in uninterrupted.items() if step >= 6}
+    assert expected
+    assert all(str(resumed[step]) == str(metrics) for step, metrics in expected.items())  # NaN is not equal to itself
+    assert all(metrics[f"reg/{make().name}/nonfinite_steps"] == 1 for metrics in expected.values())
 
 
-def test_a_checkpoint_with_another_window_is_refused(tmp_path):
+def test_checkpoint_with_other_window_raises(tmp_path):
     trainer = Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[QuantileGradientClipping(window=5)])
     trainer.fit(Classifier(), loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -211,12 +211,12 @@ def test_a_checkpoint_with_another_window_is_refused(tmp_path):
     ],
     ids=["quantile of 0", "quantile of 1", "window of 0", "z of 0", "decay above 1", "warmup of 0"],
 )
-def test_arguments_out_of_range_are_refused(make, message):
+def test_arguments_out_of_range_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_running_metrics_survive_a_copy():
+def test_running_metrics_survive_pickling():
     callback = GradientNormClipping(0.5)
     fit([callback], max_epochs=1, logger=Memory(), log_every_n_steps=4)
     callback.running.mean("clipped_steps", torch.tensor(1.0))

@@ -1,4 +1,4 @@
-"""What must hold after each step, over the table, and three wrong techniques that these laws catch."""
+"""Laws that hold after each step, over the table, and three wrong techniques that these laws catch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ every_penalty = pytest.mark.parametrize(
 
 
 @every_callback
-def test_what_a_row_promises_holds_after_each_step(row):
+def test_row_holds_after_each_step(row):
     check_what_holds(row)
 
 
@@ -57,16 +57,16 @@ def test_global_random_generators_are_left_alone(row):
 
 
 @every_callback
-def test_two_of_a_kind_may_overlap(row):
+def test_two_callbacks_can_overlap(row):
     check_overlap(row)
 
 
 @every_callback
-def test_two_of_the_same_name_are_refused(row):
+def test_two_callbacks_with_same_name_raise(row):
     check_same_name(row)
 
 
-# Right techniques and wrong ones, as a contributor might write them --------------------------------------------------
+# Correct and wrong techniques, as a contributor might write them -----------------------------------------------------
 
 
 class SpectralNorm(Constraint):
@@ -86,13 +86,13 @@ class SpectralNorm(Constraint):
 
 
 class LooseSpectralNorm(SpectralNorm):
-    """Wrong: it scales to 1.7 times its bound."""
+    """Wrong: scales to 1.7 times its bound."""
 
     slack = 1.7
 
 
 class SquaredPenalty(Penalty):
-    """J = L + λ/2 Σθ², written once more."""
+    """J = L + λ/2 Σθ², implemented again."""
 
     factor = 1.0
 
@@ -104,7 +104,7 @@ class SquaredPenalty(Penalty):
 
 
 class DoubledPenalty(SquaredPenalty):
-    """Wrong: its gradient on the gradient route is doubled."""
+    """Wrong: doubles its gradient on the gradient route."""
 
     factor = 2.0
 
@@ -136,13 +136,13 @@ class Noise(ParameterRegularizer):
 
 
 class UnorderedNoise(Noise):
-    """Wrong: it uses Lightning's hooks, which undo two of a kind in the order of the list and not in reverse."""
+    """Wrong: uses Lightning's hooks, which undo two callbacks in list order instead of reverse order."""
 
     def before_forward(self, params, step):
-        """Leave it to the hook."""
+        """Done in ``on_train_batch_start``."""
 
     def after_backward(self, params):
-        """Leave it to the hook."""
+        """Done in ``on_after_backward``."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -173,7 +173,7 @@ SQUARED = ROWS["L2Penalty"].holds
 
 
 @pytest.mark.parametrize("kind", [SpectralNorm, LooseSpectralNorm], ids=["right", "wrong"])
-def test_a_constraint_beyond_its_bound_is_caught(kind):
+def test_loose_constraint_is_caught(kind):
     row = row_of(lambda: kind(0.5), SPECTRAL)
     if kind is LooseSpectralNorm:
         with pytest.raises(AssertionError):
@@ -184,7 +184,7 @@ def test_a_constraint_beyond_its_bound_is_caught(kind):
 
 @pytest.mark.parametrize("kind", [SquaredPenalty, DoubledPenalty], ids=["right", "wrong"])
 @pytest.mark.parametrize("check", [check_routes, check_what_holds], ids=["routes", "holds"])
-def test_a_penalty_with_a_doubled_gradient_is_caught(kind, check):
+def test_doubled_gradient_is_caught(kind, check):
     row = row_of(lambda: kind(0.1, inject="gradient"), SQUARED)
     if kind is DoubledPenalty:
         with pytest.raises(AssertionError):
@@ -194,10 +194,10 @@ def test_a_penalty_with_a_doubled_gradient_is_caught(kind, check):
 
 
 @pytest.mark.parametrize("kind", [Noise, UnorderedNoise], ids=["right", "wrong"])
-def test_noise_that_is_not_removed_in_reverse_order_is_caught(kind):
+def test_noise_removed_in_wrong_order_is_caught(kind):
     row = row_of(lambda: kind(0.1), optimizer_alone_moves)
     if kind is UnorderedNoise:
-        with pytest.raises(AssertionError, match=r"net\.0\.weight was changed by something else"):
+        with pytest.raises(AssertionError, match=r"net\.0\.weight was changed by something other"):
             check_overlap(row)
     else:
         check_overlap(row)
@@ -248,6 +248,6 @@ def test_noise_from_the_global_generator_is_caught(kind):
             check_random_numbers(row)
 
 
-def test_noise_acts_in_the_forward_pass():
-    """Otherwise the law above would hold for a technique that does nothing."""
+def test_noise_changes_training():
+    """Otherwise a technique that does nothing would pass the law above."""
     assert not same(fit([Noise(0.1)]), fit())

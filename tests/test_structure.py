@@ -1,4 +1,4 @@
-"""The structure of the package: no import circle, few public namespaces, and no technique that goes past the base class."""
+"""Package structure: no import cycles, few public namespaces, and no technique that bypasses the base class."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def tree_of(name):
 
 
 def imports_of(name):
-    """Return the modules of the package that a module imports, also for type checking and within functions."""
-    found = set()
+    """Return the package modules that a module imports, including imports for type checking and within functions."""
+    imported = set()
     for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {n for n in names if n in MODULES} or {node.module}
-    return {module for module in found if module in MODULES}
+            imported |= {n for n in names if n in MODULES} or {node.module}
+    return {module for module in imported if module in MODULES}
 
 
-def circle_in(graph):
-    """Return a circle in a graph of imports, or ``None``."""
+def find_cycle(graph):
+    """Return a cycle in a graph of imports, or ``None``."""
     done, path = set(), []
 
     def visit(node):
@@ -49,25 +49,25 @@ def circle_in(graph):
         if node in done:
             return None
         path.append(node)
-        circle = next(filter(None, map(visit, sorted(graph[node]))), None)
+        cycle = next(filter(None, map(visit, sorted(graph[node]))), None)
         path.pop()
         done.add(node)
-        return circle
+        return cycle
 
     return next(filter(None, map(visit, sorted(graph))), None)
 
 
-def test_there_is_no_import_circle():
+def test_no_import_cycle():
     assert len(MODULES) > 40
-    assert circle_in({name: imports_of(name) for name in MODULES}) is None
+    assert find_cycle({name: imports_of(name) for name in MODULES}) is None
 
 
-def test_a_circle_would_be_found():
-    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c", "a"]
+def test_find_cycle_detects_cycle():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == ["a", "b", "c", "a"]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_only_public_namespaces_list_their_names(name):
+def test_only_public_namespaces_define_all(name):
     assigned = {
         t.id for node in tree_of(name).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
     }
@@ -75,7 +75,7 @@ def test_only_public_namespaces_list_their_names(name):
     assert not ("__all__" in assigned and not public)
 
 
-def test_what_is_not_public_begins_with_an_underscore():
+def test_private_modules_start_with_underscore():
     visible = {name.split(".")[1] for name in MODULES}
     assert {name for name in visible if not name.startswith("_")} == PACKAGES | {"custom", "functional", "schedules"}
 
@@ -92,11 +92,11 @@ HOOKS = {
 }
 
 
-def test_no_technique_overrides_a_hook_of_lightning():
-    """The driver calls them at the right time and in the right order, whatever the order of the list."""
-    found = {
+def test_no_technique_overrides_lightning_hooks():
+    """The driver calls techniques at the right time and in the right order, whatever the list order."""
+    overridden = {
         (cls.__name__, hook) for cls in callbacks() for hook in HOOKS if getattr(cls, hook) is not getattr(Regularizer, hook)
     }
-    assert not found
+    assert not overridden
     assert len(HOOKS) > 30
     assert len(set(callbacks())) > 30

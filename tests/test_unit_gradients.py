@@ -1,4 +1,4 @@
-"""What is done to the gradient of each output unit: adaptive clipping and centralization."""
+"""Adaptive clipping and centralization of the gradient of each output unit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def with_gradient(shape, scale=1.0):
 
 
 def clipped_by_hand(w, g, clip_factor, eps):
-    """Return the rule of the source for one unit, in float64."""
+    """Return the clipped gradient of one unit by the published rule, in float64."""
     w, g = w.double(), g.double()
     bound = clip_factor * max(w.norm().item(), eps)
     return g * (bound / g.norm()) if g.norm() > bound else g
@@ -32,7 +32,7 @@ def clipped_by_hand(w, g, clip_factor, eps):
 
 @each_layer
 @pytest.mark.parametrize("clip_factor", [0.01, 1.0, 1e6])
-def test_each_unit_is_clipped_by_its_own_norm(layer, units, clip_factor):
+def test_clip_unit_gradients_matches_formula(layer, units, clip_factor):
     p = with_gradient(layer.weight.shape)
     expected = [clipped_by_hand(w, g, clip_factor, 1e-3) for w, g in zip(units(p.detach()), units(p.grad.clone()), strict=True)]
     before = p.grad.clone()
@@ -44,8 +44,8 @@ def test_each_unit_is_clipped_by_its_own_norm(layer, units, clip_factor):
         assert torch.equal(p.grad, before)
 
 
-def test_transposed_convolutions_have_their_units_elsewhere():
-    """The negative control: dimension 0, where other layers keep theirs, gives another result."""
+def test_units_of_transposed_convolutions_matter():
+    """The negative control: units in dimension 0, as in other layers, give another result."""
     layer = nn.ConvTranspose2d(4, 6, 3)
     right, wrong = with_gradient(layer.weight.shape), with_gradient(layer.weight.shape)
     clip_unit_gradients_([right], 0.01, units=[units_of(layer)])
@@ -61,15 +61,15 @@ def test_vectors_and_scalars_are_one_unit():
         assert_close(p.grad.double(), expected)
 
 
-def test_weights_that_start_at_zero_learn_only_by_eps():
-    learns, does_not = (parameter([[0.0, 0.0]], grad=[[3.0, 4.0]]) for _ in range(2))
+def test_zero_weights_learn_only_with_eps():
+    learns, stuck = (parameter([[0.0, 0.0]], grad=[[3.0, 4.0]]) for _ in range(2))
     clip_unit_gradients_([learns], clip_factor=0.1, eps=1e-3)
-    clip_unit_gradients_([does_not], clip_factor=0.1, eps=1e-30)
+    clip_unit_gradients_([stuck], clip_factor=0.1, eps=1e-30)
     assert_close(learns.grad, torch.tensor([[6e-5, 8e-5]]))
-    assert does_not.grad.norm() < 1e-29
+    assert stuck.grad.norm() < 1e-29
 
 
-def test_a_unit_that_is_not_finite_leaves_the_others():
+def test_nonfinite_unit_does_not_affect_others():
     p = parameter([[1.0, 0.0], [1.0, 0.0]], grad=[[float("nan"), 1.0], [10.0, 0.0]])
     assert clip_unit_gradients_([p], 0.1).isnan()
     assert p.grad[0].isnan().all()
@@ -78,7 +78,7 @@ def test_a_unit_that_is_not_finite_leaves_the_others():
     assert clip_unit_gradients_([q], 0.1) == 0
 
 
-def test_half_precision_is_clipped_by_precise_norms():
+def test_half_precision_uses_float32_norms():
     half, full = parameter([[1.0] * 4096], [[0.01] * 4096], torch.bfloat16), parameter([[1.0] * 4096], [[0.01] * 4096])
     for p in (half, full):
         clip_unit_gradients_([p], 1e-3)
@@ -86,7 +86,7 @@ def test_half_precision_is_clipped_by_precise_norms():
     assert half.grad.dtype == torch.bfloat16
 
 
-def test_missing_and_empty_gradients_are_left_out():
+def test_missing_and_empty_gradients_are_skipped():
     none, empty = nn.Parameter(torch.ones(2, 2)), with_gradient((0, 4))
     assert clip_unit_gradients_([none, empty], 0.1) == 1
     centralize_gradients_([none, empty])
@@ -97,7 +97,7 @@ def test_missing_and_empty_gradients_are_left_out():
 @pytest.mark.parametrize(
     "act", [lambda p: clip_unit_gradients_([p], 0.1), lambda p: centralize_gradients_([p])], ids=["clip", "centralize"]
 )
-def test_sparse_gradients_are_refused(act):
+def test_sparse_gradient_raises(act):
     layer = nn.Embedding(4, 2, sparse=True)
     layer(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="needs a dense gradient, got a sparse one: create the embedding with sparse=False"):
@@ -105,28 +105,28 @@ def test_sparse_gradients_are_refused(act):
 
 
 @each_layer
-def test_each_unit_loses_its_mean(layer, units):
+def test_centralization_removes_mean_of_each_unit(layer, units):
     p = with_gradient(layer.weight.shape)
     expected = [g.double() - g.double().mean() for g in units(p.grad.clone())]
     centralize_gradients_([p], [units_of(layer)])
     assert_close([g.double() for g in units(p.grad)], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_vectors_keep_their_mean():
+def test_centralization_skips_vectors():
     p = with_gradient((6,))
     before = p.grad.clone()
     centralize_gradients_([p])
     assert torch.equal(p.grad, before)
 
 
-def test_centralized_training_keeps_the_mean_of_each_unit():
+def test_centralized_training_keeps_mean_of_each_unit():
     trained, plain, start = fit([GradientCentralization()]), fit(), Classifier()
     for index in (0, 4):
         assert_close(trained.net[index].weight.mean(1), start.net[index].weight.mean(1))
         assert not torch.allclose(plain.net[index].weight.mean(1), start.net[index].weight.mean(1))
 
 
-def test_the_callback_clips_as_the_function_does_in_a_hook_of_the_module():
+def test_adaptive_clipping_matches_manual_hook():
     class ByHand(Classifier):
         def on_before_optimizer_step(self, optimizer):
             for p in self.parameters():
@@ -150,6 +150,6 @@ def test_the_callback_clips_as_the_function_does_in_a_hook_of_the_module():
     ],
     ids=["clip_factor of 0", "eps of 0"],
 )
-def test_bounds_out_of_range_are_refused(make, message):
+def test_bounds_out_of_range_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Pruning while training: what Lightning's own ``ModelPruning`` fails, with it as the negative control, and the rest."""
+"""Pruning during training. Where Lightning's own ``ModelPruning`` fails, it is the negative control."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lightning_reg.pruning.masks import unpack_bits
 TOTAL = 64 * 16 + 16 * 10  # weights of the model
 
 
-class Watch(Classifier):
-    """Validates, and keeps how sparse it is after each step and in each validation; trained by one of several optimizers."""
+class Recorder(Classifier):
+    """Records its sparsity after each step and in each validation. Several optimizers can train it."""
 
     def __init__(self, optimizer="sgd", **options):
         super().__init__(**options)
@@ -46,35 +46,35 @@ class Watch(Classifier):
 
 def train(callbacks, model=None, max_epochs=3, **trainer):
     """Train with validation and return the model and its trainer."""
-    model = model or Watch()
-    made = Trainer(**{**QUIET, "num_sanity_val_steps": 0, **trainer}, max_epochs=max_epochs, callbacks=callbacks)
-    made.fit(model, loader(), loader())
-    return model, made
+    model = model or Recorder()
+    fitted_trainer = Trainer(**{**QUIET, "num_sanity_val_steps": 0, **trainer}, max_epochs=max_epochs, callbacks=callbacks)
+    fitted_trainer.fit(model, loader(), loader())
+    return model, fitted_trainer
 
 
 def model_pruning(amount=0.5):
     return ModelPruning("l1_unstructured", amount=amount, use_lottery_ticket_hypothesis=False)
 
 
-# What today's ModelPruning fails ------------------------------------------------------------------------------------
+# Where ModelPruning fails --------------------------------------------------------------------------------------------
 
 
-def revalidated(callback, folder):
-    """Return the metric that the best checkpoint was saved with, and what it validates to."""
+def validate_best_checkpoint(callback, folder):
+    """Return the metric that the best checkpoint was saved with, and its value in a new validation."""
     best = ModelCheckpoint(folder, monitor="val_loss", save_top_k=1)
     train([callback, best], enable_checkpointing=True)
-    plain = Watch.load_from_checkpoint(best.best_model_path)
-    (found,) = Trainer(**QUIET).validate(plain, loader(), verbose=False)
-    return best.best_model_score.item(), found["val_loss"]
+    plain = Recorder.load_from_checkpoint(best.best_model_path)
+    (metrics,) = Trainer(**QUIET).validate(plain, loader(), verbose=False)
+    return best.best_model_score.item(), metrics["val_loss"]
 
 
-def test_the_best_checkpoint_revalidates_to_its_own_metric(tmp_path):
-    saved, found = revalidated(WeightPruning(0.9), tmp_path / "ours")
-    assert found == pytest.approx(saved, rel=1e-6)
+def test_best_checkpoint_revalidates_to_same_metric(tmp_path):
+    saved, revalidated = validate_best_checkpoint(WeightPruning(0.9), tmp_path / "ours")
+    assert revalidated == pytest.approx(saved, rel=1e-6)
 
 
-def test_the_best_checkpoint_of_model_pruning_does_not(tmp_path):
-    """It prunes after the validation, and its checkpoints do not load into the plain model unless made permanent."""
+def test_best_checkpoint_of_model_pruning_does_not_revalidate(tmp_path):
+    """It prunes after validation. Its checkpoints load into the plain model only if pruning is made permanent."""
     callback = ModelPruning(
         "l1_unstructured",
         amount=0.9,
@@ -82,20 +82,20 @@ def test_the_best_checkpoint_of_model_pruning_does_not(tmp_path):
         make_pruning_permanent=True,
         parameter_names=["weight"],
     )
-    saved, found = revalidated(callback, tmp_path / "theirs")
-    assert found != pytest.approx(saved, rel=1e-3)
+    saved, revalidated = validate_best_checkpoint(callback, tmp_path / "theirs")
+    assert revalidated != pytest.approx(saved, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`", "ignore:Checkpoint directory .* exists")
-def test_the_masks_survive_a_resume(tmp_path):
-    """The whole comparison, in new processes and in mid-epoch, is in ``test_resume.py``."""
+def test_masks_survive_resume(tmp_path):
+    """``test_resume.py`` has the full comparison, in new processes and mid-epoch."""
 
     def resumed(make, folder):
         def save():
             return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
 
         train([make(), save()], enable_checkpointing=True, max_epochs=1)
-        model = Watch()
+        model = Recorder()
         trainer = Trainer(**{**QUIET, "enable_checkpointing": True}, max_epochs=2, callbacks=[make(), save()])
         trainer.fit(model, loader(), ckpt_path=folder / "step=4.ckpt")
         return model.after_step[:3]
@@ -109,17 +109,17 @@ def test_the_masks_survive_a_resume(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_zeros_stay_zero_under_momentum(optimizer):
-    model, _ = train([WeightPruning(Steps([0.6, 0.8], at=["2ep"]))], Watch(optimizer), max_epochs=4)
+    model, _ = train([WeightPruning(Steps([0.6, 0.8], at=["2ep"]))], Recorder(optimizer), max_epochs=4)
     at_epoch = [0, round(0.6 * TOTAL), round(0.8 * TOTAL), round(0.8 * TOTAL)]
     during = [zeros for epoch in range(4) for zeros in model.after_step[4 * epoch : 4 * epoch + 3]]
     assert during == [zeros for zeros in at_epoch for _ in range(3)]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_pruning_once_by_hand_does_not_keep_them(optimizer):
-    """The negative control: gradients masked, weights and optimizer state not."""
+def test_masking_gradients_alone_does_not_keep_zeros(optimizer):
+    """The negative control: it masks gradients, but not weights or optimizer state."""
 
-    class ByHand(Watch):
+    class ByHand(Recorder):
         def on_validation_start(self):
             self.masks = pruning_masks([self.net[0].weight, self.net[4].weight], 0.6)
             for p, mask in zip((self.net[0].weight, self.net[4].weight), self.masks, strict=True):
@@ -130,7 +130,7 @@ def test_pruning_once_by_hand_does_not_keep_them(optimizer):
                 p.grad.masked_fill_(mask, 0.0)
 
     model, _ = train([], ByHand(optimizer), max_epochs=2)
-    assert model.after_step[4] < 0.2 * TOTAL  # pixels that are always 0 move no weight
+    assert model.after_step[4] < 0.2 * TOTAL  # weights of pixels that are always 0 do not move
 
 
 AVERAGES = {
@@ -145,25 +145,25 @@ if EMA := getattr(lightning_callbacks, "EMAWeightAveraging", None):  # from Ligh
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("average", AVERAGES)
-def test_averages_of_the_weights_are_as_sparse(average, first):
+def test_averaged_weights_are_equally_sparse(average, first):
     callbacks = [WeightPruning(Linear(0.0, 0.8)), AVERAGES[average]()]
     model, _ = train(callbacks if first else callbacks[::-1], max_epochs=4)
     assert sparsity(model).total.zeros == round(0.8 * TOTAL)
-    assert model.validated[3::4] == [round(share * TOTAL) for share in (0.2, 0.4, 0.6, 0.8)]
+    assert model.validated[3::4] == [round(fraction * TOTAL) for fraction in (0.2, 0.4, 0.6, 0.8)]
     reference, _ = train([WeightPruning(Linear(0.0, 0.8))], max_epochs=4)
     assert not same(model, reference)
 
 
 @pytest.mark.parametrize("average", [name for name in ("EMA", "SWA") if name in AVERAGES])
-def test_averages_that_are_not_masked_would_show(monkeypatch, average):
+def test_unmasked_averages_are_less_sparse(monkeypatch, average):
     monkeypatch.setattr(_lightning, "averaged_models", lambda trainer: [])
     model, _ = train([WeightPruning(Linear(0.0, 0.8)), AVERAGES[average]()], max_epochs=4)
     assert sparsity(model).total.zeros < round(0.8 * TOTAL)
 
 
 @pytest.mark.parametrize("average", [name for name in ("EMA", "SWA") if name in AVERAGES])
-def test_model_pruning_loses_its_zeros_beside_averages(average):
-    """Or fails: its parameters have other names and another order than those of the average."""
+def test_model_pruning_loses_zeros_with_averaging(average):
+    """Or fails, since its parameters differ from the average's in name and order."""
     alone = sparsity(train([model_pruning()], max_epochs=4)[0]).total.zeros
     try:
         together = sparsity(train([model_pruning(), AVERAGES[average]()], max_epochs=4)[0]).total.zeros
@@ -172,7 +172,7 @@ def test_model_pruning_loses_its_zeros_beside_averages(average):
     assert together < alone / 2
 
 
-def test_a_second_fit_goes_on_with_the_masks_and_another_model_begins_anew():
+def test_second_fit_keeps_masks_only_for_same_model():
     callback = WeightPruning(0.5)
     model, _ = train([callback])
     model.after_step.clear()
@@ -181,7 +181,7 @@ def test_a_second_fit_goes_on_with_the_masks_and_another_model_begins_anew():
     assert same(train([callback])[0], train([WeightPruning(0.5)])[0])
 
 
-def test_the_share_does_not_compound():
+def test_sparsity_does_not_compound():
     model, _ = train([WeightPruning(0.5)], max_epochs=4)
     assert model.validated[::4] == [TOTAL // 2] * 4
     theirs, _ = train([model_pruning()], max_epochs=4)
@@ -191,7 +191,7 @@ def test_the_share_does_not_compound():
 # What it prunes -----------------------------------------------------------------------------------------------------
 
 
-def test_the_share_follows_the_schedule_exactly_before_each_validation():
+def test_sparsity_follows_schedule_at_each_validation():
     model, _ = train([WeightPruning(Cubic(0.0, 0.83, until=0.75))], max_epochs=4)
     expected = [round(Cubic(0.0, 0.83, until=0.75).resolve(PLAN)(epoch / 4) * TOTAL) for epoch in (1, 2, 3, 4)]
     assert model.validated[::4] == expected
@@ -209,13 +209,13 @@ class PlanOfFour:
 PLAN = PlanOfFour()
 
 
-def test_the_smallest_weights_at_the_end_of_the_epoch_are_pruned():
-    class Keeps(Watch):
+def test_smallest_weights_at_end_of_epoch_are_pruned():
+    class RecordsState(Recorder):
         def optimizer_step(self, *args, **kwargs):
             super().optimizer_step(*args, **kwargs)
             self.last = weights(self)
 
-    model, _ = train([WeightPruning(0.4)], Keeps(), max_epochs=1)
+    model, _ = train([WeightPruning(0.4)], RecordsState(), max_epochs=1)
     names = ["net.0.weight", "net.4.weight"]
     masks = pruning_masks([model.last[name] for name in names], 0.4)
     now = weights(model)
@@ -224,12 +224,12 @@ def test_the_smallest_weights_at_the_end_of_the_epoch_are_pruned():
     assert torch.equal(now["net.0.bias"], model.last["net.0.bias"])
 
 
-def test_it_prunes_every_n_epochs():
+def test_prunes_every_n_epochs():
     model, _ = train([WeightPruning(Linear(0.0, 0.8), every_n_epochs=2)], max_epochs=4)
     assert model.validated[::4] == [0, round(0.4 * TOTAL), round(0.4 * TOTAL), round(0.8 * TOTAL)]
 
 
-def test_layers_units_and_two_of_four():
+def test_layer_scope_unit_structure_and_two_of_four():
     (layer, _), (unit, _), (pairs, _) = (
         train([WeightPruning(0.5, **options)], max_epochs=2)
         for options in ({"scope": "layer"}, {"structure": "unit", "scope": "layer"}, {"structure": "2:4"})
@@ -241,27 +241,27 @@ def test_layers_units_and_two_of_four():
         assert ((p.view(-1, 4) == 0).sum(1) == 2).all()
 
 
-def test_two_of_four_may_begin_later():
+def test_two_of_four_can_start_later():
     model, _ = train([WeightPruning(Steps([0.0, 0.5], at=["2ep"]), structure="2:4")])
     assert model.validated[::4] == [0, TOTAL // 2, TOTAL // 2]
 
 
-def test_a_criterion_of_ones_own_and_random_ones():
+def test_custom_and_random_criteria():
     def last_columns_first(name, parameter):
         return -torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape)
 
     model, _ = train([WeightPruning(0.5, criterion=last_columns_first, params="net.0.weight")], max_epochs=1)
     assert (model.net[0].weight.view(-1) == 0).tolist() == [False] * 512 + [True] * 512
-    one, other, again = (
+    first, second, repeated = (
         sparsity(train([WeightPruning(0.5, criterion="random", name=name)], max_epochs=1)[0]) for name in ("a", "b", "a")
     )
-    assert one == again
-    assert one.total == other.total == (TOTAL // 2, TOTAL)
-    assert one != other
+    assert first == repeated
+    assert first.total == second.total == (TOTAL // 2, TOTAL)
+    assert first != second
 
 
-def test_frozen_weights_are_neither_pruned_nor_counted():
-    model = Watch()
+def test_frozen_weights_are_not_pruned_or_counted():
+    model = Recorder()
     model.net[0].weight.requires_grad_(False)
     trained, _ = train([WeightPruning(0.5)], model, max_epochs=1)
     assert [zeros for zeros, _ in sparsity(trained).parameters.values()] == [0, 80]
@@ -270,8 +270,8 @@ def test_frozen_weights_are_neither_pruned_nor_counted():
 # Rewinding ----------------------------------------------------------------------------------------------------------
 
 
-class Normed(Watch):
-    """The model with batch normalization; keeps what it was after each step and the optimizer's state after each epoch."""
+class Normed(Recorder):
+    """The model with batch normalization. Records its state after each step and the size of the optimizer state per epoch."""
 
     def __init__(self, optimizer="sgd", **options):
         super().__init__(optimizer, **options)
@@ -292,24 +292,24 @@ class Normed(Watch):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("step", [0, 1, 3])
-def test_a_lottery_ticket_is_the_mask_on_the_weights_of_the_step(optimizer, step):
+def test_rewinding_restores_masked_weights_of_step(optimizer, step):
     model, _ = train([WeightPruning(0.5, rewind_to_step=step)], Normed(optimizer), max_epochs=1)
     early, late = model.history[step], model.history[4]
     names = ["net.0.weight", "net.5.weight"]
     masks = dict(zip(names, pruning_masks([late[name] for name in names], 0.5), strict=True))
-    for name, found in model.at_validation.items():
+    for name, value in model.at_validation.items():
         expected = early[name].masked_fill(masks[name], 0.0) if name in masks else early[name]
-        assert torch.equal(found, expected), name
+        assert torch.equal(value, expected), name
     assert model.states == [0]
     assert not torch.equal(early["net.1.running_mean"], late["net.1.running_mean"])
 
 
-def test_it_rewinds_only_when_more_is_pruned():
+def test_rewinds_only_when_more_is_pruned():
     model, _ = train([WeightPruning(Steps([0.3, 0.6], at=["3ep"]), rewind_to_step=0)], Normed("adamw"), max_epochs=4)
     assert [state > 0 for state in model.states] == [False, True, False, True]
 
 
-def test_an_optimizer_with_state_from_the_start_is_reset_to_it():
+def test_rewinding_restores_initial_optimizer_state():
     class Adagrad(Normed):
         def configure_optimizers(self):
             return torch.optim.Adagrad(self.parameters(), lr=0.05, initial_accumulator_value=0.5)
@@ -319,37 +319,37 @@ def test_an_optimizer_with_state_from_the_start_is_reset_to_it():
 
     model, _ = train([WeightPruning(0.5, rewind_to_step=1)], Adagrad(), max_epochs=1)
     assert len(model.sums) == 8
-    for found, p in zip(model.sums, model.parameters(), strict=True):
-        assert_close(found, torch.full_like(p, 0.5).masked_fill(p == 0, 0.0) if p.ndim > 1 else torch.full_like(p, 0.5))
+    for state_sum, p in zip(model.sums, model.parameters(), strict=True):
+        assert_close(state_sum, torch.full_like(p, 0.5).masked_fill(p == 0, 0.0) if p.ndim > 1 else torch.full_like(p, 0.5))
 
 
 @pytest.mark.parametrize("step", [5, 7])
-def test_a_step_after_the_first_pruning_cannot_be_rewound_to(step):
+def test_rewinding_to_step_after_first_pruning_raises(step):
     with pytest.raises(ValueError, match=rf"rewind_to_step={step} is after the first pruning, which happens after 4 batches"):
         train([WeightPruning(0.5, rewind_to_step=step)])
     train([WeightPruning(Steps([0.0, 0.5], at=["2ep"]), rewind_to_step=step)])
 
 
-# What is shown and kept ---------------------------------------------------------------------------------------------
+# Metrics and checkpoints --------------------------------------------------------------------------------------------
 
 
-def test_metrics_and_the_line_at_the_end(capsys):
+def test_metrics_and_final_report(capsys):
     logger = Memory()
     train([WeightPruning(Linear(0.0, 0.8))], logger=logger, log_every_n_steps=1, max_epochs=2, enable_model_summary=True)
     reached = [
         metrics["reg/WeightPruning/pruned"] for metrics in logger.steps.values() if "reg/WeightPruning/pruned" in metrics
     ]
-    asked = [
+    target = [
         metrics["reg/WeightPruning/sparsity"] for metrics in logger.steps.values() if "reg/WeightPruning/pruned" in metrics
     ]
     assert reached == pytest.approx([0, 0, 0, 0.4, 0.4, 0.4, 0.4, 0.8], abs=1 / TOTAL)
-    assert asked == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.4, 0.5, 0.6, 0.8])
+    assert target == pytest.approx([0.0, 0.1, 0.2, 0.4, 0.4, 0.5, 0.6, 0.8])
     assert "WeightPruning: 79.98% of 1,184 weights are pruned (target: 80.00%)" in capsys.readouterr().out
     train([WeightPruning(0.8)], max_epochs=1)
     assert "are pruned" not in capsys.readouterr().out
 
 
-def test_a_checkpoint_holds_one_bit_for_each_weight_and_no_new_name(tmp_path):
+def test_checkpoint_has_one_bit_per_weight_and_no_new_names(tmp_path):
     model, trainer = train([WeightPruning(0.5)], max_epochs=1)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     saved = torch.load(tmp_path / "model.ckpt", weights_only=True)
@@ -357,20 +357,20 @@ def test_a_checkpoint_holds_one_bit_for_each_weight_and_no_new_name(tmp_path):
     assert sum(bits.numel() for bits, _ in state["masks"].values()) == TOTAL // 8
     for name, (bits, shape) in state["masks"].items():
         assert torch.equal(unpack_bits(bits, shape), model.state_dict()[name] == 0)
-    assert saved["state_dict"].keys() == Watch().state_dict().keys()
+    assert saved["state_dict"].keys() == Recorder().state_dict().keys()
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [1.0, -0.1, float("nan"), Linear(0.0, 1.0), Steps([0.1, 1.5], at=[0.5])])
-def test_shares_out_of_range_are_refused(share):
+@pytest.mark.parametrize("value", [1.0, -0.1, float("nan"), Linear(0.0, 1.0), Steps([0.1, 1.5], at=[0.5])])
+def test_sparsity_out_of_range_raises(value):
     with pytest.raises(ValueError, match=r"WeightPruning: sparsity.* must be a number in \[0, 1\), got"):
-        WeightPruning(share)
+        WeightPruning(value)
 
 
 @pytest.mark.parametrize("schedule", [Linear(0.5, 0.4), Cubic(0.5, 0.4), Steps([0.1, 0.5, 0.3], at=[0.2, 0.4])])
-def test_schedules_that_fall_are_refused(schedule):
+def test_decreasing_schedule_raises(schedule):
     with pytest.raises(ValueError, match=r"falls from 0\.5 to 0\.[34], but pruned weights do not come back"):
         WeightPruning(schedule)
 
@@ -379,50 +379,50 @@ def falls(progress):
     return 0.5 if progress < 0.6 else 0.4
 
 
-def test_functions_that_fall_are_refused_before_the_first_batch():
-    model = Watch()
+def test_decreasing_function_raises_before_training():
+    model = Recorder()
     with pytest.raises(ValueError, match=r"sparsity=<function falls.*> falls from 0\.5 to 0\.4"):
         train([WeightPruning(falls)], model)
     assert not model.after_step
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-def test_functions_that_fall_are_refused_when_it_comes_where_the_length_is_unknown():
+def test_decreasing_function_raises_under_unknown_length():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(loader().dataset)
 
     data = torch.utils.data.DataLoader(Stream(), batch_size=16)
-    model = Watch()
+    model = Recorder()
     with pytest.raises(ValueError, match=r"falls from 0\.5 to 0\.4"):
         fit([WeightPruning(falls)], model, data, max_epochs=-1, max_steps=12)
     assert len(model.after_step) == 7
 
 
-def test_a_layer_is_never_emptied():
+def test_pruning_all_weights_of_layer_raises():
     message = r"sparsity=0\.97 would prune every unit of net\.0\.weight, net\.4\.weight: lower the sparsity, or exclude"
     with pytest.raises(ValueError, match=message):
         train([WeightPruning(Linear(0.0, 0.97), structure="unit", scope="layer")])
-    model = Watch()
+    model = Recorder()
     nn.init.constant_(model.net[0].weight, 1e-6)
     before = weights(model)
     model.lr = 0.0
     with pytest.raises(ValueError, match=r"sparsity=0\.9 would prune every weight of net\.0\.weight"):
         train([WeightPruning(0.9)], model)
-    assert_close(weights(model), before, rtol=0.0, atol=0.0)  # refused before anything is changed
+    assert_close(weights(model), before, rtol=0.0, atol=0.0)  # raised before any change
 
 
-def test_two_of_four_is_refused_where_it_cannot_be():
-    class Narrow(Watch):
+def test_unsupported_two_of_four_raises():
+    class Narrow(Recorder):
         def __init__(self):
             super().__init__()
             self.extra = nn.Conv2d(4, 4, 3)
 
     with pytest.raises(ValueError, match=r"multiple of 4, got extra\.weight of shape \(4, 4, 3, 3\): exclude such layers"):
         train([WeightPruning(0.5, structure="2:4")], Narrow())
-    for share in (0.6, Linear(0.0, 0.5), Steps([0.25, 0.5], at=[0.5])):
+    for value in (0.6, Linear(0.0, 0.5), Steps([0.25, 0.5], at=[0.5])):
         with pytest.raises(ValueError, match=r"sparsity must be 0\.5, or step from 0 to 0\.5 as in Steps"):
-            WeightPruning(share, structure="2:4")
+            WeightPruning(value, structure="2:4")
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_two_of_four_is_refused_where_it_cannot_be():
     ],
     ids=["wrong shape", "NaN", "float"],
 )
-def test_scores_that_are_none_are_refused(scores, message):
+def test_invalid_scores_raise(scores, message):
     with pytest.raises((ValueError, TypeError), match=message):
         train([WeightPruning(0.5, criterion=scores)])
 
@@ -453,7 +453,7 @@ def test_scores_that_are_none_are_refused(scores, message):
         ({"rewind_to_step": True}, "rewind_to_step must be an integer ≥ 0, got True"),
     ],
 )
-def test_arguments_out_of_range_are_refused(options, message):
+def test_arguments_out_of_range_raise(options, message):
     with pytest.raises(ValueError, match=f"WeightPruning: {message}"):
         WeightPruning(0.5, **options)
 
@@ -480,7 +480,7 @@ class Renamed(Classifier):
         (Renamed, r"a mask of shape \(10, 16\) for 'net\.4\.weight', which is not selected here"),
     ],
 )
-def test_masks_of_another_model_are_refused(model, message):
+def test_masks_of_other_model_raise(model, message):
     first = WeightPruning(0.5)
     train([first], max_epochs=1)
     resumed = WeightPruning(0.5)
@@ -489,15 +489,15 @@ def test_masks_of_another_model_are_refused(model, message):
         fit([resumed], model())
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
-    """By Lightning, which loads the weights first."""
+def test_checkpoint_of_other_shape_raises(tmp_path):
+    """Lightning raises the error, since it loads the weights first."""
     _, trainer = train([WeightPruning(0.5)], max_epochs=1)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
     with pytest.raises(RuntimeError, match=r"size mismatch for net\.4\.weight"):
         Trainer(**QUIET, max_epochs=2, callbacks=[WeightPruning(0.5)]).fit(Wider(), loader(), ckpt_path=tmp_path / "model.ckpt")
 
 
-def test_flat_parameters_are_refused(monkeypatch):
+def test_flattened_parameters_raise(monkeypatch):
     monkeypatch.setattr(_lightning, "uses_fsdp1", lambda trainer: True)
     with pytest.raises(
         ValueError, match=r"WeightPruning does not work with the flattened parameters of FSDPStrategy: use Model"
@@ -511,7 +511,7 @@ def test_flat_parameters_are_refused(monkeypatch):
     assert _lightning.uses_fsdp1(Trained())
 
 
-def test_pruning_that_never_comes_is_said():
+def test_pruning_that_never_happens_warns():
     with pytest.warns(UserWarning, match="WeightPruning never prunes: every_n_epochs=5, but the fit ends before"):
         fit([WeightPruning(0.5, every_n_epochs=5)])
 
@@ -521,7 +521,7 @@ def norms_of(model):
 
 
 class Validated(Classifier):
-    """Keeps its weights as they are validated."""
+    """Records its weights in each validation."""
 
     def __init__(self):
         super().__init__()
@@ -532,7 +532,7 @@ class Validated(Classifier):
             self.seen.append(copy.deepcopy(self.net))
 
 
-def validated(callbacks, **options):
+def fit_validated(callbacks, **options):
     model = Validated()
     Trainer(**{**QUIET, "max_epochs": 3, **options}, callbacks=callbacks).fit(model, loader(), loader())
     return model
@@ -547,25 +547,25 @@ def validated(callbacks, **options):
     ],
     ids=["UnitNorm", "MaxNorm", "NonNegative"],
 )
-def test_constraints_hold_in_what_is_validated_after_a_pruning(callbacks, holds):
-    model = validated(callbacks)
-    for net in model.seen[1:]:  # the first is Lightning's check before training
+def test_constraints_hold_in_validation_after_pruning(callbacks, holds):
+    model = fit_validated(callbacks)
+    for net in model.seen[1:]:  # the first is Lightning's sanity check
         assert holds(SimpleNamespace(net=net))
     assert sparsity(model).total.zeros >= round(callbacks[1].current["sparsity"] * TOTAL)
 
 
 @pytest.mark.parametrize("name", ["a", "z"])
-def test_going_back_leaves_what_another_one_pruned(name):
+def test_rewinding_keeps_weights_pruned_by_other_callback(name):
     callbacks = [
         WeightPruning(0.5, params="net.0.weight", name=name),
         WeightPruning(0.25, params="net.4.weight", name="b", rewind_to_step=0),
     ]
-    shares = sparsity(validated(callbacks, max_epochs=1)).parameters
-    assert (shares["net.0.weight"].zeros, shares["net.4.weight"].zeros) == (512, 40)
+    parameters = sparsity(fit_validated(callbacks, max_epochs=1)).parameters
+    assert (parameters["net.0.weight"].zeros, parameters["net.4.weight"].zeros) == (512, 40)
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
-def test_an_epoch_whose_last_batch_has_no_loss_ends_with_a_pruning():
+def test_prunes_after_epoch_with_skipped_last_batch():
     class NoLoss(Classifier):
         def training_step(self, batch, batch_idx):
             return None if batch_idx == 3 else super().training_step(batch, batch_idx)
@@ -573,14 +573,14 @@ def test_an_epoch_whose_last_batch_has_no_loss_ends_with_a_pruning():
     assert sparsity(fit([WeightPruning(0.5)], NoLoss(), max_epochs=1)).total.zeros == TOTAL // 2
 
 
-def test_a_share_that_is_not_reached_is_said():
+def test_unreached_sparsity_warns():
     with pytest.warns(
         UserWarning, match=r"reaches a sparsity of only 53.33%, not the final 80.00% .*: the last pruning is after 4 of 6"
     ):
         fit([WeightPruning(Linear(0.0, 0.8))], max_epochs=-1, max_steps=6)
 
 
-def test_masks_of_another_structure_are_refused(tmp_path):
+def test_masks_of_other_structure_raise(tmp_path):
     trainer = Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[WeightPruning(0.5)])
     trainer.fit(Classifier(), loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -589,36 +589,36 @@ def test_masks_of_another_structure_are_refused(tmp_path):
         again.fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
-def test_the_optimizer_remembers_nothing_of_what_is_pruned():
-    class Keeps(Classifier):
+def test_optimizer_state_of_pruned_weights_is_zero():
+    class RecordsState(Classifier):
         def configure_optimizers(self):
             self.optimizer = super().configure_optimizers()
             return self.optimizer
 
-    model = fit([WeightPruning(0.5)], Keeps(), max_epochs=2)
+    model = fit([WeightPruning(0.5)], RecordsState(), max_epochs=2)
     for i in (0, 4):
         weight = model.net[i].weight
         assert not model.optimizer.state[weight]["momentum_buffer"][weight == 0].any()
         assert model.optimizer.state[weight]["momentum_buffer"].any()
 
 
-def test_masks_are_laid_before_the_first_batch_of_a_run_that_goes_on():
+def test_masks_apply_before_first_batch_of_resumed_run():
     callback = WeightPruning(0.5)
     fit([callback], max_epochs=1)
 
-    class Sees(Classifier):
+    class RecordsSparsity(Classifier):
         def on_train_batch_start(self, batch, batch_idx):
             super().on_train_batch_start(batch, batch_idx)
             self.first = getattr(self, "first", sparsity(self).total.zeros)
 
     resumed = WeightPruning(0.5)
     resumed.load_state_dict(callback.state_dict())
-    model = Sees()
+    model = RecordsSparsity()
     fit([resumed], model, max_epochs=1)
     assert model.first == TOTAL // 2
 
 
-def test_a_model_of_zeros_does_not_take_over_masks():
+def test_model_with_zero_weights_does_not_inherit_masks():
     class Zeros(Classifier):
         def __init__(self):
             super().__init__()
