@@ -27,7 +27,7 @@ import torch
 import yaml
 from helpers import QUIET, Classifier, Memory, loader
 from table import ROWS, everything
-from test_cli import as_flags, written
+from test_cli import as_config, as_flags
 from torch import nn
 
 from lightning_reg import ActivityPenalty, DropoutScheduler, L1Penalty, Linear, MonteCarloDropout, WeightPruning
@@ -132,11 +132,11 @@ def accumulation(package: Any) -> Any:
 
 def resumed(package: Any, name: str, folder: Path) -> Any:
     """Train, and resume after the first epoch in this package and in the other; return all results and what was saved."""
-    whole = saved(package, name, folder)
+    uninterrupted = saved(package, name, folder)
     states = torch.load(folder / "epoch=0.ckpt", weights_only=False)["callbacks"]
     states = {key: state for key, state in states.items() if key.startswith(name)}
     rests = [saved(other, name, folder / "rest", folder / "epoch=0.ckpt") for other in PACKAGES.values()]
-    return {"whole": whole, "rests": rests, "states": plain(states)}
+    return {"whole": uninterrupted, "rests": rests, "states": plain(states)}
 
 
 def counted(package: Any) -> Any:
@@ -223,7 +223,7 @@ def command_line(package: Any, folder: Path) -> dict[str, Any]:
         made = [repr(callback) for callback in cli.trainer.callbacks if type(callback).__module__.startswith("lightning_reg")]
         return {"made": made, "weights": plain(cli.model.state_dict())}
 
-    (folder / "all.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": list(map(written, everything()))}}))
+    (folder / "all.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": list(map(as_config, everything()))}}))
     return {
         "flags": run(*(flag for callback in everything() for flag in as_flags(callback))),
         "yaml": run("--config", str(folder / "all.yaml")),

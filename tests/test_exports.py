@@ -20,8 +20,8 @@ HELPERS = {"injections_of"}
 
 def public(module, kind):
     """Return the public classes or functions that a module defines, by name."""
-    members = inspect.getmembers(module, lambda member: kind(member) and member.__module__ == module.__name__)
-    return {name: member for name, member in members if not name.startswith("_")}
+    found_members = inspect.getmembers(module, lambda member: kind(member) and member.__module__ == module.__name__)
+    return {name: member for name, member in found_members if not name.startswith("_")}
 
 
 PACKAGES = [importlib.import_module(f"lightning_reg.{kind}") for kind in KINDS]

@@ -197,9 +197,9 @@ def test_a_penalty_counts_effective_weights(make):
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "random", lambda name, p: torch.ones_like(p)], ids=["m", "r", "own"])
-@pytest.mark.parametrize(("sparsity", "share"), [(0.5, 0.5), (0.75, 0.75)])
-def test_pruning_counts_what_torch_has_pruned(criterion, sparsity, share):
-    assert zeros(fit([WeightPruning(sparsity, criterion=criterion)], Pruned())) == pytest.approx(share, abs=1e-3)
+@pytest.mark.parametrize(("sparsity", "fraction"), [(0.5, 0.5), (0.75, 0.75)])
+def test_pruning_counts_what_torch_has_pruned(criterion, sparsity, fraction):
+    assert zeros(fit([WeightPruning(sparsity, criterion=criterion)], Pruned())) == pytest.approx(fraction, abs=1e-3)
 
 
 def test_pruned_units_are_those_with_the_smallest_effective_norms():

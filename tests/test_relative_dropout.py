@@ -151,9 +151,9 @@ def test_compiled_code_reads_each_product_and_needs_one_graph():
 
     model = fit([DropoutScheduler(Linear(0.0, 2.0), modules="body.*", relative=True)], Compiled(), max_epochs=1)
     assert counter.frame_count == 1
-    for batch, share in enumerate(model.shares):
+    for batch, fraction in enumerate(model.shares):
         expected = 1 - (1 - 0.1 * batch / 2) * (1 - 0.5 * batch / 2)
-        assert abs(share - expected) < 5 * (expected * (1 - expected) / 6400) ** 0.5 + 1e-9
+        assert abs(fraction - expected) < 5 * (expected * (1 - expected) / 6400) ** 0.5 + 1e-9
     torch._dynamo.reset()
 
 

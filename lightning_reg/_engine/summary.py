@@ -48,14 +48,14 @@ class Summary(NamedTuple):
             console.print(table)
         else:
             console.print(Text(_list(self.rows, console.width)), soft_wrap=True)
-        for note in self.notes:
-            console.print(Text(_wrapped("", note, console.width)), soft_wrap=True)
+        for line in self.notes:
+            console.print(Text(_wrapped("", line, console.width)), soft_wrap=True)
 
 
 def summarize(techniques: Iterable[Technique], attached: bool = True) -> Summary:
     """Return the summary of techniques; before a fit they have no targets yet."""
     rows = [Row(t.name, t.acts_on() if attached else "not known yet", ", ".join(t.settings()), t.route()) for t in techniques]
-    return Summary(rows, list(dict.fromkeys(note for t in techniques for note in t.notes())) if attached else [])
+    return Summary(rows, list(dict.fromkeys(line for t in techniques for line in t.notes())) if attached else [])
 
 
 def print_line(trainer: Trainer, line: str) -> None:
