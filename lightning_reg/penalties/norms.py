@@ -88,12 +88,8 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         >>> theta.grad
         tensor([ 0.5000, -0.5000,  0.0000])
     """
-    real = [p for p in params if not p.is_complex()]
-    for p in params if len(real) < len(params) else ():
-        if p.is_complex():
-            dense_gradients([p])[0].add_(local_tensors([p])[0].sgn(), alpha=strength)
-    for source, buffer, signs, chunk_gradients in batched_chunks(local_tensors(real), dense_gradients(real)):
-        torch.sign(source, out=buffer)
+    for source, buffer, signs, chunk_gradients in batched_chunks(local_tensors(params), dense_gradients(params)):
+        torch.sgn(source, out=buffer)  # the sign of a real number, z/|z| of a complex one
         torch._foreach_add_(chunk_gradients, signs, alpha=strength)
 
 
