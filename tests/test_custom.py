@@ -130,7 +130,7 @@ def stores(*names):
     ("attributes", "message"),
     [
         pytest.param({"valid_ranges": {"strength": (0.0, 1.0)}}, r"valid_ranges\['strength'\] must be an Interval", id="tuple"),
-        pytest.param({"valid_ranges": {"strenght": POSITIVE}}, "leaves out 'strength' of Penalty", id="misspelled"),
+        pytest.param({"valid_ranges": {"power": POSITIVE}}, "leaves out 'strength' of Penalty", id="another key"),
         pytest.param(
             {"valid_ranges": {**Penalty.valid_ranges, "dleta": POSITIVE}, "__init__": stores("delta")},
             "Custom.valid_ranges has dleta, which __init__ does not store",
