@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import Logger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -185,3 +186,28 @@ def parameter(values: Any, grad: Any = None, dtype: torch.dtype = torch.float32)
     p = nn.Parameter(torch.tensor(values, dtype=dtype))
     p.grad = None if grad is None else torch.tensor(grad, dtype=dtype)
     return p
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, like timm's class of this name."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+
+class Unfreezes(BaseFinetuning):
+    """Unfreezes the first layer in the second epoch."""
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)

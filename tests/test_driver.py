@@ -9,10 +9,9 @@ import types
 
 import pytest
 import torch
-from helpers import Classifier, Gan, Memory, digits, fit, loader
+from helpers import Classifier, Gan, Memory, Unfreezes, digits, fit, loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
-    BaseFinetuning,
     EarlyStopping,
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
@@ -188,17 +187,6 @@ def test_default_names_include_selection():
     assert L1Penalty(0.1, params="all").name == "L1Penalty-all"
     assert L1Penalty(0.1, name="sparsity").name == "sparsity"
     assert L1Penalty(0.1, name="sparsity").state_key == "L1Penalty{'name': 'sparsity'}"
-
-
-class Unfreezes(BaseFinetuning):
-    """Unfreezes the first layer in the second epoch."""
-
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.net[0])
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
 
 
 def test_unfrozen_parameters_are_regularized():

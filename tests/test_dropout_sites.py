@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import QUIET, Classifier, Memory, fit, loader
+from helpers import QUIET, Classifier, DropPath, Memory, fit, loader
 from lightning.pytorch import Trainer
 from torch import nn
 
@@ -15,20 +15,6 @@ import lightning_reg
 from lightning_reg import Cosine, DropoutInjection, DropoutScheduler, Linear, Steps
 from lightning_reg._engine.plan import Plan
 from lightning_reg.functional import find_dropout, set_dropout_
-
-
-class DropPath(nn.Module):
-    """Stochastic depth, like timm's class of this name."""
-
-    def __init__(self, drop_prob=0.0):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x):
-        if self.drop_prob == 0.0 or not self.training:
-            return x
-        keep = 1 - self.drop_prob
-        return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
 
 class Attention(nn.Module):

@@ -172,12 +172,16 @@ def test_change_works_with_loss_scaling():
     assert [kind for kind, _ in LOG] == ["before", "after"] * (len(LOG) // 2)
 
 
-class TwoLosses(Recorder):
-    """Manual optimization: one forward pass with two backward passes and a step, then another forward pass and step."""
+class Manual(Recorder):
+    """The recorder in manual optimization."""
 
     def __init__(self, **options):
         super().__init__(**options)
         self.automatic_optimization = False
+
+
+class TwoLosses(Manual):
+    """One forward pass with two backward passes and a step, then another forward pass and step."""
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -202,12 +206,8 @@ def test_change_lasts_until_step_in_manual_optimization():
     assert same(model, Classifier())
 
 
-class Closure(Recorder):
-    """Manual optimization with a closure that the optimizer evaluates."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.automatic_optimization = False
+class Closure(Manual):
+    """A closure that the optimizer evaluates."""
 
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -229,11 +229,7 @@ def test_a_closure_in_manual_optimization_has_the_change():
 
 @pytest.mark.parametrize("how", ["guard", "scaler"])
 def test_the_change_is_back_after_a_skipped_step(how):
-    class Skipped(Recorder):
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.automatic_optimization = False
-
+    class Skipped(Manual):
         def training_step(self, batch, batch_idx):
             optimizer = self.optimizers()
             loss = super().training_step(batch, batch_idx)

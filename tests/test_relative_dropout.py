@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Classifier, fit
+from helpers import Classifier, DropPath, fit
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -13,20 +13,6 @@ from lightning_reg import DropoutInjection, DropoutScheduler, Linear, MonteCarlo
 from lightning_reg.functional import find_dropout
 
 PROFILE = [0.0, 0.5 / 3, 1.0 / 3, 0.5]
-
-
-class DropPath(nn.Module):
-    """Stochastic depth, as timm's class of this name has it."""
-
-    def __init__(self, drop_prob):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x):
-        if self.drop_prob == 0.0 or not self.training:
-            return x
-        keep = 1 - self.drop_prob
-        return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
 
 class Layer(nn.Module):

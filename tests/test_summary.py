@@ -6,9 +6,8 @@ import re
 
 import pytest
 import torch
-from helpers import QUIET, Classifier, fit, loader
+from helpers import QUIET, Classifier, Unfreezes, fit, loader
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 import lightning_reg
@@ -143,15 +142,6 @@ class Asks(Callback):
 
     def on_train_epoch_end(self, trainer, pl_module):
         lightning_reg.summary(trainer)
-
-
-class Unfreezes(BaseFinetuning):
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.net[0])
-
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
 
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")

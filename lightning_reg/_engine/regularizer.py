@@ -43,9 +43,8 @@ class Regularizer(Technique, Callback):
         self._was_set_up, self._evaluating = True, stage != "fit"
         if stage == "fit":
             self._check_fit(trainer)
-            self.running.reset()
-            if self.resets_each_fit:  # a checkpoint is loaded later
-                self.reset()
+            forget = self.reset if self.resets_each_fit else self.running.reset
+            forget()  # a checkpoint is loaded later
             self.prepare(trainer, pl_module)
         if stage == "predict" and self.overrides("start_predict"):
             self.prepare_predict(trainer, pl_module)
