@@ -1,22 +1,21 @@
 """Values that change over training. A schedule is any callable from progress in [0, 1] to a float.
 
 Progress is the number of training batches done, divided by the number planned. Schedules start and end at *markers*: fractions
-of training (``0.25``), epochs (``"3ep"``), or optimizer steps (``"500st"``; in manual optimization, training batches). Epochs
-and steps are converted to progress when training starts. They also work in a run without an end, where fractions raise an
-error.
+of training (``0.25``), epochs (``"3ep"``), or optimizer steps (``"500st"``, counted as ``trainer.global_step`` does). Between
+two markers of one unit, a value changes in that unit. Epochs and steps also work in a run without an end, where fractions
+raise an error.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from copy import copy
 from itertools import pairwise
 
 from lightning_reg._engine.arguments import POSITIVE, PROBABILITY, Interval, SignatureRepr
-from lightning_reg._engine.plan import Plan, parse_marker
+from lightning_reg._engine.clock import Moment
+from lightning_reg._engine.plan import parse_marker
 
 __all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Steps", "Value"]
 
@@ -33,13 +32,17 @@ class Schedule(SignatureRepr, ABC):
         >>> callback = L2Penalty(lambda progress: 1e-3 * progress**2)
     """
 
-    @abstractmethod
     def __call__(self, progress: float) -> float:
-        """Return the value at a progress in [0, 1]."""
+        """Return the value at a progress in [0, 1], for a schedule without markers in epochs and steps."""
+        return self.at_moment(Moment(progress))
 
     @abstractmethod
-    def resolve(self, plan: Plan) -> Schedule:
-        """Return the same schedule with its markers converted to progress."""
+    def at_moment(self, moment: Moment) -> float:
+        """Return the value at a point of a fit.
+
+        A moment has the ``progress``, ``epochs``, and ``steps`` that are done, and the methods ``has_passed(marker)`` and
+        ``between(begin, until)``, which returns the position between two markers in [0, 1].
+        """
 
     @property
     @abstractmethod
@@ -49,11 +52,12 @@ class Schedule(SignatureRepr, ABC):
     @property
     def needs_end(self) -> bool:
         """Whether a marker is a nonzero fraction of training, so that the run must have an end."""
-        return any(not isinstance(marker, str) and marker > 0 for marker in self._markers)
+        return any(not isinstance(marker, str) and marker > 0 for marker in self.markers)
 
     @property
     @abstractmethod
-    def _markers(self) -> Sequence[float | str]: ...
+    def markers(self) -> Sequence[float | str]:
+        """The markers, in the order in which they must come."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -77,25 +81,14 @@ class _Ramp(Schedule):
         self.until = _check_marker(f"{kind}: until", until)
         _check_order(kind, [self.begin, self.until])
 
-    def __call__(self, progress: float) -> float:
-        """Return the value at a progress in [0, 1]."""
-        begin, until = _number(self.begin), _number(self.until)
-        if progress < begin:
-            return self.start
-        if progress >= until:
-            return self.end
-        return self._between((progress - begin) / (until - begin))
+    def at_moment(self, moment: Moment) -> float:
+        """Return the value at a point of a fit."""
+        x = moment.between(self.begin, self.until)
+        return self.start if x <= 0.0 else self.end if x >= 1.0 else self._between(x)
 
     @abstractmethod
     def _between(self, x: float) -> float:
-        """Return the value at x in [0, 1), the position between the markers."""
-
-    def resolve(self, plan: Plan) -> Schedule:
-        """Return the same schedule with its markers converted to progress."""
-        resolved = copy(self)
-        resolved.begin, resolved.until = (plan.batches(marker) / plan.horizon for marker in self._markers)
-        _check_order(repr(self), [resolved.begin, resolved.until])
-        return resolved
+        """Return the value at x in (0, 1), the position between the markers."""
 
     @property
     def extremes(self) -> Sequence[float]:
@@ -103,7 +96,8 @@ class _Ramp(Schedule):
         return (self.start, self.end)
 
     @property
-    def _markers(self) -> Sequence[float | str]:
+    def markers(self) -> Sequence[float | str]:
+        """Where the change begins and ends."""
         return (self.begin, self.until)
 
 
@@ -239,16 +233,9 @@ class Steps(Schedule):
         self.at = [_check_marker("Steps: each marker", marker) for marker in at]
         _check_order("Steps", self.at)
 
-    def __call__(self, progress: float) -> float:
-        """Return the value at a progress in [0, 1]."""
-        return self.values[bisect_right([_number(marker) for marker in self.at], progress)]
-
-    def resolve(self, plan: Plan) -> Schedule:
-        """Return the same schedule with its markers converted to progress."""
-        resolved = copy(self)
-        resolved.at = [plan.batches(marker) / plan.horizon for marker in self.at]
-        _check_order(repr(self), resolved.at)
-        return resolved
+    def at_moment(self, moment: Moment) -> float:
+        """Return the value at a point of a fit."""
+        return self.values[sum(moment.has_passed(marker) for marker in self.at)]
 
     @property
     def extremes(self) -> Sequence[float]:
@@ -256,7 +243,8 @@ class Steps(Schedule):
         return self.values
 
     @property
-    def _markers(self) -> Sequence[float | str]:
+    def markers(self) -> Sequence[float | str]:
+        """Where the value changes."""
         return self.at
 
 
@@ -277,9 +265,3 @@ def _check_order(what: str, markers: Sequence[float | str]) -> None:
             raise ValueError(
                 f"{what}: the markers must not decrease, got {earlier:g}{earlier_unit} before {later:g}{later_unit}"
             )
-
-
-def _number(marker: float | str) -> float:
-    if isinstance(marker, str):
-        raise RuntimeError(f"the position of the marker {marker!r} is unknown until a fit starts: call resolve(plan) first")
-    return marker

@@ -13,6 +13,7 @@ from torch import nn
 
 import lightning_reg
 from lightning_reg import Cosine, DropoutInjection, DropoutScheduler, Linear, Steps
+from lightning_reg._engine.clock import Clock
 from lightning_reg._engine.plan import Plan
 from lightning_reg.functional import find_dropout, set_dropout_
 
@@ -263,16 +264,17 @@ RECIPES = [
 @pytest.mark.parametrize(("recipe", "published"), RECIPES)
 def test_docstring_recipes_match_published_schedules(recipe, published):
     assert f"``{recipe}``" in DropoutScheduler.__doc__
-    plan = Plan(total=300 * 7, per_epoch=7)
+    clock = Clock(Plan(max_epochs=300, per_epoch=7))
     schedule = eval(recipe, {"Linear": Linear, "Steps": Steps, "math": math})
     scheduler = DropoutScheduler(schedule)
-    scheduler.resolve(plan)
+    scheduler.resolve(clock)
     scheduled = {}
     for epoch in published:
-        scheduler.update(plan.progress(epoch * 7))
+        scheduler.update(clock.moment_at(f"{epoch}ep"))
         scheduled[epoch] = scheduler.current["p"]
     assert scheduled == pytest.approx(published, abs=1e-6)
-    shifted = {epoch: Steps([0.1, 0.0], at=["49ep"]).resolve(plan)(plan.progress(epoch * 7)) for epoch in EARLY_CONSTANT}
+    early = Steps([0.1, 0.0], at=["49ep"])
+    shifted = {epoch: early.at_moment(clock.moment_at(f"{epoch}ep")) for epoch in EARLY_CONSTANT}
     assert shifted != pytest.approx(EARLY_CONSTANT)  # detects a shift by one epoch
 
 

@@ -227,6 +227,7 @@ def test_a_closure_in_manual_optimization_has_the_change():
     assert same(model, Classifier())
 
 
+@pytest.mark.filterwarnings("ignore:NonFiniteGradientGuard.*infinite or NaN gradients")
 @pytest.mark.parametrize("how", ["guard", "scaler"])
 def test_the_change_is_back_after_a_skipped_step(how):
     class Skipped(Manual):

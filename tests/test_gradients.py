@@ -216,6 +216,7 @@ def test_parameters_that_never_learn_warn():
         fit([PeakGradientDropping()], model)
 
 
+@pytest.mark.filterwarnings("ignore:.*did not act in 4 batches")
 @pytest.mark.parametrize("callback", PROCESSING, ids=lambda callback: type(callback).__name__)
 def test_parameters_without_gradient_are_unchanged(callback):
     class Without(Classifier):

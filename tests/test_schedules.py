@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from helpers import fit, loader
 
 from lightning_reg import Cosine, Cubic, Exponential, L1Penalty, Linear, Steps
-from lightning_reg._engine.plan import Plan
+from lightning_reg._engine.clock import Clock
+from lightning_reg._engine.plan import Plan, Point
 
 GRID = np.linspace(0.0, 1.0, 41)
 
@@ -45,27 +44,28 @@ def test_ramp_of_length_zero_jumps():
 )
 def test_plan_places_steps_under_varying_accumulation(number, batches):
     # 10 batches per epoch: a step per batch, then per two batches, then per four (so 4, 4 and 2)
-    assert Plan(total=100, per_epoch=10, per_step={0: 1, 1: 2, 2: 4}).steps(number) == batches
+    plan = Plan(max_epochs=10, per_epoch=10, per_step={0: 1, 1: 2, 2: 4})
+    assert plan.point(f"{number}st") == (batches, batches / 10, number)
+    assert plan.point(f"{batches / 10}ep").steps == number
 
 
-@pytest.mark.parametrize(
-    ("marker", "batches"), [("3ep", 30.0), ("1.5ep", 15.0), ("4st", 14.0), ("6st", 20.0), (0.25, 25.0), (0.0, 0.0)]
-)
+@pytest.mark.parametrize(("marker", "batches"), [("3ep", 30.0), ("1.5ep", 15.0), ("4st", 14.0), ("6st", 20.0)])
 def test_plan_converts_markers_to_batches(marker, batches):
     # 10 batches per epoch and 4 per step: an epoch has steps of 4, 4 and 2 batches
-    assert Plan(total=100, per_epoch=10, per_step={0: 4}).batches(marker) == batches
+    assert Plan(max_epochs=10, per_epoch=10, per_step={0: 4}).point(marker).batches == batches
 
 
 def test_marker_takes_effect_at_its_batch():
-    plan = Plan(total=70, per_epoch=7)
-    schedule = Steps([0.0, 1.0], at=["3ep"]).resolve(plan)
-    assert [schedule(plan.progress(batch)) for batch in (20, 21)] == [0.0, 1.0]
+    clock = Clock(Plan(max_epochs=10, per_epoch=7))
+    schedule = Steps([0.0, 1.0], at=["3ep"])
+    assert [schedule.at_moment(clock.moment(Point(batch, batch / 7, batch))) for batch in (20, 21)] == [0.0, 1.0]
 
 
 def test_epoch_markers_work_in_endless_run():
-    plan = Plan(total=math.inf, per_epoch=10)
-    schedule = Linear(0.0, 1.0, until="2ep").resolve(plan)
-    assert [schedule(plan.progress(batch)) for batch in (0, 10, 20, 500)] == [0.0, 0.5, 1.0, 1.0]
+    clock = Clock(Plan(per_epoch=10))
+    schedule = Linear(0.0, 1.0, until="2ep")
+    values = [schedule.at_moment(clock.moment(Point(batch, batch / 10, batch))) for batch in (0, 10, 20, 500)]
+    assert values == [0.0, 0.5, 1.0, 1.0]
 
 
 def test_schedule_sets_strength_in_fit():
@@ -150,7 +150,10 @@ def test_malformed_schedules_raise_immediately(make, message):
 
 
 def test_decreasing_markers_raise_when_fit_starts():
-    with pytest.raises(ValueError, match=r"Linear\(0.0, 1.0, begin='2ep', until=0.25\): the markers must not decrease"):
+    with pytest.raises(
+        ValueError,
+        match=r"Linear\(0.0, 1.0, begin='2ep', until=0.25\): the markers must not decrease, but 0.25 comes before '2ep'",
+    ):
         fit([L1Penalty(Linear(0, 1, begin="2ep", until=0.25))], max_epochs=4)
 
 
@@ -169,10 +172,6 @@ def test_fraction_in_endless_run_raises(schedule):
         fit([L1Penalty(schedule)], max_epochs=-1)
 
 
-def test_markers_that_need_unknown_length_raise():
-    with pytest.raises(
-        ValueError, match=r"the marker 1 is a fraction of training, but the length .* count steps, as in '500st'"
-    ):
-        Linear(0.0, 1.0).resolve(Plan(total=math.inf))
-    with pytest.raises(ValueError, match="the length of an epoch is unknown; count steps, as in '500st'"):
-        Linear(0.0, 1.0, until="3ep").resolve(Plan(total=math.inf))
+def test_markers_in_epochs_and_steps_need_a_fit():
+    with pytest.raises(RuntimeError, match="the position of the marker '3ep' is unknown until a fit starts"):
+        Linear(0.0, 1.0, until="3ep")(0.5)

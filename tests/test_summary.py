@@ -108,7 +108,7 @@ def everything():
     return [
         DropoutScheduler(Linear(0.0, 0.2)),
         DropoutInjection(0.1, after=["bert.*.dense", "ReLU"], name="after dense"),
-        L2Penalty(Linear(0.0, 0.1, until="3ep")),
+        L2Penalty(Linear(0.0, 0.1, until="1ep")),
         GradientNormClipping(1.0, params="bert.encoder.layer.0.*"),
         WeightPruning(Cubic(0.0, 0.9, until=0.7), structure="unit", scope="layer", params=["weights", "!net.4.*"]),
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_reg._engine.plan import Plan
+from lightning_reg._engine.plan import Plan, Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -74,6 +74,27 @@ def averaged_models(trainer: Trainer) -> list[nn.Module]:
     ]
 
 
+def wrap_average_updates(trainer: Trainer, after: Callable[[nn.Module], None]) -> list[Callable[[], None]]:
+    """Call a function with each average of the weights after its callback has updated it; return functions to stop that."""
+
+    def wrapper(update: Callable[..., Any], average: nn.Module) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> None:
+            update(*args, **kwargs)
+            after(average)
+
+        return wrapped
+
+    undo = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        model = getattr(callback, "_average_model", None)
+        if isinstance(model, torch.nn.Module):
+            owner: Any = model if isinstance(model, AveragedModel) else callback  # SWA updates its average itself
+            average = model.module if isinstance(model, AveragedModel) else model
+            if hasattr(owner, "update_parameters"):
+                undo.append(wrap_method(owner, "update_parameters", partial(wrapper, average=average)))
+    return undo
+
+
 def wrap_method(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
     """Replace a method of one object by ``wrapper(method)``; return a function that restores it."""
     method = getattr(owner, name)
@@ -95,22 +116,19 @@ def is_endless(trainer: Trainer) -> bool:
     return trainer.max_epochs == -1 and trainer.max_steps == -1
 
 
-def plan_of(trainer: Trainer) -> Plan:
-    """Return the planned length of the fit; the training data must be loaded.
-
-    In manual optimization ``max_steps`` counts the steps of all optimizers; each is assumed to step once per batch.
-    """
-    automatic = trainer.lightning_module.automatic_optimization
-    open_end = Plan(math.inf, float(trainer.num_training_batches), _batches_per_step(trainer) if automatic else {0: 1})
+def plan_of(trainer: Trainer, *, in_batch: bool = True) -> Plan:
+    """Return the length of the fit as it is known in the current epoch, in a batch or before the first one."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - _epochs_without_training(trainer)
     steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-    if not automatic:
-        steps /= max(len(trainer.optimizers), 1)
-    by_steps = math.inf if math.isinf(steps) else open_end.steps(steps)
-    return Plan(min(epochs * open_end.per_epoch, by_steps), open_end.per_epoch, open_end.per_step)
+    per_step = batches_per_step(trainer) if trainer.lightning_module.automatic_optimization else {}
+    done, in_epoch = _batches_done(trainer, in_batch)
+    steps_in_epoch = in_epoch // trainer.accumulate_grad_batches if per_step else 0
+    start = Point(done - in_epoch, trainer.current_epoch, trainer.global_step - steps_in_epoch)
+    return Plan(epochs, steps, float(trainer.num_training_batches), per_step, start)
 
 
-def _batches_per_step(trainer: Trainer) -> dict[int, int]:
+def batches_per_step(trainer: Trainer) -> dict[int, int]:
+    """Return the number of batches per optimizer step in automatic optimization, by the first epoch to which it applies."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if is_instance_of(callback, "GradientAccumulationScheduler"):
             return dict(callback.scheduling)
@@ -126,29 +144,59 @@ def _epochs_without_training(trainer: Trainer) -> int:
 # Batches, steps and epochs ------------------------------------------------------------------------------------------
 
 
-def batches_at_step_start(trainer: Trainer, batch_idx: int) -> int:
-    """Return the number of training batches before the optimizer step to which this batch belongs.
+def batch_number(trainer: Trainer) -> int:
+    """Return the number of the current training batch in the whole fit."""
+    return trainer.fit_loop.total_batch_idx
+
+
+def point_of(trainer: Trainer, *, in_batch: bool = True) -> Point:
+    """Return what was done before the optimizer step to which the current batch belongs, or before the first batch.
 
     Measured there, progress is the same whether a step has one batch or accumulates several.
     """
-    automatic = trainer.lightning_module.automatic_optimization
-    done: int = trainer.fit_loop.total_batch_idx
-    return done - (batch_idx % trainer.accumulate_grad_batches if automatic else 0)
+    done, in_epoch = _batches_done(trainer, in_batch)
+    accumulated = in_epoch % trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 0
+    return _point(trainer, done - accumulated, in_epoch - accumulated)
 
 
-def batches_done(trainer: Trainer) -> int:
-    """Return the number of training batches done, including the current one."""
-    return trainer.fit_loop.total_batch_idx + 1
+def point_after_batch(trainer: Trainer) -> Point:
+    """Return what is done after the current batch, which is the last of its epoch unless training stops early."""
+    done, in_epoch = _batches_done(trainer)
+    if math.isinf(trainer.num_training_batches):
+        return Point(done + 1, trainer.current_epoch + 1, trainer.global_step)
+    return _point(trainer, done + 1, in_epoch + 1)
 
 
-def begins_step(trainer: Trainer, batch_idx: int) -> bool:
-    """Return whether a batch is the first of its optimizer step."""
-    return batch_idx % trainer.accumulate_grad_batches == 0
+def _point(trainer: Trainer, done: int, in_epoch: int) -> Point:
+    """Return a point of the fit. Where the length of an epoch is unknown, it has no fractions."""
+    return Point(done, trainer.current_epoch + in_epoch / trainer.num_training_batches, trainer.global_step)
+
+
+def _batches_done(trainer: Trainer, in_batch: bool = True) -> tuple[int, int]:
+    """Return the number of batches before the current one: in the fit, and in the epoch.
+
+    Before the first batch of a resumed fit, the counts of the epoch are those of the checkpoint, whose epoch may have ended.
+    """
+    progress, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
+    if in_batch:
+        return progress.total.ready - 1, progress.current.ready - 1
+    return progress.total.ready, progress.current.ready if epochs.ready > epochs.processed else 0  # type: ignore[attr-defined]
+
+
+def begins_step(trainer: Trainer) -> bool:
+    """Return whether the current batch is the first of its optimizer step."""
+    return _batches_done(trainer)[1] % trainer.accumulate_grad_batches == 0
 
 
 def ends_epoch(trainer: Trainer) -> bool:
     """Return whether the current batch is the last of its epoch."""
-    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    fetcher = trainer.fit_loop._data_fetcher
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached() or bool(fetcher and fetcher.done)
+
+
+def stops_early(trainer: Trainer) -> bool:
+    """Return whether the current batch is the last because something has asked the trainer to stop."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early and not trainer.sanity_checking
 
 
 def accumulates(trainer: Trainer) -> bool:
@@ -156,18 +204,22 @@ def accumulates(trainer: Trainer) -> bool:
     return trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate()
 
 
-def wrap_optimizer_step(trainer: Trainer, after: Callable[[], None]) -> Callable[[], None]:
-    """Call a function after every step of a Lightning optimizer, also after a skipped one; return a function to stop that."""
+def wrap_optimizer_step(trainer: Trainer, step: Callable[..., Any]) -> Callable[[], None]:
+    """Replace steps of Lightning's optimizers by ``step(take_step, optimizer, closure)``; return a function to stop that."""
 
     def wrapper(optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            output = optimizer_step(*args, **kwargs)
-            after()
-            return output
+        def wrapped(optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+            return step(partial(_keep_model, optimizer_step, args), optimizer, closure, **kwargs)
 
         return wrapped
 
     return wrap_method(trainer.strategy, "optimizer_step", wrapper)
+
+
+def _keep_model(
+    optimizer_step: Callable[..., Any], args: tuple[Any, ...], optimizer: Optimizer, closure: Callable[[], Any], **kwargs: Any
+) -> Any:
+    return optimizer_step(optimizer, closure, *args, **kwargs)
 
 
 def wrap_training_step(trainer: Trainer, before: Callable[[], None], after: Callable[[Any], None]) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from lightning_reg._engine.arguments import Interval, constructor_arguments
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-RESERVED = frozenset({"current", "has_logger", "logging", "running", "state"})
+RESERVED = frozenset({"current", "has_logger", "logging", "running", "saved_clock", "state"})
 """Attributes of the base class, whose names no argument may have."""
 
 

@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim import LBFGS
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_reg._engine import _lightning
+from lightning_reg._engine.clock import Clock
 from lightning_reg._engine.plan import Step
+from lightning_reg._engine.steps import (
+    SkippedStep,
+    StepFollower,
+    UnseenSteps,
+    evaluates_once,
+    evaluates_other_weights,
+    held_by,
+    remove_gradients,
+)
 from lightning_reg._tensors.shards import full_tensor
 
 if TYPE_CHECKING:
@@ -22,15 +32,16 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
-    from torch.nn import Parameter
+    from torch.nn import Module, Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg._engine.plan import Plan
+    from lightning_reg._engine.clock import Moment
     from lightning_reg._engine.technique import Technique
 
 AnyTechnique = TypeVar("AnyTechnique", bound="Technique")
 
-_METHODS = ("before_forward", "should_step", "gradients", "before_update", "weights", "epoch_end", "reproject")
+_METHODS = ("before_forward", "begin_step", "should_step", "gradients", "before_update", "weights", "epoch_end", "reproject")
+_STEP_METHODS = ("begin_step", "should_step", "gradients", "before_update", "weights")
 
 
 class Driver:
@@ -50,12 +61,15 @@ class Driver:
         self._adding: list[Technique] = []
         self._automatic = pl_module.automatic_optimization
         self._scaler: torch.amp.GradScaler | None = None
-        self._plan: Plan | None = None
+        self._clock: Clock | None = None
+        self._epoch = self._batch = -1  # the current epoch, and the number of the current batch in the fit
+        self._steps: StepFollower | None = None
+        self._unseen = UnseenSteps([], [])
         self._undo: list[Callable[[], None]] = []
         self._logging = False
         self._penalized = False  # whether the loss of this step contains its terms
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
-        self._trained = False  # whether the epoch has had a step
+        self._trained = False  # whether the epoch has had a step, and has not ended yet
         self._in_training_step = False
         self._in_forward: list[tuple[Technique, list[Parameter]]] = []  # what was changed for the current forward pass
         self._stepped: set[Optimizer] = set()
@@ -67,23 +81,33 @@ class Driver:
 
     def start(self) -> None:
         """Attach every technique to the module, and follow the optimizers' steps."""
+        self._set_recording(True)
         for technique in self.techniques:
-            technique.has_logger = bool(self.trainer.loggers)
             technique.attach(self.trainer, self.pl_module)
         self._adding = [technique for technique in self.techniques if technique.adds_to_loss]
+        self._unseen = UnseenSteps(self._names_that_need_steps(), _lightning.batches_per_step(self.trainer).values())
         self._scaler = _lightning.grad_scaler(self.trainer)
-        for optimizer in self.trainer.optimizers:
-            self._hook(optimizer.register_step_post_hook(self._after_step))
-            if self._scaler is not None:  # it has run the closure before it calls the optimizer
-                self._hook(optimizer.register_step_pre_hook(self._before_update))
-            if isinstance(optimizer, LBFGS):
-                self._hook(optimizer.register_step_pre_hook(self._penalize_closure))
-            if self._acting["before_forward"] and not self._automatic:
-                self._hook(optimizer.register_step_pre_hook(self._before_manual_step))
+        self._warn_of_other_weights()
+        self._steps = StepFollower(self.trainer, self)
+        self._undo.append(self._steps.stop)
         if self._acting["before_forward"]:
-            enter, leave, resume = self._enter_training_step, self._leave_training_step, self._after_manual_step
+            enter, leave = self._enter_training_step, self._leave_training_step
             self._undo.append(_lightning.wrap_training_step(self.trainer, enter, leave))
-            self._undo.append(_lightning.wrap_optimizer_step(self.trainer, resume))
+            if not self._automatic:
+                self._undo.append(register_optimizer_step_pre_hook(self._before_manual_step).remove)
+
+    def _warn_of_other_weights(self) -> None:
+        names = ", ".join(cb.name for cb in self._acting["weights"])
+        others = [type(optimizer).__name__ for optimizer in self.trainer.optimizers if evaluates_other_weights(optimizer)]
+        if names and others:
+            rank_zero_warn(
+                f"{', '.join(others)} evaluates other weights than it trains. {names} changes those that it trains, so the "
+                "weights that are validated and saved after optimizer.eval() may not satisfy the constraint"
+            )
+
+    def _names_that_need_steps(self) -> list[str]:
+        needs = [cb for cb in self.techniques if not cb.adds_to_loss and any(map(cb.overrides, _STEP_METHODS))]
+        return [cb.name for cb in needs]
 
     def stop(self) -> None:
         """Leave no trace in the module, the optimizers and the strategy, even if undoing one thing fails."""
@@ -92,29 +116,46 @@ class Driver:
                 stack.callback(undo)  # called in reverse order, each of them, whatever the others raise
         self._undo.clear()
 
-    def plan(self) -> None:
-        """Resolve the schedules, once the length of the fit is known."""
-        self._plan = _lightning.plan_of(self.trainer)
+    def start_clock(self) -> None:
+        """Start the clock or let it go on, check the schedules, and follow the averages of other callbacks."""
+        if self._clock is not None:
+            return
+        plan = _lightning.plan_of(self.trainer, in_batch=False)
+        self._clock = Clock(plan)
+        if state := next((technique.saved_clock for technique in self.techniques if technique.saved_clock), None):
+            self._clock.load_state_dict(state)
+            self._clock.begin_epoch(plan, _lightning.point_of(self.trainer, in_batch=False))
         for technique in self.techniques:
-            technique.resolve(self._plan)
+            technique.resolve(self._clock)
+        if self._acting["reproject"]:
+            self._undo += _lightning.wrap_average_updates(self.trainer, self._after_average_update)
 
-    def _hook(self, handle: Any) -> None:
-        self._undo.append(handle.remove)
+    def _set_recording(self, records: bool) -> None:
+        """Switch the metrics of techniques on or off."""
+        for technique in self.techniques:
+            technique.has_logger = records and bool(self.trainer.loggers)
+            technique.logging = records and self._logging
 
     # The forward and backward pass ----------------------------------------------------------------------------------
 
-    def before_batch(self, batch_idx: int) -> None:
-        """Set every value to that of the progress at which the current optimizer step began."""
-        assert self._plan is not None, "Lightning calls on_train_start before the first batch"
-        self._steps_in_batch = 0
-        self._check_steps_are_seen()
-        if _lightning.begins_step(self.trainer, batch_idx):
+    def before_batch(self) -> None:
+        """Set every value to that of the progress at which the current optimizer step began; called at least once per batch."""
+        number = _lightning.batch_number(self.trainer)
+        if number == self._batch:
+            return
+        assert self._clock is not None, "Lightning calls on_train_start before the first batch"
+        if self._epoch != self.trainer.current_epoch:
+            self._clock.begin_epoch(_lightning.plan_of(self.trainer), _lightning.point_of(self.trainer))
+        self._epoch, self._batch, self._steps_in_batch = self.trainer.current_epoch, number, 0
+        if _lightning.begins_step(self.trainer):
             self._has_gradients = not self._automatic
-        progress = self._plan.progress(_lightning.batches_at_step_start(self.trainer, batch_idx))
         self._logging = _lightning.logs_this_step(self.trainer)
+        self._set_recording(True)
+        self._update(self._clock.advance(_lightning.point_of(self.trainer)))
+
+    def _update(self, moment: Moment) -> None:
         for technique in self.techniques:
-            technique.logging = self._logging
-            technique.update(progress)
+            technique.update(moment)
 
     def _enter_training_step(self) -> None:
         self._in_training_step = True
@@ -153,7 +194,7 @@ class Driver:
         left = []
         while self._in_forward:
             technique, params = self._in_forward.pop()
-            held = params if optimizer is None else _held_by(optimizer, params)
+            held = params if optimizer is None else _those_of(optimizer, params)
             if len(held) < len(params):
                 done = set(map(id, held))
                 left.append((technique, [p for p in params if id(p) not in done]))
@@ -177,26 +218,44 @@ class Driver:
 
         return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
 
-    def _after_manual_step(self) -> None:
-        """Change the weights again: another forward pass may follow in this training step."""
-        if self._in_training_step and not self._automatic:
-            self._before_forward()
-
     def before_backward(self, loss: Tensor) -> None:
         """Add to the loss what belongs there."""
         self._has_gradients = True
+        self._unseen.backward()
         if self._adding:
-            optimizer, self._penalized = self.trainer.optimizers[0], not _lightning.accumulates(self.trainer)
+            optimizer = self._current_optimizer or self.trainer.optimizers[0]
+            self._penalized = not _lightning.accumulates(self.trainer)
             for technique in self._adding:
                 if term := technique.loss_term(optimizer, self._penalized):
                     _add_(loss, *term, self._scaler)
 
     # The optimizer step ---------------------------------------------------------------------------------------------
 
+    @property
+    def _current_optimizer(self) -> Optimizer | None:
+        return self._steps.current if self._steps is not None else None
+
+    def begin_step(self, optimizer: Optimizer) -> None:
+        """Let every technique act before a step. In manual optimization, a batch may have several, each at its own moment."""
+        if self._clock is None:
+            return
+        if not self._automatic and self._steps_in_batch:
+            self._update(self._clock.advance(_lightning.point_of(self.trainer)))
+        with torch.no_grad():
+            for technique in self._acting["begin_step"]:
+                if params := technique.parameters_of(optimizer):
+                    technique.begin_step(params, optimizer)
+
     def before_step(self, optimizer: Optimizer) -> None:
         """Let every technique change the gradients of the optimizer that is about to step."""
+        assert self._steps is not None, "the fit has started"
+        self._unseen.step(held_by(optimizer))
         if not self._has_gradients:
             return
+        self._steps.evaluations += 1
+        is_first = self._steps.evaluations == 1
+        if self._steps.evaluations == 2:  # metrics are those of the first evaluation
+            self._set_recording(False)
         self._about_to_step.add(optimizer)
         self._skipped.discard(optimizer)
         if self._in_forward:
@@ -211,8 +270,8 @@ class Driver:
                 for technique in acting:
                     if params := technique.parameters_of(optimizer):
                         technique.gradients(params, optimizer, step)
-        if self._scaler is None:
-            self._before_update(optimizer)
+        if self._scaler is None and is_first:
+            self.before_update(optimizer)
 
     def _should_step(self, optimizer: Optimizer, step: Step) -> bool:
         """Ask every guard, since each counts."""
@@ -221,13 +280,20 @@ class Driver:
         return all(answers)
 
     def _skip(self, optimizer: Optimizer) -> None:
-        """Remove the gradients: without them an optimizer changes neither parameters nor its state."""
+        """Skip a step without a trace: remove the gradients, or end a step of other code before it has changed anything."""
+        assert self._steps is not None, "the fit has started"
+        if self._steps.evaluations > 1:
+            names = ", ".join(cb.name for cb in self._acting["should_step"])
+            raise RuntimeError(
+                f"{names} cannot skip a step of {type(optimizer).__name__} at evaluation {self._steps.evaluations} of its "
+                "closure, because the weights have moved since the first one: use policy='zero' or 'raise'"
+            )
         self._skipped.add(optimizer)
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
+        remove_gradients(optimizer)
+        if not evaluates_once(optimizer) and self._current_optimizer is optimizer:
+            raise SkippedStep
 
-    def _before_update(self, optimizer: Optimizer, *_: Any) -> None:
+    def before_update(self, optimizer: Optimizer) -> None:
         """Let every technique decay the weights; not called in a step that a loss scaler skips."""
         if self._acting["before_update"] and self._is_step(optimizer):
             with torch.no_grad():
@@ -235,10 +301,12 @@ class Driver:
                     if params := technique.parameters_of(optimizer):
                         technique.before_update(params, optimizer)
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def after_update(self, optimizer: Optimizer, *, known: bool) -> None:
         """Let every technique change the weights that an optimizer has just updated."""
-        if not self._is_step(optimizer):
-            self._about_to_step.discard(optimizer)
+        is_step = self._is_step(optimizer)
+        was_announced = optimizer in self._about_to_step
+        self._about_to_step.discard(optimizer)
+        if not is_step or (known and not was_announced):  # nothing was evaluated: there is no closure, or it was not called
             return
         self._stepped.add(optimizer)
         if self._acting["weights"]:
@@ -248,13 +316,18 @@ class Driver:
                     if params := technique.parameters_of(optimizer):
                         technique.weights(params, optimizer, step)
         self._steps_in_batch += 1
-        if optimizer not in self._about_to_step:
-            self._after_manual_step()
+        if not known:
+            self._unseen.stop()
+            self.end_step()
             rank_zero_warn(
                 f"{type(optimizer).__name__} stepped without Lightning's knowledge, so no penalty was added to its gradients "
-                "and nothing clipped them: use self.optimizers() without use_pl_optimizer=False"
+                "and nothing clipped them: use self.optimizers() without use_pl_optimizer=False, and optimizer.step()"
             )
-        self._about_to_step.discard(optimizer)
+
+    def end_step(self) -> None:
+        """Change the weights for a forward pass again: another one may follow in this training step."""
+        if self._in_training_step and not self._automatic:
+            self._before_forward()
 
     def _is_step(self, optimizer: Optimizer) -> bool:
         """Return whether there was something to step with, and no guard has skipped the step."""
@@ -262,66 +335,67 @@ class Driver:
 
     def _step(self) -> Step:
         """Return the number of the current optimizer step."""
+        evaluation = max(self._steps.evaluations - 1, 0) if self._steps is not None else 0
         if self._automatic:
-            return Step(self.trainer.global_step)
-        return Step(self.trainer.fit_loop.total_batch_idx, self._steps_in_batch)
+            return Step(self.trainer.global_step, evaluation=evaluation)
+        return Step(self.trainer.fit_loop.total_batch_idx, self._steps_in_batch, evaluation)
 
-    def _check_steps_are_seen(self) -> None:
-        """Raise an error if an optimizer does not run its step hooks, unless a loss scaler may have skipped the step."""
-        if self._about_to_step and self._scaler is None:
-            names = ", ".join(type(optimizer).__name__ for optimizer in self._about_to_step)
-            raise RuntimeError(
-                f"{names} does not run torch's step hooks, so nothing could act on the updated weights: make it a subclass "
-                "of torch.optim.Optimizer that calls super().__init__"
-            )
-        self._about_to_step.clear()
-
-    def _penalize_closure(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Give an optimizer that searches along a line the objective that its gradient belongs to."""
-        closure = kwargs.get("closure")
-        if closure is None:
-            return args, kwargs
-
-        def penalized() -> Any:
-            loss = closure()
-            with torch.no_grad():
-                terms = [technique.objective(optimizer) for technique in self.techniques]
-            return loss if loss is None else sum((term for term in terms if term is not None), loss)
-
-        return args, {**kwargs, "closure": penalized}
+    def objective_terms(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return what the techniques add to the objective."""
+        with torch.no_grad():
+            terms = [technique.objective(optimizer) for technique in self.techniques]
+        return [term for term in terms if term is not None]
 
     # The end of the batch and the epoch -----------------------------------------------------------------------------
 
     def after_batch(self) -> None:
         """End the epoch after its last batch, and log."""
+        is_last = _lightning.ends_epoch(self.trainer)
         self._trained |= self._has_gradients
-        if self._trained and _lightning.ends_epoch(self.trainer):
-            self._trained = False
+        self._unseen.end_batch(ends_epoch=is_last)
+        if self._trained and is_last:
             self._end_epoch()
         if self._logging and not _lightning.accumulates(self.trainer):
             metrics = {f"reg/{cb.name}/{key}": value for cb in self.techniques for key, value in cb.collect_metrics()}
             _lightning.log_metrics(self.trainer, dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True)))
 
+    def before_validation(self) -> None:
+        """End an epoch that is cut short, so that what is validated is what is saved."""
+        if self._trained and (_lightning.stops_early(self.trainer) or _lightning.ends_epoch(self.trainer)):
+            self._end_epoch()
+
+    def after_epoch(self) -> None:
+        """End an epoch whose last batch was not known to be the last; one that ``max_steps`` cuts short has not ended."""
+        if self._trained and _lightning.ends_epoch(self.trainer):
+            self._end_epoch()
+
     def _end_epoch(self) -> None:
         """Let techniques act at the epoch's end, and then reproject, since constraints may be violated."""
-        assert self._plan is not None, "a batch has been trained"
-        progress = self._plan.progress(_lightning.batches_done(self.trainer))
+        assert self._clock is not None, "a batch has been trained"
+        self._trained = False
+        moment = self._clock.advance(_lightning.point_after_batch(self.trainer))
         with torch.no_grad():
             for technique in self._acting["epoch_end"]:
-                technique.update(progress)
+                technique.update(moment)
                 technique.epoch_end(self._all_parameters(technique), self._step())
             for technique in self._acting["reproject"] if self._acting["epoch_end"] else ():
                 for optimizer in self.trainer.optimizers:
                     if optimizer in self._stepped and (params := technique.parameters_of(optimizer)):
                         technique.reproject(params)
 
+    def _after_average_update(self, average: Module) -> None:
+        """Let an average of the weights satisfy the constraints, which the average of satisfying weights may not."""
+        with torch.no_grad():
+            for technique in self._acting["reproject"]:
+                technique.reproject_copy(average)
+
     def _all_parameters(self, technique: Technique) -> list[Parameter]:
         return list(dict.fromkeys(p for optimizer in self.trainer.optimizers for p in technique.parameters_of(optimizer)))
 
 
-def _held_by(optimizer: Optimizer, params: Sequence[Parameter]) -> list[Parameter]:
+def _those_of(optimizer: Optimizer, params: Sequence[Parameter]) -> list[Parameter]:
     """Return those parameters that an optimizer holds."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = set(map(id, held_by(optimizer)))
     return [p for p in params if id(p) in held]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
@@ -28,14 +28,24 @@ from lightning_reg._tensors.shards import local_tensor, shard_like
 from lightning_reg._tensors.units import Units
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
-    from torch.nn import Parameter
+    from torch.nn import Module, Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg._engine.clock import Moment
+
 _FEW = 3  # tensors that the summary names
+
+
+class _Held(NamedTuple):
+    """The parameters that an optimizer held when it was last asked."""
+
+    optimizer: Optimizer  # kept, so that no other one gets its id
+    ids: list[int]
+    selected: list[Parameter]
 
 
 class ParameterRegularizer(Regularizer):
@@ -60,6 +70,10 @@ class ParameterRegularizer(Regularizer):
     """Whether it depends on the values of the parameters, and not only on their gradients."""
     supports_complex: ClassVar[bool] = False
     """Whether it is defined for complex parameters, with |θ| as the magnitude. Frozen ones are always left alone."""
+    needs_learning_rate: ClassVar[bool] = False
+    """Whether it acts in proportion to the learning rate of each parameter group, as ``learning_rate`` returns it."""
+    rate_alternative: ClassVar[str] = "another technique"
+    """What to use with an optimizer whose learning rate is not known."""
     supports_fsdp1: ClassVar[bool] = True
     """Whether it works without the shapes of tensors, which FSDP1 flattens."""
 
@@ -74,8 +88,10 @@ class ParameterRegularizer(Regularizer):
         self._units: dict[int, Units] = {}
         self._refused: set[int] = set()  # the ids of complex parameters, which must stay frozen
         self._masked: dict[int, tuple[Parameter, Computed]] = {}  # those under a mask of torch.nn.utils.prune
-        self._held: dict[int, tuple[int, list[Parameter]]] = {}
+        self._held: dict[int, _Held] = {}
+        self._known: set[int] = set()  # the ids of the module's parameters, selected or not
         self._optimizers: list[Optimizer] = []
+        self._trainer: Trainer | None = None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Select by name, as far as the modules exist."""
@@ -100,20 +116,46 @@ class ParameterRegularizer(Regularizer):
         """Look up the parameters."""
         now = selection_mask(pl_module, self.params) if self._selected else self._select(pl_module)
         self._selected = {**now, **self._selected}
+        self._trainer = trainer
+        self._optimizers = list(trainer.optimizers)
+        self._held.clear()
+        computed = self._look_up(pl_module)
+        if len(computed) > len(self._masked):
+            self._warn_of_parametrized(trainer, pl_module)
+        self._check_trainable(trainer)
+        self._check_supported(trainer)
+        self._check_learning_rates(trainer)
+
+    def _look_up(self, pl_module: LightningModule) -> dict[int, Computed]:
+        """Look up the selected tensors; return those that are computed from parameters."""
         self.tensors = lookup(pl_module, [name for name, selected in self._selected.items() if selected])
         self._names = {id(p): name for name, p in self.tensors.items()}
+        self._known = set(map(id, pl_module.parameters()))
         modules = owners(pl_module)
         self._units = {id(p): checked_units(name, p, modules[id(p)]) for name, p in self.tensors.items()}
         computed = computed_tensors(pl_module)
         masked = {id(p): (p, computed[id(p)]) for p in self.tensors.values() if id(p) in computed}
         self._masked = {key: (p, tensor) for key, (p, tensor) in masked.items() if tensor.is_masked}
-        self._held.clear()
-        self._optimizers = list(trainer.optimizers)
         self._mask_originals()
-        if len(computed) > len(self._masked):
-            self._warn_of_parametrized(trainer, pl_module)
-        self._check_trainable(trainer)
-        self._check_supported(trainer)
+        return computed
+
+    def _follow(self, params: Sequence[Parameter]) -> None:
+        """Select among the parameters of modules that were added or replaced during the fit, once an optimizer holds them."""
+        assert self._trainer is not None, "the fit has started"
+        if self._known.issuperset(map(id, params)):
+            return
+        pl_module = self._trainer.lightning_module
+        before = {name: id(p) for name, p in self.tensors.items()}
+        self._selected = {**selection_mask(pl_module, self.params), **self._selected}
+        self._look_up(pl_module)
+        self._known.update(map(id, params))  # those that the module does not have are not looked for again
+        self._held.clear()
+        if changed := [name for name, p in self.tensors.items() if before.get(name) != id(p)]:
+            self._check_supported(self._trainer)
+            self.tensors_changed(changed)
+
+    def tensors_changed(self, names: Sequence[str]) -> None:
+        """Take up selected tensors that were added or replaced during the fit."""
 
     def _warn_of_parametrized(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn once, in the first callback whose selection leaves out weights that are computed from other parameters."""
@@ -131,9 +173,9 @@ class ParameterRegularizer(Regularizer):
         for p, tensor in self._masked.values() if self.reads_weights else ():
             mask_original_(p, tensor)
 
-    def update(self, progress: float) -> None:
-        """Set the scheduled values to those at a progress; another callback may have pruned since the last batch."""
-        super().update(progress)
+    def update(self, moment: Moment) -> None:
+        """Set the scheduled values to those of a moment; another callback may have pruned since the last batch."""
+        super().update(moment)
         self._mask_originals()
 
     def hidden(self, p: Parameter) -> Tensor | None:
@@ -171,6 +213,8 @@ class ParameterRegularizer(Regularizer):
         self._masked.clear()
         self._refused.clear()
         self._held.clear()
+        self._known.clear()
+        self._trainer = None
 
     def name_of(self, p: Tensor) -> str:
         """Return the name of a selected parameter."""
@@ -181,7 +225,12 @@ class ParameterRegularizer(Regularizer):
         return [self._units.get(id(p), Units()) for p in params]
 
     def optimizer_index(self, optimizer: Optimizer) -> int:
-        """Return the index of an optimizer in the trainer's list; each optimizer has state of its own."""
+        """Return the index of an optimizer in the trainer's list; each optimizer has state of its own.
+
+        One that replaces another goes on with the state of the other.
+        """
+        if self._trainer is not None and optimizer in self._trainer.optimizers:
+            self._optimizers = list(self._trainer.optimizers)
         return self._optimizers.index(optimizer)
 
     def label(self, key: str, optimizer: Optimizer) -> str:
@@ -208,15 +257,39 @@ class ParameterRegularizer(Regularizer):
 
     def parameters_of(self, optimizer: Optimizer) -> list[Parameter]:
         """Return the selected parameters of an optimizer that require a gradient now."""
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        known_size, parameters = self._held.get(id(optimizer), (-1, []))
-        if known_size != size:  # the first time, or a callback such as BaseFinetuning has added parameters
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._names]
-            self._held[id(optimizer)] = (size, parameters)
-        trained = [p for p in parameters if p.requires_grad]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        ids = list(map(id, params))
+        held = self._held.get(id(optimizer))
+        if held is None or held.ids != ids:  # the first time, or a callback such as BaseFinetuning has changed a group
+            if self._trainer is not None:
+                self._follow(params)
+            held = _Held(optimizer, ids, [p for p in params if id(p) in self._names])
+            self._held[id(optimizer)] = held
+        trained = [p for p in held.selected if p.requires_grad]
         if self._refused:  # another callback may have unfrozen a complex parameter
             self._refuse_complex(trained)
         return trained
+
+    def learning_rate(self, optimizer: Optimizer, group: Mapping[str, Any]) -> Any:
+        """Return the learning rate of a parameter group.
+
+        Raises:
+            ValueError: If the rate with which the optimizer steps is not in the group.
+        """
+        rate = group.get("lr")
+        if rate is None or "d" in group:
+            why = "multiplies the learning rate by a factor d of its own" if rate is not None else "has no learning rate (lr)"
+            raise ValueError(
+                f"{self.name} acts in proportion to the learning rate, but {type(optimizer).__name__} {why}: use "
+                f"{self.rate_alternative}"
+            )
+        return rate
+
+    def _check_learning_rates(self, trainer: Trainer) -> None:
+        """Raise an error early if a learning rate is not known."""
+        for optimizer in trainer.optimizers if self.needs_learning_rate else ():
+            for group, _ in self.by_group(self.parameters_of(optimizer), optimizer):
+                self.learning_rate(optimizer, group)
 
     def by_group(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Parameter]]]:
         """Yield each parameter group of an optimizer, which has its own learning rate, with those parameters that it holds."""
@@ -235,6 +308,15 @@ class ParameterRegularizer(Regularizer):
                 f"{self.name} acts on parameters that the optimizer decays too (weight_decay={', '.join(map(str, decays))}): "
                 f"both shrink them. Set weight_decay=0, or remove {type(self).__name__}."
             )
+
+    def reproject_copy(self, copy: Module) -> None:
+        """Enforce what ``reproject`` enforces in a copy of the module, such as an average of the weights."""
+        tensors = lookup(copy, list(self.tensors))
+        for name, p in tensors.items():
+            self._units[id(p)] = self._units[id(self.tensors[name])]
+        self.reproject([p for name, p in tensors.items() if self.tensors[name].requires_grad])
+        for p in tensors.values():
+            del self._units[id(p)]
 
     def acts_on(self) -> str:
         """Count the selected tensors and parameters that are trained now, and name the tensors if there are few."""

@@ -1,15 +1,16 @@
-"""The planned length of a fit, and conversions between batches, optimizer steps, epochs, and progress."""
+"""What is known at the start of an epoch about the rest of a fit: its length in batches, optimizer steps, and epochs."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 _MARKER = re.compile(r"(\d+(?:\.\d+)?)(ep|st)")
 
@@ -21,88 +22,178 @@ class Step(NamedTuple):
         number: The number of optimizer steps before it. In manual optimization, where optimizers may take turns, the number of
             batches before it.
         index_in_batch: Its index among the steps of its batch; always 0 in automatic optimization.
+        evaluation: How often the optimizer has evaluated its closure in this step before. All evaluations draw the same random
+            numbers, and only the first one counts in statistics.
     """
 
     number: int
     index_in_batch: int = 0
+    evaluation: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells this step from others."""
+        return self.number, self.index_in_batch
+
+
+class Point(NamedTuple):
+    """A point of a fit, as numbers of what is done there.
+
+    Args:
+        batches: The number of training batches.
+        epochs: The number of epochs, with the fraction of the current one if the number of its batches is known.
+        steps: The number of optimizer steps.
+    """
+
+    batches: float
+    epochs: float
+    steps: float
+
+
+_NOTHING = Point(0, 0, 0)
+
+
+def fraction_done(point: Point, length: Point) -> float:
+    """Return which fraction of a fit is done at a point, or the number of batches if the fit has no end.
+
+    The unit that is furthest counts. Epochs count as a whole, since without a number of batches they have no fractions.
+    """
+    if math.isinf(min(length)):
+        return point.batches
+    done = (point.batches / length.batches, math.floor(point.epochs) / length.epochs, point.steps / length.steps)
+    return float(min(max(done), 1.0))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The planned length of a fit, in training batches.
+    """The length of a fit, as far as it is known at the start of an epoch.
 
     Args:
-        total: The number of batches in the fit; infinite if the run has no end.
-        per_epoch: The number of batches in an epoch; infinite if the length of the data is unknown.
+        max_epochs: The number of epochs in the fit; infinite without a limit.
+        max_steps: The number of optimizer steps in the fit; infinite without a limit.
+        per_epoch: The number of batches in each epoch from now on; infinite if the length of the data is unknown.
         per_step: The number of batches per optimizer step (``accumulate_grad_batches``), keyed by the first epoch to which
-            it applies.
+            it applies; empty if it is unknown, in manual optimization.
+        start: What is done when the epoch starts.
 
     Example:
-        >>> plan = Plan(total=100, per_epoch=10, per_step={0: 4})
-        >>> plan.batches("2ep"), plan.batches("4st"), plan.batches(0.5)  # the third step of each epoch has 2 batches
-        (20.0, 14.0, 50.0)
+        >>> plan = Plan(max_epochs=10, per_epoch=10, per_step={0: 4})  # the third step of each epoch has 2 batches
+        >>> plan.end
+        Point(batches=100.0, epochs=10.0, steps=30.0)
+        >>> [plan.point(marker).batches for marker in ("2ep", "4st")]
+        [20.0, 14.0]
     """
 
-    total: float
+    max_epochs: float = math.inf
+    max_steps: float = math.inf
     per_epoch: float = math.inf
     per_step: Mapping[int, int] = field(default_factory=lambda: {0: 1})
+    start: Point = _NOTHING
 
     @property
-    def horizon(self) -> float:
-        """The number of batches at progress 1: those of the fit, or a single one if the run has no end."""
-        return self.total if math.isfinite(self.total) else 1.0
+    def is_sized(self) -> bool:
+        """Whether the number of batches in an epoch is known."""
+        return math.isfinite(self.per_epoch)
 
-    def progress(self, batches: float) -> float:
-        """Return the progress after a number of batches. It exceeds 1 only in a run without an end."""
-        return min(batches / self.horizon, 1.0) if math.isfinite(self.total) else batches
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the number of batches per optimizer step is known."""
+        return bool(self.per_step)
 
-    def batches(self, marker: float | str) -> float:
-        """Return the number of training batches before a marker.
+    @property
+    def total(self) -> float:
+        """The number of batches in the fit; infinite if it is unknown."""
+        if not self.is_sized:
+            return math.inf
+        by_epochs = self.start.batches + (self.max_epochs - self.start.epochs) * self.per_epoch
+        by_steps = self._batches_at_step(self.max_steps) if self.is_automatic and math.isfinite(self.max_steps) else math.inf
+        return float(min(by_epochs, by_steps))
 
-        Args:
-            marker: A fraction of training, epochs such as ``"3ep"``, or optimizer steps such as ``"500st"``.
+    @property
+    def end(self) -> Point:
+        """The end of the fit. What is unknown is infinite."""
+        total = self.total
+        epochs = self.max_epochs
+        if self.is_automatic and math.isfinite(total):
+            epochs = self.start.epochs + (total - self.start.batches) / self.per_epoch
+            return Point(total, epochs, self._step_at(total))
+        return Point(total, epochs, self.max_steps)
 
-        Raises:
-            ValueError: If this run has no such point, or the marker is malformed.
+    @property
+    def length(self) -> Point:
+        """What the progress of the fit is measured by: batches where their number is known, else epochs and steps.
+
+        What does not count is infinite.
         """
-        if not isinstance(marker, str):
-            return self._fraction(marker)
+        steps = math.inf if self.is_sized and self.is_automatic else self.max_steps
+        return Point(self.total, math.inf if self.is_sized else self.max_epochs, steps)
+
+    def point(self, marker: str) -> Point:
+        """Return the point that a marker names, such as ``"3ep"`` (epochs) or ``"500st"`` (optimizer steps).
+
+        Where the lengths of epochs or steps are unknown, they are taken to be the average of those before.
+        """
         number, unit = parse_marker(marker)
-        return self._epochs(marker, number) if unit == "ep" else self.steps(number)
+        batches = self._batches_at_epoch(number) if unit == "ep" else self._batches_at_step(number)
+        epochs = number if unit == "ep" else self._epoch_at(batches)
+        steps = number if unit == "st" else self._step_at(batches)
+        return Point(float(batches), float(epochs), float(steps))
 
-    def steps(self, number: float) -> float:
+    def _batches_at_epoch(self, number: float) -> float:
+        ahead = number - self.start.epochs
+        return self.start.batches + (ahead * self._mean_per_epoch if ahead else 0.0)
+
+    def _epoch_at(self, batches: float) -> float:
+        per_epoch = self._mean_per_epoch
+        return self.start.epochs + ((batches - self.start.batches) / per_epoch if math.isfinite(per_epoch) else 0.0)
+
+    @property
+    def _mean_per_epoch(self) -> float:
+        if self.is_sized:
+            return self.per_epoch
+        return self.start.batches / self.start.epochs if self.start.epochs else math.inf
+
+    def _batches_at_step(self, number: float) -> float:
         """Return the number of batches in a number of optimizer steps. The last step of an epoch may have fewer batches."""
-        changes = sorted(self.per_step)
-        if math.isinf(self.per_epoch):
-            return number * self.per_step[changes[0]]
-        for begin, end in pairwise([*changes, math.inf]):
-            per_step = self.per_step[int(begin)]
-            steps_per_epoch = math.ceil(self.per_epoch / per_step)
-            if number <= steps_per_epoch * (end - begin):
-                epochs, rest = divmod(number, steps_per_epoch)
-                return (begin + epochs) * self.per_epoch + rest * per_step
-            number -= steps_per_epoch * (end - begin)
-        raise AssertionError("the last range of epochs has no end")
+        if not self.is_automatic:
+            return self.start.batches + (number - self.start.steps) / self._steps_per_batch
+        if number < self.start.steps:  # it is over; the epochs before are taken to be like this one
+            return replace(self, start=_NOTHING)._batches_at_step(number)
+        steps, batches = self.start.steps, self.start.batches
+        for epochs, per_step in self._stretches():
+            steps_per_epoch = math.ceil(self.per_epoch / per_step) if self.is_sized else math.inf
+            if not self.is_sized or number - steps <= steps_per_epoch * epochs:
+                whole, rest = divmod(number - steps, steps_per_epoch)
+                return batches + (whole * self.per_epoch if whole else 0.0) + rest * per_step
+            steps, batches = steps + steps_per_epoch * epochs, batches + self.per_epoch * epochs
+        raise AssertionError("the last stretch of epochs has no end")
 
-    def why_no_end(self) -> str:
-        """Return why this run has no end, and what to do about it."""
-        if math.isinf(self.per_epoch):
-            return "the length of the training data is unknown; set max_steps, or count steps, as in '500st'"
-        return "the run has no end; set max_epochs or max_steps, or count epochs or steps, as in '3ep' or '500st'"
+    def _step_at(self, batches: float) -> float:
+        """Return the number of optimizer steps in a number of batches: the reverse of ``_batches_at_step``."""
+        if not self.is_automatic:
+            return self.start.steps + (batches - self.start.batches) * self._steps_per_batch
+        if batches < self.start.batches:
+            return replace(self, start=_NOTHING)._step_at(batches)
+        steps, done = self.start.steps, self.start.batches
+        for epochs, per_step in self._stretches():
+            if not self.is_sized or batches - done <= self.per_epoch * epochs:
+                whole, rest = divmod(batches - done, self.per_epoch)
+                return steps + (whole * math.ceil(self.per_epoch / per_step) if whole else 0.0) + math.ceil(rest / per_step)
+            steps, done = steps + math.ceil(self.per_epoch / per_step) * epochs, done + self.per_epoch * epochs
+        raise AssertionError("the last stretch of epochs has no end")
 
-    def _epochs(self, marker: str, number: float) -> float:
-        if math.isinf(self.per_epoch):
-            raise ValueError(
-                f"the marker {marker!r} counts epochs, but the length of an epoch is unknown; count steps, as in '500st'"
-            )
-        return number * self.per_epoch
+    def _stretches(self) -> Iterator[tuple[float, int]]:
+        """Yield stretches of epochs from the start on: their number, and the number of batches per optimizer step."""
+        for begin, end in pairwise([*sorted(self.per_step), math.inf]):
+            if end > self.start.epochs:
+                yield end - max(begin, self.start.epochs), self.per_step[int(begin)]
 
-    def _fraction(self, fraction: float) -> float:
-        if fraction and math.isinf(self.total):
-            raise ValueError(f"the marker {fraction:g} is a fraction of training, but {self.why_no_end()}")
-        return fraction * self.horizon
+    @property
+    def _steps_per_batch(self) -> float:
+        return self.start.steps / self.start.batches if self.start.steps and self.start.batches else 1.0
 
 
+@lru_cache
 def parse_marker(marker: str) -> tuple[float, str]:
     """Split a marker such as ``"3ep"`` into its number and its unit, ``"ep"`` (epochs) or ``"st"`` (optimizer steps).
 

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.driver import Driver, in_order
+from lightning_reg._engine.front import front_of, install_front
 from lightning_reg._engine.summary import Summary, print_line, summarize
 from lightning_reg._engine.technique import STATE_LAYOUT, Technique
 
@@ -42,7 +43,9 @@ class Regularizer(Technique, Callback):
         """Check the configuration against the run."""
         self._was_set_up, self._evaluating = True, stage != "fit"
         if stage == "fit":
+            install_front(trainer)
             self._check_fit(trainer)
+            self.saved_clock = None
             forget = self.reset if self.resets_each_fit else self.running.reset
             forget()  # a checkpoint is loaded later
             self.prepare(trainer, pl_module)
@@ -73,6 +76,8 @@ class Regularizer(Technique, Callback):
         regularizers = regularizers_of(trainer)
         if regularizers[0] is self:
             self._driver = Driver(trainer, pl_module, regularizers)
+            if front := front_of(trainer):
+                front.driver = self._driver
             self._driver.start()
             self._summary = summarize(self._driver.techniques)
             if _lightning.prints_summary(trainer):
@@ -85,14 +90,14 @@ class Regularizer(Technique, Callback):
         return self._summary or summarize(in_order(regularizers_of(trainer)), attached=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resolve the schedules, now that the data are loaded."""
+        """Start the clock, now that the data are loaded."""
         if self._driver:
-            self._driver.plan()
+            self._driver.start_clock()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set every value to that of the current progress."""
         if self._driver:
-            self._driver.before_batch(batch_idx)
+            self._driver.before_batch()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Add the penalties to the loss."""
@@ -132,19 +137,21 @@ class Regularizer(Technique, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
-        self._stop()
+        self._stop(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was."""
-        self._stop()
+        self._stop(trainer)
 
     def _stop_predict(self) -> None:
         if self._predicting:
             self._predicting = False
             self.stop_predict()
 
-    def _stop(self) -> None:
+    def _stop(self, trainer: Trainer) -> None:
         self._stop_predict()
+        if front := front_of(trainer):
+            front.remove_from(trainer)
         if self._driver:
             driver, self._driver = self._driver, None
             driver.stop()

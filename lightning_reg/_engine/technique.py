@@ -12,7 +12,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, readable
 from lightning_reg._engine.class_checks import check_arguments, check_class
@@ -26,10 +29,11 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
-    from torch.nn import Parameter
+    from torch.nn import Module, Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg._engine.plan import Plan, Step
+    from lightning_reg._engine.clock import Clock, Moment
+    from lightning_reg._engine.plan import Step
 
 STATE_LAYOUT = 1
 """The layout of a technique's state in a checkpoint. Raise it whenever an older state could be misread."""
@@ -37,7 +41,7 @@ STATE_LAYOUT = 1
 _LONG = 4  # entries of a list that the summary shows
 
 
-_PARAMETER_METHODS = ("before_forward", "should_step", "gradients", "before_update", "weights", "reproject")
+_PARAMETER_METHODS = ("before_forward", "begin_step", "should_step", "gradients", "before_update", "weights", "reproject")
 
 
 class Phase(IntEnum):
@@ -108,7 +112,9 @@ class Technique(SignatureRepr, ABC):
         self.running = RunningMetrics()  # update them only if there is a logger
         self.state: dict[str, dict[Any, Any]] = {entry: {} for entry in _all_state_entries(type(self))}
         self._applied: dict[str, float] | None = None
-        self._schedules: dict[str, Callable[[float], float]] = {}
+        self._schedules: dict[str, Callable[[Moment], float]] = {}
+        self._clock: Clock | None = None
+        self.saved_clock: dict[str, Any] | None = None  # the clock in the checkpoint that is resumed
         self._step_metrics: dict[str, float | Tensor] = {}
 
     # Methods that a technique overrides -----------------------------------------------------------------------------
@@ -148,6 +154,9 @@ class Technique(SignatureRepr, ABC):
         """Return what it adds to the objective, for an optimizer that reads the objective's value."""
         return None
 
+    def begin_step(self, params: list[Parameter], optimizer: Optimizer) -> None:
+        """Look at the selected parameters before a step, and before the optimizer evaluates its closure."""
+
     def should_step(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
         """Return whether the step may happen. The answer must be equal on every rank. Nothing else has acted on the step."""
         return True
@@ -155,11 +164,12 @@ class Technique(SignatureRepr, ABC):
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Change the gradients of the stepping optimizer's selected parameters; called after unscaling, before the update.
 
-        Not called if the loss of this step contains its ``loss_term``.
+        Not called if the loss of this step contains its ``loss_term``. An optimizer may evaluate its closure several times in a
+        step: then it is called after each evaluation, and ``step.evaluation`` counts them.
         """
 
     def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
-        """Change the selected parameters between the backward pass and an update that is certain to happen."""
+        """Change the selected parameters between the first backward pass of a step and an update that is certain to happen."""
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Change the stepping optimizer's selected parameters right after the update of this step."""
@@ -169,6 +179,9 @@ class Technique(SignatureRepr, ABC):
 
     def reproject(self, params: list[Parameter]) -> None:
         """Enforce again what ``weights`` enforces, after other techniques have acted at the end of an epoch."""
+
+    def reproject_copy(self, copy: Module) -> None:
+        """Enforce what ``reproject`` enforces in a copy of the module, such as an average of the weights."""
 
     def fit_summary(self) -> str | None:
         """Return a line about the whole fit, to print when it ends; ``None`` for nothing."""
@@ -236,7 +249,8 @@ class Technique(SignatureRepr, ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint; empty if there is none. With sharded parameters every rank must call it."""
         metrics, state = self.running.state_dict(), self.pack_state()
-        return {"layout": STATE_LAYOUT, "metrics": metrics, "state": state} if metrics or state else {}
+        clock = {"clock": self._clock.state_dict()} if self._clock and self._schedules else {}
+        return {"layout": STATE_LAYOUT, "metrics": metrics, "state": state, **clock} if metrics or state or clock else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of the run that is resumed.
@@ -253,6 +267,7 @@ class Technique(SignatureRepr, ABC):
                 "version of lightning_reg saved it. Resume with that version, or start a new fit from the checkpoint's weights "
                 "(model.load_state_dict(checkpoint['state_dict']))"
             )
+        self.saved_clock = state_dict.get("clock")
         self.running.load_state_dict(state_dict.get("metrics", {}))
         self.unpack_state(state_dict.get("state", {}))
 
@@ -269,28 +284,40 @@ class Technique(SignatureRepr, ABC):
 
     # Values ---------------------------------------------------------------------------------------------------------
 
-    def resolve(self, plan: Plan) -> None:
-        """Resolve the markers of schedules, once the length of the fit is known."""
+    def resolve(self, clock: Clock) -> None:
+        """Take up the schedules, once the length of the fit is known."""
+        self._clock = clock
         self._applied = None
         self._schedules.clear()
         self._step_metrics.clear()
         for key, valid, value in self._values_given():
             if isinstance(value, Schedule):
-                self._schedules[key] = value.resolve(plan)
-            elif callable(value) and math.isinf(plan.total):
-                raise ValueError(f"{self.name}: {key}={value!r} is a function of progress, but {plan.why_no_end()}")
+                self._check_markers(f"{self.name}: {key}={value!r}", value, clock)
+                self._schedules[key] = value.at_moment
             elif callable(value):
-                self._schedules[key] = value
+                self._schedules[key] = _of_progress(value)
             else:
                 self.current[key] = self._check_value(key, valid, value)
 
-    def update(self, progress: float) -> None:
-        """Set the scheduled values to those at a progress."""
+    def _check_markers(self, what: str, schedule: Schedule, clock: Clock) -> None:
+        """Check that the markers of a schedule come in order, and before the fit ends."""
+        for earlier, later in pairwise(schedule.markers):
+            if clock.comes_before(later, earlier):
+                raise ValueError(f"{what}: the markers must not decrease, but {later!r} comes before {earlier!r} in this run")
+        late = [marker for marker in schedule.markers if clock.ends_before(marker)]
+        if late:
+            rank_zero_warn(
+                f"{what} has the marker {late[0]!r}, but the run ends {clock.describe_end(late[0])}, so the schedule does not "
+                "reach it: train longer, or use an earlier marker"
+            )
+
+    def update(self, moment: Moment) -> None:
+        """Set the scheduled values to those of a moment."""
         for key, valid, value in self._values_given() if self._schedules else ():
             if key in self._schedules:
-                number = self._schedules[key](progress)
+                number = self._schedules[key](moment)
                 if type(number) is not float or number not in valid:  # building the message costs more than the rest
-                    number = valid.check(f"{self.name}: {key}={value!r} at progress {progress:g}", number)
+                    number = valid.check(f"{self.name}: {key}={value!r} at progress {moment.progress:g}", number)
                 self.current[key] = number
         if self.current != self._applied:
             self._applied = dict(self.current)
@@ -342,6 +369,10 @@ class Technique(SignatureRepr, ABC):
         is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
         parts: list[str] = list(selection) if is_list else [getattr(selection, "__name__", str(selection))]  # type: ignore[arg-type]
         return "-".join([type(self).__name__, *(re.sub(r"\W+", "_", part).strip("_") for part in parts)])
+
+
+def _of_progress(function: Callable[[float], float]) -> Callable[[Moment], float]:
+    return lambda moment: function(moment.progress)
 
 
 def _all_state_entries(cls: type[Technique]) -> list[str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_reg._engine.clock import Moment
     from lightning_reg._engine.module_selection import Patterns
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.schedules import Value
@@ -269,11 +270,11 @@ class DropoutInjection(ModuleRegularizer):
         """Set the rate."""
         self._rate.set(self.current["p"])
 
-    def update(self, progress: float) -> None:
-        """Set the rate to that at a progress, and log the progress."""
-        super().update(progress)
+    def update(self, moment: Moment) -> None:
+        """Set the rate to that of a moment, and log the progress."""
+        super().update(moment)
         if self.logging:
-            self.log_metrics(progress=progress)
+            self.log_metrics(progress=moment.progress)
 
     def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
         """Yield the metrics, without the rate if a scheduler has replaced it, because the scheduler logs its own."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg._engine.arguments import Interval
+    from lightning_reg._engine.clock import Moment
     from lightning_reg._engine.module_selection import Patterns
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.dropout.readers import Reader
@@ -191,11 +192,11 @@ class DropoutScheduler(ModuleRegularizer):
             shared.rate.set(p)
             set_dropout_(shared.sites, p)
 
-    def update(self, progress: float) -> None:
-        """Set the rates to those at a progress, and log the progress."""
-        super().update(progress)
+    def update(self, moment: Moment) -> None:
+        """Set the rates to those of a moment, and log the progress."""
+        super().update(moment)
         if self.logging:
-            self.log_metrics(progress=progress, sites=float(sum(map(len, self.sites.values()))))
+            self.log_metrics(progress=moment.progress, sites=float(sum(map(len, self.sites.values()))))
 
     def detach(self) -> None:
         """Restore the original rates."""

@@ -28,7 +28,7 @@ class GradientProcessing(ParameterRegularizer):
     Runs in: ``on_before_optimizer_step``, once per optimizer step, on accumulated and unscaled gradients.
 
     A subclass sets ``phase`` to its place in the step, and overrides ``gradients``, which changes each ``.grad`` in place.
-    With LBFGS, it runs at each evaluation of the loss.
+    If an optimizer evaluates the loss several times in a step, as LBFGS does, it runs at each evaluation.
 
     Args:
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of

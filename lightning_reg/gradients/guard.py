@@ -6,11 +6,13 @@ import math
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch.optim import LBFGS
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import check_choice, check_integer
+from lightning_reg._engine.names import abbreviate, counted
 from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.buffers import BufferHistory
 from lightning_reg._tensors.gradients import existing_gradients
 from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientProcessing
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg._engine.clock import Moment
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
 
@@ -79,7 +82,11 @@ class NonFiniteGradientGuard(GradientProcessing):
 
     A skipped step changes neither the parameters nor the optimizer's momentum and step counters. No other callback of this
     package acts on it, before or after. Its gradients are removed, so ``.grad`` is ``None`` in later hooks.
-    The forward pass has already run, so batch normalization keeps the statistics of the bad batch.
+    With ``"skip"`` and ``"zero"``, running statistics and other floating-point buffers that the bad batch made non-finite get
+    their values from before it.
+    The first bad step is a warning, and a line at the end of the fit counts them all.
+    If an optimizer evaluates the loss several times in a step, as LBFGS does, a step can be skipped only at the first
+    evaluation. Afterwards the weights have moved.
     The decision is the same on every rank. It is the only operation of this package that waits for the device at each step.
     While a float16 loss scaler is still lowering its scale, it skips bad steps itself. They count as bad only if the scale is
     below 1.
@@ -93,9 +100,10 @@ class NonFiniteGradientGuard(GradientProcessing):
 
     Raises:
         ValueError: If ``policy`` is unknown, ``patience`` is below 1, nothing is selected, or a fused optimizer is used under
-            float16 loss scaling. With ``"skip"``, also for LBFGS, which evaluates the loss several times per step, and for
-            ``Trainer(gradient_clip_algorithm="value")``, which fails without gradients.
-        RuntimeError: During training, after ``patience`` bad steps in a row, or with ``"raise"`` at the first bad step.
+            float16 loss scaling. With ``"skip"``, also for ``Trainer(gradient_clip_algorithm="value")``, which fails without
+            gradients.
+        RuntimeError: During training, after ``patience`` bad steps in a row, with ``"raise"`` at the first bad step, or if a
+            step would have to be skipped after its first evaluation of the loss.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -104,7 +112,7 @@ class NonFiniteGradientGuard(GradientProcessing):
 
     phase = Phase.GUARD
     supports_complex = True
-    state_entries = ("consecutive",)
+    state_entries = ("consecutive", "bad_steps")
     supports_sparse = supports_fsdp1 = True
 
     def __init__(
@@ -119,6 +127,9 @@ class NonFiniteGradientGuard(GradientProcessing):
         self.policy = policy
         self.patience = check_integer("NonFiniteGradientGuard: patience", patience, 1)
         super().__init__(params, name)
+        self._buffers: BufferHistory | None = None
+        self._moment: Moment | None = None
+        self._bad_step: tuple[int, int] | None = None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise an error if the Trainer clips values, because that fails in a skipped step, which has no gradients."""
@@ -130,40 +141,72 @@ class NonFiniteGradientGuard(GradientProcessing):
             )
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up the parameters, and raise an error if a step of LBFGS would have to be skipped."""
+        """Look up the parameters and the buffers."""
         super().attach(trainer, pl_module)
-        if self.policy == "skip" and any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
-            raise ValueError(
-                f"{self.name} cannot skip a step of LBFGS, which evaluates the loss several times per step: use policy='raise' "
-                "or 'zero'"
-            )
-        self._trainer = trainer
+        self._buffers = None if self.policy == "raise" else BufferHistory(pl_module)
+
+    def detach(self) -> None:
+        """Release the tensors."""
+        super().detach()
+        self._buffers = self._moment = None
+
+    def update(self, moment: Moment) -> None:
+        """Remember the buffers before each batch. The batches of one step have the same moment."""
+        super().update(moment)
+        if self._buffers is not None:
+            self._buffers.record(begins_step=moment != self._moment)
+        self._moment = moment
 
     def should_step(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
         """Return whether the step may happen. With the policy ``"zero"``, set the bad entries to 0 first."""
+        assert self._trainer is not None, "attached"
         bad = _lightning.any_rank(self._trainer, nonfinite_gradients(params))
         is_bad, index = bool(bad.any()), self.optimizer_index(optimizer)
+        if is_bad and self._buffers is not None:
+            self._buffers.restore_nonfinite()
         if is_bad and _lightning.is_searching_scale(self._trainer):
             return False
-        consecutive = self.state["consecutive"]
-        consecutive[index] = consecutive.get(index, 0) + 1 if is_bad else 0
+        self._count(index, is_bad, step)
         if self.has_logger:
             self.running.sum(self.label("nonfinite_steps", optimizer), bad.any())
         if not is_bad:
             return True
-        if self.policy == "raise" or consecutive[index] >= self.patience:
-            raise RuntimeError(self._error_message(params, bad, step, consecutive[index]))
+        consecutive = self.state["consecutive"][index]
+        names = [self.name_of(p) for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
+        steps = f" ({consecutive} steps in a row)" if consecutive > 1 else ""
+        where = f"{self.name}: infinite or NaN gradients at step {step.number}{steps} in"
+        if self.policy == "raise" or consecutive >= self.patience:
+            raise RuntimeError(
+                f"{where} {', '.join(names)}: look for bad data, a division by zero, or a logarithm or square root of zero, or "
+                "lower the learning rate"
+            )
+        self._warn_once(f"{where} {abbreviate(names)}")
         if self.policy == "zero":
             zero_nonfinite_gradients_(params)
         return self.policy == "zero"
 
-    def _error_message(self, params: list[Parameter], bad: Tensor, step: Step, consecutive: int) -> str:
-        names = [self.name_of(p) for p, is_bad in zip(params, bad.tolist(), strict=True) if is_bad]
-        steps = f" ({consecutive} steps in a row)" if consecutive > 1 else ""
-        return (
-            f"{self.name}: infinite or NaN gradients at step {step.number}{steps} in {', '.join(names)}: look for bad data, a "
-            "division by zero, or a logarithm or square root of zero, or lower the learning rate"
-        )
+    def _count(self, index: int, is_bad: bool, step: Step) -> None:
+        """Count bad steps: a step is bad if one of its evaluations is."""
+        counts, totals = self.state["consecutive"], self.state["bad_steps"]
+        was_bad = step.evaluation > 0 and self._bad_step == step.key
+        if is_bad and not was_bad:
+            counts[index], totals[index] = counts.get(index, 0) + 1, totals.get(index, 0) + 1
+            self._bad_step = step.key
+        elif not is_bad and not step.evaluation:
+            counts[index] = 0
+
+    def _warn_once(self, where: str) -> None:
+        if sum(self.state["bad_steps"].values()) == 1:
+            what = "the step is skipped" if self.policy == "skip" else "these entries are set to 0"
+            rank_zero_warn(f"{where}: {what}. Later ones are only counted, in a line at the end of the fit")
+
+    def fit_summary(self) -> str | None:
+        """Return how many steps had infinite or NaN gradients."""
+        total = sum(self.state["bad_steps"].values())
+        if not total:
+            return None
+        done = "skipped" if self.policy == "skip" else "with entries set to 0"
+        return f"{counted(total, 'step')} {done} because of infinite or NaN gradients"
 
     def route(self) -> str:
         """Return where it acts, and what it does with a bad step."""

@@ -97,7 +97,7 @@ class GradientNoise(GradientProcessing):
         """Add the noise of this step."""
         std = self.current["std"] / (1 + step.number) ** (self.decay / 2)
         if std:
-            generator = generator_for(params[0].device, self.seed, self.name, *step)
+            generator = generator_for(params[0].device, self.seed, self.name, *step.key)
             with self.logging_norms(params, optimizer):
                 add_gradient_noise_(params, std, generator)
         if self.logging:

@@ -125,6 +125,10 @@ class _StatisticalClipping(GradientClipping):
     supports_complex = True
     state_entries = ("memory",)
 
+    def __init__(self, params: Params, name: str | None) -> None:
+        super().__init__(params, name)
+        self._bounds: dict[int, Tensor] = {}  # of the current step, by index of the optimizer
+
     @abstractmethod
     def initial_memory(self) -> Tensor:
         """Return the memory before the first step."""
@@ -139,9 +143,13 @@ class _StatisticalClipping(GradientClipping):
         if not gradients:
             return
         norm, index = total_norm_fp32(gradients), self.optimizer_index(optimizer)
-        memories = self.state["memory"]
-        memory = memories[index].to(norm.device) if index in memories else self.initial_memory().to(norm)
-        memories[index], bound = self.update_bound(memory, norm)
+        if step.evaluation and index in self._bounds:
+            bound = self._bounds[index]
+        else:
+            memories = self.state["memory"]
+            memory = memories[index].to(norm.device) if index in memories else self.initial_memory().to(norm)
+            memories[index], bound = self.update_bound(memory, norm)
+            self._bounds[index] = bound
         factor = _clip_factor(norm, bound)
         if factor is not None:
             torch._foreach_mul_(local_tensors(gradients), factor)
@@ -161,7 +169,7 @@ class QuantileGradientClipping(_StatisticalClipping):
     optimizer, and in checkpoints.
     A non-finite norm does not enter the history. The gradients of its step become NaN or 0, as in torch.
     For sharded parameters (FSDP2), the norm is computed over all shards.
-    With LBFGS, each evaluation of the loss counts as a step.
+    If an optimizer evaluates the loss several times in a step, the first evaluation sets the bound for all of them.
 
     Args:
         quantile: q in (0, 1), or a schedule. The paper uses the 10th percentile, 0.1.
@@ -221,7 +229,7 @@ class ZScoreGradientClipping(_StatisticalClipping):
     nothing is clipped. After that they are exponential averages. They are kept for each optimizer, and in checkpoints.
     A non-finite norm does not enter them. After the warm-up, the gradients of its step become NaN or 0, as in torch.
     For sharded parameters (FSDP2), the norm is computed over all shards.
-    With LBFGS, each evaluation of the loss counts as a step.
+    If an optimizer evaluates the loss several times in a step, the first evaluation sets the bound for all of them.
     The defaults are those of the authors' code.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.nn.utils.rnn import PackedSequence
@@ -9,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
 from lightning_reg._engine.outputs import batch_size, describe_output, is_float, main_output
+from lightning_reg._engine.steps import sign_of_penalties
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
+    from lightning_reg._engine.clock import Moment
     from lightning_reg._engine.module_selection import Patterns
     from lightning_reg.schedules import Value
 
@@ -114,6 +117,11 @@ class ActivityPenalty(ModuleRegularizer):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register a forward hook on each module."""
         super().attach(trainer, pl_module)
+        if any(math.isnan(sign_of_penalties(optimizer)) for optimizer in trainer.optimizers):
+            raise ValueError(
+                f"{self.name} adds one term to the loss, but the optimizer maximizes only some of its parameter groups: set "
+                "maximize for all groups or for none"
+            )
         self._trainer = trainer
         for name, module in self.modules_found.items():
             self._handles.append(module.register_forward_hook(self._forward_hook(name)))
@@ -127,10 +135,10 @@ class ActivityPenalty(ModuleRegularizer):
         self._values.clear()
         self._last_term = self._trainer = None
 
-    def update(self, progress: float) -> None:
+    def update(self, moment: Moment) -> None:
         """Update the strength, and discard the values of a batch whose loss was ``None``, so that it had no backward pass."""
         self._values.clear()
-        super().update(progress)
+        super().update(moment)
 
     def _forward_hook(self, name: str) -> ForwardHook:
         def record(module: nn.Module, args: Any, output: Any) -> None:
@@ -160,7 +168,8 @@ class ActivityPenalty(ModuleRegularizer):
         self._values.clear()
         if self.logging:
             self.log_metrics(penalty=self.current["strength"] * value.detach())
-        self._last_term = value.detach(), self.current["strength"] / self._trainer.accumulate_grad_batches
+        strength = sign_of_penalties(optimizer) * self.current["strength"]
+        self._last_term = value.detach(), strength / self._trainer.accumulate_grad_batches
         return value, self._last_term[1]
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:

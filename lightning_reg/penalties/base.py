@@ -13,6 +13,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.regularizer import regularizers_of
+from lightning_reg._engine.steps import by_sign, sign_of_penalties
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import is_cpu, sum_scalars
@@ -43,7 +44,8 @@ class Penalty(ParameterRegularizer):
     ``inject="gradient"`` needs no autograd graph.
     Selected parameters that took no part in the forward pass are penalized too.
     With gradient accumulation, the penalty counts once per step, not once per batch.
-    LBFGS evaluates the objective with the penalty.
+    An optimizer that uses the value of its closure, such as LBFGS, sees the objective with the penalty.
+    Where an optimizer maximizes (``maximize=True``), the penalty is subtracted, so that weights still shrink.
     The loss that the module logs does not contain the penalty.
 
     Args:
@@ -122,6 +124,8 @@ class Penalty(ParameterRegularizer):
         """Return the reason why adding the penalty to the loss is not exact in this fit, or ``None`` if it is exact."""
         if not pl_module.automatic_optimization:
             return "in manual optimization, where a loss may belong to any of the optimizers and may not allow in-place changes"
+        if any(math.isnan(sign_of_penalties(optimizer)) for optimizer in trainer.optimizers):
+            return "with an optimizer that maximizes only some of its parameter groups"
         changing = next((cb.name for cb in regularizers_of(trainer) if cb.overrides("before_forward")), None)
         if changing:
             return f"beside {changing}, which changes the weights for the forward pass"
@@ -143,18 +147,19 @@ class Penalty(ParameterRegularizer):
             return None
         value = self._checked_value(params)
         self._log(optimizer, value)
-        return value, self.scale
+        return value, sign_of_penalties(optimizer) * self.scale
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
         """Return λ R(θ)."""
         params = self.parameters_of(optimizer) if self.scale else []
-        return self.scale * self.value(params) if params else None
+        return sign_of_penalties(optimizer) * self.scale * self.value(params) if params else None
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Add λ ∇R(θ) to the gradients. Not called if the loss of this step contains the penalty."""
         if not self.scale:
             return
-        self.add_gradient_(params, self.scale)
+        for sign, signed in by_sign(optimizer, params).items():
+            self.add_gradient_(signed, sign * self.scale)
         if self.logging:
             self._log(optimizer, self.value(params))
 

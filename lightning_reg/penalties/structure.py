@@ -201,6 +201,11 @@ class StartingPointPenalty(Penalty):
             self.state["start"].update((name, p.detach().clone()) for name, p in self.tensors.items())
         self._bind()
 
+    def tensors_changed(self, names: Sequence[str]) -> None:
+        """Let tensors that were added or replaced during the fit start where they are now."""
+        self.state["start"].update((name, self.tensors[name].detach().clone()) for name in names)
+        self._bind()
+
     def detach(self) -> None:
         """Release the parameters, but keep the starting point."""
         super().detach()

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import Interval, check_choice, check_integer
+from lightning_reg._engine.clock import END
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.random import hashed
@@ -32,6 +33,7 @@ from lightning_reg.pruning.targets import (
     planned_targets,
     schedule_warnings,
 )
+from lightning_reg.schedules import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
 
-    from lightning_reg._engine.plan import Plan, Step
+    from lightning_reg._engine.clock import Clock, Moment
+    from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
 
@@ -137,7 +140,6 @@ class WeightPruning(ParameterRegularizer):
         self._optimizer_states: dict[int, dict[Any, Any]] = {}
         self._highest = self._final = 0.0  # the highest sparsity so far, and the last one of the schedule
         self._automatic = True
-        self._trainer: Trainer | None = None
 
     # The step and the epoch -----------------------------------------------------------------------------------------
 
@@ -200,7 +202,7 @@ class WeightPruning(ParameterRegularizer):
         if self.criterion == "magnitude":
             return [MagnitudeScores(p) for p in params.values()]
         if self.criterion == "random":
-            return [RandomScores(p, hashed(self.name, name, *step)) for name, p in params.items()]
+            return [RandomScores(p, hashed(self.name, name, *step.key)) for name, p in params.items()]
         return [self._custom_scores(name, p) for name, p in params.items()]
 
     def _custom_scores(self, name: str, p: Parameter) -> GivenScores:
@@ -270,16 +272,16 @@ class WeightPruning(ParameterRegularizer):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters, check the sparsity as far as it is known, and restore the masks of a checkpoint."""
         super().attach(trainer, pl_module)
-        self._trainer, self._automatic = trainer, pl_module.automatic_optimization
+        self._automatic = pl_module.automatic_optimization
         self._optimizer_states = {} if self.rewind_to_step is None else rewinding.initial_states(trainer.optimizers)
         self._check_layers(known_targets(self.sparsity))
         self._restore()
 
-    def resolve(self, plan: Plan) -> None:
-        """Resolve the schedule, and start with the masks of a checkpoint or of the same model's last fit, or without masks."""
-        super().resolve(plan)
+    def resolve(self, clock: Clock) -> None:
+        """Take up the schedule, and start with the masks of a checkpoint or of the same model's last fit, or without masks."""
+        super().resolve(clock)
         self._highest = 0.0
-        self._check_plan(plan)
+        self._check_plan(clock)
         if not self._restored and not self._state.matches(self.tensors):
             self._state = PruningState()
         self._restored = {}
@@ -293,17 +295,20 @@ class WeightPruning(ParameterRegularizer):
         units = self.units(list(self.tensors.values()))
         check_layers(self.name, max(targets, default=0.0), self.tensors, self.scope, self.structure, units)
 
-    def _check_plan(self, plan: Plan) -> None:
+    def _check_plan(self, clock: Clock) -> None:
         """Check the sparsity that each pruning of the fit will reach."""
-        schedule: Callable[[float], float] = self._schedules.get("sparsity", lambda _: self.current["sparsity"])
-        planned = planned_targets(schedule, plan, self.every_n_epochs)
-        self._final = schedule(1.0)
+        schedule: Callable[[Moment], float] = self._schedules.get("sparsity", lambda _: self.current["sparsity"])
+        planned = planned_targets(schedule, clock, self.every_n_epochs)
+        self._final = schedule(END)
         what = f"{self.name}: sparsity={self.sparsity!r}"
         targets = [self.valid_ranges["sparsity"].check(what, target) for target in planned.values()]
         check_rising(what, targets)
         self._check_layers(targets)
-        check_rewinding(self.name, self.rewind_to_step if self._automatic else None, planned, plan)
-        for warning in schedule_warnings(planned, self._final, self.every_n_epochs, plan):
+        check_rewinding(self.name, self.rewind_to_step if self._automatic else None, planned, clock)
+        markers = [marker for _, _, value in self._values_given() if isinstance(value, Schedule) for marker in value.markers]
+        if any(map(clock.ends_before, markers)):  # which is a warning already
+            return
+        for warning in schedule_warnings(planned, self._final, self.every_n_epochs, clock):
             rank_zero_warn(f"{self.name} {warning}")
 
     def detach(self) -> None:
@@ -311,7 +316,17 @@ class WeightPruning(ParameterRegularizer):
         super().detach()
         self._local_masks.clear()
         self._optimizer_states.clear()
-        self._trainer = None
+
+    def tensors_changed(self, names: Sequence[str]) -> None:
+        """Start without masks for tensors that were added or replaced during the fit."""
+        for name in names:
+            self._state.masks.pop(name, None)
+            self._state.trained.discard(name)
+        self._local_masks = self._state.local_masks(self.tensors)
+
+    def reproject_copy(self, copy: Module) -> None:
+        """Mask the weights of a copy of the module."""
+        mask_copy_(copy, self._state.masks)
 
     def reset(self) -> None:
         """Remove the masks."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_reg._engine.plan import Plan
+    from lightning_reg._engine.clock import Clock, Moment
     from lightning_reg._tensors.units import Units
     from lightning_reg.pruning.structures import Scope, Structure
     from lightning_reg.schedules import Value
@@ -75,37 +75,40 @@ def check_rising(what: str, targets: Sequence[float]) -> None:
             )
 
 
-def planned_targets(schedule: Callable[[float], float], plan: Plan, every_n_epochs: int) -> dict[float, float]:
-    """Return the sparsity of each pruning of a fit.
+def planned_targets(schedule: Callable[[Moment], float], clock: Clock, every_n_epochs: int) -> dict[float, float]:
+    """Return the sparsity of each pruning that a fit still has.
 
     Args:
-        schedule: The sparsity as a function of progress.
-        plan: The planned length of the fit.
+        schedule: The sparsity as a function of the moment.
+        clock: The clock of the fit.
         every_n_epochs: Pruning happens at the end of each n-th epoch.
 
     Returns:
         Sparsities, keyed by the number of batches before the pruning; empty if the length of the fit is unknown.
     """
-    if not plan.per_epoch or math.isinf(plan.per_epoch) or math.isinf(plan.total):
+    plan = clock.plan
+    if not plan.per_epoch or math.isinf(plan.total):
         return {}
-    epochs = range(every_n_epochs, int(plan.total / plan.per_epoch) + 1, every_n_epochs)
-    return {epoch * plan.per_epoch: schedule(plan.progress(epoch * plan.per_epoch)) for epoch in epochs}
+    done = int(plan.start.epochs) // every_n_epochs
+    epochs = range((done + 1) * every_n_epochs, int(plan.end.epochs + _ROUNDING) + 1, every_n_epochs)
+    points = [plan.point(f"{epoch}ep") for epoch in epochs]
+    return {point.batches: schedule(clock.moment(point)) for point in points}
 
 
-def check_rewinding(what: str, step: int | None, planned: Mapping[float, float], plan: Plan) -> None:
+def check_rewinding(what: str, step: int | None, planned: Mapping[float, float], clock: Clock) -> None:
     """Check that the step to rewind to is not after the first pruning.
 
     Args:
         what: The name of the callback, for the error message.
         step: The step to rewind to, or ``None`` for no check.
         planned: What ``planned_targets`` returned.
-        plan: The planned length of the fit.
+        clock: The clock of the fit.
 
     Raises:
         ValueError: If it is.
     """
     first = next((batches for batches, target in planned.items() if target), None)
-    if first is not None and step and plan.steps(step) > first:
+    if first is not None and step and clock.plan.point(f"{step}st").batches > first:
         raise ValueError(late_rewinding_message(what, step, f"{first:g} batches"))
 
 
@@ -117,23 +120,23 @@ def late_rewinding_message(what: str, step: int, first: str) -> str:
     )
 
 
-def schedule_warnings(planned: Mapping[float, float], final: float, every_n_epochs: int, plan: Plan) -> Iterator[str]:
+def schedule_warnings(planned: Mapping[float, float], final: float, every_n_epochs: int, clock: Clock) -> Iterator[str]:
     """Yield warnings about prunings that the fit is too short for.
 
     Args:
         planned: What ``planned_targets`` returned.
         final: The sparsity at the end of the schedule.
         every_n_epochs: Pruning happens at the end of each n-th epoch.
-        plan: The planned length of the fit.
+        clock: The clock of the fit.
     """
     last = max(planned, default=None)
     if last is not None and planned[last] < final:
         yield (
             f"reaches a sparsity of only {planned[last]:.2%}, not the final {final:.2%} of its schedule: the last pruning is "
-            f"after {last:g} of {plan.total:g} batches; end the schedule earlier (until=…), or end the fit with an epoch in "
-            "which it prunes"
+            f"after {last:g} of {clock.plan.total:g} batches; end the schedule earlier (until=…), or end the fit with an epoch "
+            "in which it prunes"
         )
-    if plan.total < every_n_epochs * plan.per_epoch < math.inf:
+    if math.isfinite(clock.plan.total) and clock.plan.end.epochs < every_n_epochs - _ROUNDING:
         yield (
             f"never prunes: every_n_epochs={every_n_epochs}, but the fit ends before the end of epoch {every_n_epochs}; prune "
             "more often, or train longer"

@@ -12,17 +12,20 @@ from lightning_reg._engine.names import counted
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.regularizer import Regularizer
 from lightning_reg._engine.selection import select_parameters
+from lightning_reg._engine.steps import evaluates_once
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.shards import local_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg._engine.clock import Moment
+    from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
 
@@ -74,11 +77,21 @@ def decay_groups(module: nn.Module, weight_decay: float, *, params: Params = "we
     return [group for group in groups if group["params"]]
 
 
+@torch.no_grad()
+def _decay_from_(params: Sequence[Tensor], before: Sequence[Tensor], fraction: float) -> None:
+    """Subtract the same fraction of earlier values from each entry: θ ← θ − fraction · θ_before."""
+    if params:
+        torch._foreach_sub_(local_tensors(params), torch._foreach_mul(local_tensors(before), fraction))
+
+
 class WeightDecay(ParameterRegularizer):
     """Decoupled weight decay for any optimizer: θ ← θ − η·λ·θ, where η is the learning rate of the parameter group.
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after all gradient processing. With a float16 loss scaler,
     ``register_step_pre_hook`` of the optimizer. Not in a step that a loss scaler or a guard skips.
+    For LBFGS, and for optimizers whose step is not torch's own code, ``register_step_post_hook``: θ ← θ' − η·λ·θ, where θ are
+    the weights before the step and θ' those after it. Such an optimizer may evaluate the loss several times in a step, and
+    restore weights itself. This takes a copy of the selected weights.
 
     With Adam it equals AdamW, to the last bit. With SGD it is SGDW.
     As in these optimizers, parameters without a gradient do not decay.
@@ -92,8 +105,8 @@ class WeightDecay(ParameterRegularizer):
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: If ``weight_decay`` is negative or NaN, nothing is selected, or a fused optimizer is used under float16 loss
-            scaling.
+        ValueError: If ``weight_decay`` is negative or NaN, nothing is selected, a fused optimizer is used under float16 loss
+            scaling, or the learning rate is not in the parameter groups (Adafactor, Prodigy).
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -108,9 +121,13 @@ class WeightDecay(ParameterRegularizer):
     valid_ranges = {"weight_decay": NON_NEGATIVE}
     deepspeed_alternative = "set the optimizer's own weight_decay"
 
+    needs_learning_rate = True
+    rate_alternative = "the optimizer's own weight_decay, which WeightDecayScheduler can schedule"
+
     def __init__(self, weight_decay: Value, *, params: Params = "weights", name: str | None = None) -> None:
         self.weight_decay = weight_decay
         super().__init__(params, name)
+        self._before: dict[int, Tensor] = {}  # weights before the step, keyed by the id of the parameter
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters, and warn if the optimizer decays them too."""
@@ -118,15 +135,42 @@ class WeightDecay(ParameterRegularizer):
         self.require_unscaled_gradients(trainer)
         self.warn_of_second_decay(trainer)
 
+    def begin_step(self, params: list[Parameter], optimizer: Optimizer) -> None:
+        """Copy the weights that will decay after the step."""
+        self._before.clear()
+        if self.current["weight_decay"] and not evaluates_once(optimizer):
+            self._before = {id(p): p.detach().clone() for p in params}
+
     def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
-        """Decay the parameters of each group, in proportion to its learning rate."""
-        if self.current["weight_decay"]:
-            for group, group_params in self.by_group(params, optimizer):
-                decay_weights_([p for p in group_params if p.grad is not None], group["lr"] * self.current["weight_decay"])
+        """Decay the parameters with a gradient, if the update cannot undo it. Others are forgotten."""
+        trained = [p for p in params if p.grad is not None]
+        if self._before:
+            self._before = {id(p): self._before[id(p)] for p in trained}
+        elif evaluates_once(optimizer):
+            for group_params, fraction in self._fractions(trained, optimizer):
+                decay_weights_(group_params, fraction)
+
+    def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Decay by the weights before the step."""
+        copied = [p for p in params if id(p) in self._before]
+        for group_params, fraction in self._fractions(copied, optimizer):
+            _decay_from_(group_params, [self._before[id(p)] for p in group_params], fraction)
+        self._before.clear()
+
+    def _fractions(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[tuple[list[Parameter], Any]]:
+        """Yield the parameters of each group with the fraction by which they decay, in proportion to its learning rate."""
+        for group, group_params in self.by_group(params, optimizer) if self.current["weight_decay"] else ():
+            yield group_params, self.learning_rate(optimizer, group) * self.current["weight_decay"]
+
+    def detach(self) -> None:
+        """Release the tensors."""
+        super().detach()
+        self._before.clear()
 
     def route(self) -> str:
-        """Return where it acts: between the backward pass and the update."""
-        return "before the update"
+        """Return where it acts: between the backward pass and the update, or after a step that is not torch's own."""
+        after = bool(self._optimizers) and not any(map(evaluates_once, self._optimizers))
+        return "after the step" if after else "before the update"
 
 
 class WeightDecayScheduler(Regularizer):
@@ -135,7 +179,7 @@ class WeightDecayScheduler(Regularizer):
     Runs in: ``on_train_batch_start``, whenever the value has changed.
 
     It sets the ``weight_decay`` of each parameter group that has a nonzero one when the fit starts, such as the first group of
-    ``decay_groups``. After the fit, it restores the original values.
+    ``decay_groups``, or when the group is added during the fit. After the fit, it restores the original values.
 
     Args:
         weight_decay: The weight decay, ≥ 0, or a schedule.
@@ -155,45 +199,66 @@ class WeightDecayScheduler(Regularizer):
 
     phase = Phase.DECAY
     valid_ranges = {"weight_decay": NON_NEGATIVE}
+    state_entries = ("original",)
     deepspeed_alternative = "set the optimizer's own weight_decay"
 
     def __init__(self, weight_decay: Value, *, name: str | None = None) -> None:
         self.weight_decay = weight_decay
         super().__init__(name)
-        self._original: list[tuple[Optimizer, int, float]] = []  # optimizer, index of the group, and its own weight decay
+        self._trainer: Trainer | None = None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a second scheduler, which would set the same values."""
         self.refuse_others(trainer, "both set the weight_decay of the same parameter groups: keep one of them")
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the groups with weight decay. Their indices are stored, because loading a checkpoint replaces the groups."""
-        self._original = [
-            (optimizer, index, group["weight_decay"])
-            for optimizer in trainer.optimizers
-            for index, group in enumerate(optimizer.param_groups)
-            if group.get("weight_decay")
-        ]
-        if not self._original:
+        """Find the groups with weight decay."""
+        self._trainer = trainer
+        self._find_groups()
+        if not any(self.state["original"].values()):
             raise ValueError(
                 f"{self.name}: no parameter group has a nonzero weight_decay to schedule: create the optimizer with one "
                 "(decay_groups splits the parameters), or use WeightDecay"
             )
 
-    def values_changed(self) -> None:
-        """Set the weight decay of the groups."""
-        for optimizer, index, _ in self._original:
-            optimizer.param_groups[index]["weight_decay"] = self.current["weight_decay"]
+    def _find_groups(self) -> None:
+        """Note the groups' own weight decay.
+
+        They are known by their indices, because loading a checkpoint and other callbacks replace the groups. A resumed run
+        knows them from its checkpoint, since its groups have the scheduled values.
+        """
+        original = self.state["original"]
+        for (optimizer, group), value in self._groups():
+            original.setdefault(f"{optimizer}/{group}", value.get("weight_decay") or 0.0)
+
+    def _groups(self) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+        """Yield each parameter group with the indices of its optimizer and of itself."""
+        for index, optimizer in enumerate(self._trainer.optimizers if self._trainer else ()):
+            yield from (((index, number), group) for number, group in enumerate(optimizer.param_groups))
+
+    def _scheduled(self) -> list[tuple[dict[str, Any], float]]:
+        """Return the groups that are scheduled, with their own weight decay."""
+        found = [
+            (group, self.state["original"].get(f"{optimizer}/{number}", 0.0)) for (optimizer, number), group in self._groups()
+        ]
+        return [(group, value) for group, value in found if value]
+
+    def update(self, moment: Moment) -> None:
+        """Set the weight decay of each group, also of one that was added since the last batch or came with a new optimizer."""
+        super().update(moment)
+        self._find_groups()
+        for group, _ in self._scheduled():
+            group["weight_decay"] = self.current["weight_decay"]
 
     def detach(self) -> None:
         """Restore the original weight decay of the groups."""
-        for optimizer, index, weight_decay in self._original:
-            optimizer.param_groups[index]["weight_decay"] = weight_decay
-        self._original.clear()
+        for group, value in self._scheduled():
+            group["weight_decay"] = value
+        self._trainer = None
 
     def acts_on(self) -> str:
         """Count the groups and parameters."""
-        groups = [optimizer.param_groups[index] for optimizer, index, _ in self._original]
+        groups = [group for group, _ in self._scheduled()]
         count = sum(p.numel() for group in groups for p in group["params"] if not is_lazy(p))
         return f"{counted(len(groups), 'group')}, {counted(count, 'parameter')}"
 

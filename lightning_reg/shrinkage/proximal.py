@@ -107,6 +107,8 @@ class SoftThresholding(ParameterRegularizer):
 
     phase = Phase.SOFT_THRESHOLD
     valid_ranges = {"strength": NON_NEGATIVE}
+    needs_learning_rate = True
+    rate_alternative = "L1Penalty, or GroupLassoPenalty for whole units"
 
     def __init__(self, strength: Value, *, params: Params = "weights", name: str | None = None) -> None:
         self.strength = strength
@@ -116,7 +118,7 @@ class SoftThresholding(ParameterRegularizer):
         """Threshold the parameters of each group, in proportion to its learning rate, and log the fraction of zeros."""
         if self.current["strength"]:
             for group, group_params in self.by_group(params, optimizer):
-                self.threshold_(group_params, float(group["lr"]) * self.current["strength"])
+                self.threshold_(group_params, float(self.learning_rate(optimizer, group)) * self.current["strength"])
         if self.logging:
             self.log_metrics(**self.zeros(params))
 

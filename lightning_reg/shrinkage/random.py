@@ -102,7 +102,7 @@ class RandomShrinkage(ParameterRegularizer):
 
     def _shrink(self, params: list[Parameter], step: Step) -> None:
         if params and self.current["epsilon"]:
-            generator = generator_for(params[0].device, self.seed, self.name, *step)
+            generator = generator_for(params[0].device, self.seed, self.name, *step.key)
             shrink_randomly_(params, self.current["epsilon"], generator)
 
     def route(self) -> str:

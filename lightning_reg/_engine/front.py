@@ -1,0 +1,69 @@
+"""A hidden callback that acts before all others in a fit, wherever the user's list has the callbacks of this package."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg._engine.driver import Driver
+
+
+class Front(Callback):
+    """Passes the hooks on to the driver in which no other callback may come first.
+
+    It is the first entry of ``trainer.callbacks`` from ``setup`` to ``teardown`` of a fit.
+
+    Args:
+        callbacks: The trainer's own list, which is put back after the fit.
+    """
+
+    def __init__(self, callbacks: list[Callback]) -> None:
+        self.driver: Driver | None = None
+        self._callbacks = callbacks
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, now that the data are loaded."""
+        if self.driver:
+            self.driver.start_clock()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set every value to that of the moment."""
+        if self.driver:
+            self.driver.before_batch()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Undo what was changed for the forward pass."""
+        if self.driver:
+            self.driver.after_backward()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End an epoch that is cut short before it is validated."""
+        if self.driver:
+            self.driver.before_validation()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End an epoch whose last batch nobody knew to be the last, before other callbacks save it."""
+        if self.driver:
+            self.driver.after_epoch()
+
+    def remove_from(self, trainer: Trainer) -> None:
+        """Put the trainer's own list of callbacks back, with what others have changed in it."""
+        self.driver = None
+        left = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = self._callbacks if left == self._callbacks else left  # type: ignore[attr-defined]
+
+
+def install_front(trainer: Trainer) -> None:
+    """Put a hidden callback before all others, unless there is one. The list is replaced, since Lightning iterates over it."""
+    if front_of(trainer) is None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [Front(callbacks), *callbacks]  # type: ignore[attr-defined]
+
+
+def front_of(trainer: Trainer) -> Front | None:
+    """Return the hidden callback of a trainer."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, Front)), None)  # type: ignore[attr-defined]

@@ -1,0 +1,229 @@
+"""Follows the optimizer steps of a fit, whichever optimizers take them and however often they evaluate their closures."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import LBFGS
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_reg._engine import _lightning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from lightning.pytorch import Trainer
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+_MANY_BATCHES = 100  # without a step that was seen
+
+
+class SkippedStep(Exception):  # noqa: N818 - like StopIteration, it is no error
+    """Ends an optimizer step from within its closure."""
+
+
+class StepListener(Protocol):
+    """What happens around the steps that are followed."""
+
+    def begin_step(self, optimizer: Optimizer) -> None:
+        """Act before a step, and before the optimizer evaluates its closure."""
+
+    def objective_terms(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return what is to be added to the value of an evaluated closure."""
+
+    def before_update(self, optimizer: Optimizer) -> None:
+        """Act before an update that a loss scaler has allowed."""
+
+    def after_update(self, optimizer: Optimizer, *, known: bool) -> None:
+        """Act on the updated weights. A step that is not known was taken without Lightning."""
+
+    def end_step(self) -> None:
+        """Act after a step, also after a skipped one."""
+
+
+def is_torchs_own(optimizer: Optimizer) -> bool:
+    """Return whether torch's own code takes the steps. Other code may evaluate its closure anywhere and restore weights."""
+    return (type(optimizer).step.__module__ or "").startswith("torch.optim.")
+
+
+def evaluates_once(optimizer: Optimizer) -> bool:
+    """Return whether a step evaluates its closure once, before it changes anything, and only returns the closure's value."""
+    return is_torchs_own(optimizer) and not isinstance(optimizer, LBFGS)
+
+
+def shares_parameters(optimizer: Optimizer, other: Optimizer) -> bool:
+    """Return whether two optimizers hold a common parameter, as a wrapper and the optimizer within it do."""
+    held = set(map(id, held_by(optimizer)))
+    return any(id(p) in held for p in held_by(other))
+
+
+def held_by(optimizer: Optimizer) -> list[Tensor]:
+    """Return all parameters of an optimizer."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+class StepFollower:
+    """Tells a listener about the steps of a trainer's optimizers, of each that the trainer has at the time.
+
+    Lightning takes a step in ``strategy.optimizer_step``, and torch's global step hooks run in the step. An optimizer whose
+    class does not run step hooks, such as some wrappers, has updated its weights when the strategy's method returns.
+
+    Args:
+        trainer: The trainer of the fit.
+        listener: Who is told.
+    """
+
+    def __init__(self, trainer: Trainer, listener: StepListener) -> None:
+        self.current: Optimizer | None = None  # the optimizer whose step Lightning takes now
+        self.evaluations = 0  # of its closure in this step
+        self._trainer = trainer
+        self._listener = listener
+        self._scaler = _lightning.grad_scaler(trainer)
+        self._updated = self._wrapped_updated = self._prepared = False
+        self._undo = [
+            _lightning.wrap_optimizer_step(trainer, self._step),
+            register_optimizer_step_pre_hook(self._before).remove,
+            register_optimizer_step_post_hook(self._after).remove,
+        ]
+
+    def stop(self) -> None:
+        """Stop following."""
+        for undo in self._undo:
+            undo()
+
+    def _step(self, take_step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], **options: Any) -> Any:
+        self.current, self.evaluations = optimizer, 0
+        self._updated = self._wrapped_updated = self._prepared = False
+        try:
+            self._listener.begin_step(optimizer)
+            output = take_step(optimizer, self._with_objective(optimizer, closure), **options)
+            if not self._updated and (self._scaler is None or self._wrapped_updated):
+                self._listener.after_update(optimizer, known=True)
+        except SkippedStep:
+            output = None
+            if self._scaler is not None:
+                self._scaler.update()
+        finally:
+            self.current = None
+            self._listener.end_step()
+        return output
+
+    def _with_objective(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Let an optimizer that uses the value of its closure see the whole objective, to which its gradients belong."""
+        if evaluates_once(optimizer):
+            return closure
+
+        def evaluate() -> Any:
+            value = closure()
+            return value if value is None else sum(self._listener.objective_terms(optimizer), value)
+
+        return evaluate
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Prepare an update after a loss scaler, which calls the optimizer only if the update is to happen."""
+        if self.current is not None and self._scaler is not None and not self._prepared and self._belongs(optimizer):
+            self._prepared = True
+            self._listener.before_update(self.current)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.current is None:
+            self._after_unknown_step(optimizer)
+        elif optimizer is self.current:
+            self._updated = True
+            self._listener.after_update(optimizer, known=True)
+        elif shares_parameters(optimizer, self.current):  # the wrapper's own step may still change the weights
+            self._wrapped_updated = True
+
+    def _belongs(self, optimizer: Optimizer) -> bool:
+        assert self.current is not None, "a step is taken"
+        return optimizer is self.current or shares_parameters(optimizer, self.current)
+
+    def _after_unknown_step(self, optimizer: Optimizer) -> None:
+        """Act after a step without Lightning: by one of the trainer's optimizers, or by one that such a wrapper holds."""
+        mine = self._trainer.optimizers
+        owner = next((other for other in mine if other is optimizer), None)
+        owner = owner or next((other for other in mine if shares_parameters(optimizer, other)), None)
+        if owner is not None:
+            self._listener.after_update(owner, known=False)
+
+
+class UnseenSteps:
+    """Warns once if a stretch of training has backward passes, but no step or no gradients that could be seen.
+
+    Args:
+        names: The callbacks that need to see the gradients or the steps.
+        accumulated: The number of batches of one step, as far as Lightning knows.
+    """
+
+    def __init__(self, names: Sequence[str], accumulated: Iterable[int]) -> None:
+        self._names = ", ".join(names)
+        self._many = max(_MANY_BATCHES, *accumulated, 1)
+        self._watching = bool(names)
+        self._batches = self._backward_passes = 0
+        self._seen_step = False
+
+    def backward(self) -> None:
+        """Count a backward pass."""
+        self._backward_passes += 1
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._watching = False
+
+    def step(self, params: Iterable[Tensor]) -> None:
+        """Note a step, and stop watching if it has gradients."""
+        self._seen_step = True
+        if self._watching and any(p.grad is not None for p in params):
+            self._watching = False
+
+    def end_batch(self, *, ends_epoch: bool) -> None:
+        """Warn at the end of an epoch, or of many batches."""
+        self._batches += 1
+        if not self._watching or not (ends_epoch or self._batches >= self._many):
+            return
+        if self._backward_passes:
+            self._watching = False
+            self._warn()
+        self._batches = 0
+
+    def _warn(self) -> None:
+        seen = (
+            "in none of the optimizer steps was there a gradient: something uses the gradients up before "
+            "on_before_optimizer_step, as an optimizer that is fused into the backward pass does"
+            if self._seen_step
+            else "there were backward passes, but no optimizer step that Lightning knows of: step with self.optimizers() and "
+            "optimizer.step(), without use_pl_optimizer=False"
+        )
+        rank_zero_warn(f"{self._names} did not act in {self._batches} batches: {seen}")
+
+
+def remove_gradients(optimizer: Optimizer) -> None:
+    """Skip a step: without gradients, torch's optimizers change neither parameters nor their state."""
+    for p in held_by(optimizer):
+        p.grad = None
+
+
+def by_sign(optimizer: Optimizer, params: Sequence[Parameter]) -> dict[float, list[Parameter]]:
+    """Split parameters by the sign of a penalty's gradient: -1 where the optimizer maximizes, so that weights still shrink."""
+    maximized = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
+    if not maximized:
+        return {1.0: list(params)}
+    split: dict[float, list[Parameter]] = {}
+    for p in params:
+        split.setdefault(-1.0 if id(p) in maximized else 1.0, []).append(p)
+    return split
+
+
+def sign_of_penalties(optimizer: Optimizer) -> float:
+    """Return -1 for an optimizer that maximizes, where a penalty must be subtracted; NaN if only some of its groups do."""
+    signs = {-1.0 if group.get("maximize") else 1.0 for group in optimizer.param_groups}
+    return signs.pop() if len(signs) == 1 else math.nan
+
+
+def evaluates_other_weights(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer evaluates other weights than it trains, between which ``train`` and ``eval`` switch."""
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
