@@ -18,6 +18,22 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+class _KeyOfInstance(property):
+    """A property that Lightning may read from an instance only.
+
+    The state key is the first that a Trainer asks of a callback. So a class that was passed in place of an instance gets an
+    error that says so, before Lightning calls the hooks of the class without ``self``.
+    """
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None and owner is not None and _lightning.is_code_of_lightning(sys._getframe(1)):
+            raise TypeError(
+                f"callbacks must be instances, got the class {owner.__name__}: create one, as in "
+                f"Trainer(callbacks=[{owner.__name__}(…)])"
+            )
+        return super().__get__(instance, owner)
+
+
 class Regularizer(Technique, Callback):
     """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
 
@@ -33,7 +49,7 @@ class Regularizer(Technique, Callback):
         self._state_key = self._generate_state_key(name=self.name)
         self._was_set_up = self._predicting = self._evaluating = False
 
-    @property
+    @_KeyOfInstance
     def state_key(self) -> str:
         """The key of its state in a checkpoint."""
         return self._state_key if self._was_set_up else _NewStateKey(self._state_key, self)
