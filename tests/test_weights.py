@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from helpers import Classifier, fit
@@ -268,16 +269,26 @@ def test_any_sequence_is_a_list():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (nn.Linear(2, 2), r"L2Penalty: params must name parameters, got Linear\(.*write the name of this Linear in the model"),
+        (
+            nn.Linear(2, 2),
+            "L2Penalty: params must name parameters, got a module of class Linear: write the name of this Linear",
+        ),
         ([nn.Linear(2, 2)], "write the name of this Linear in the model, as in params='encoder"),
         (nn.Linear, r"write a function, as in params=lambda name, parameter, module: isinstance\(module, Linear\)"),
         (nn.Linear(2, 2).weight, "write its name, as in params='head.weight'"),
         (3, "got 3: write one of 'weights', 'all', 'biases', 'norms', 'embeddings', a glob"),
         ([lambda name, parameter, module: True], "write one of 'weights'"),
+        (L2Penalty, "got the class L2Penalty: write one of 'weights'"),
+        ([["weights"]], r"got \['weights'\]: write one of 'weights'"),
+        ({"weights"}, "a list of these"),
+        (np.array(["weights"]), "a list of these"),
         ({"encoder": 1}, "write one of 'weights'"),
         (b"weights", "write one of 'weights'"),
     ],
-    ids=["module", "list of a module", "class", "tensor", "number", "list of a function", "mapping", "bytes"],
+    ids=[
+        *["module", "list of a module", "class", "tensor", "number", "list of a function", "class of callbacks"],
+        *["nested list", "set", "array", "mapping", "bytes"],
+    ],
 )
 def test_what_is_no_name_is_refused_with_what_to_write(params, message):
     with pytest.raises(TypeError, match=message):
@@ -456,9 +467,14 @@ def test_the_scheduler_excludes_too():
     ids=["after", "modules", "scheduler"],
 )
 def test_a_class_or_a_module_in_place_of_a_name_says_what_to_write(make):
-    with pytest.raises(TypeError, match=r"must name modules, got <class .*: write the name of the class, 'ReLU'"):
+    for nothing in ([], "", "!ReLU"):
+        with pytest.raises(ValueError, match="as in "):
+            make(nothing)
+    with pytest.raises(TypeError, match="must name modules, got the class ReLU: write the name of the class, 'ReLU'"):
         make(nn.ReLU)
-    with pytest.raises(TypeError, match=r"got ReLU\(\): write its name in the model, such as 'encoder.0', or .*, 'ReLU'"):
+    with pytest.raises(
+        TypeError, match=r"got a module of class ReLU: write its name in the model, such as 'encoder.0', or .*, 'ReLU'"
+    ):
         make(["net.0", nn.ReLU()])
     with pytest.raises(TypeError, match="got 3: write a name such as"):
         make(3)

@@ -40,7 +40,7 @@ def is_instance_of(obj: object, name: str) -> bool:
 
 def is_code_of_lightning(frame: FrameType) -> bool:
     """Return whether code of Lightning runs in a frame, from either package."""
-    return frame.f_globals.get("__name__", "").startswith(_PACKAGES)
+    return str(frame.f_globals.get("__name__")).startswith(_PACKAGES)
 
 
 def derive_from_both(callback_class: type) -> None:
