@@ -28,7 +28,7 @@ from lightning_reg.functional import Units, units_of
 
 
 def bare(*shape):
-    return nn.Parameter(torch.ones(*shape))
+    return nn.Parameter(torch.ones(shape))
 
 
 class VisionTransformer(nn.Module):
@@ -127,6 +127,50 @@ WEIGHTS = {
 @pytest.mark.parametrize("model", WEIGHTS, ids=lambda model: model.__name__)
 def test_weights_are_what_multiplies_the_inputs(model):
     assert list(select_parameters(model())) == WEIGHTS[model]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5), (5, 1), (5, 3)], ids=str)
+def test_a_bare_weight_counts_whatever_its_shape(shape):
+    """As in a linear model from a textbook, whose weights are a vector."""
+    for name in ("weight", "kernel", "gate_weight"):
+        model = nn.Module()
+        model.register_parameter(name, bare(*shape))
+        model.register_parameter("intercept", bare(1))
+        assert list(select_parameters(model)) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "parent", "is_norm", "reason"),
+    [
+        ("LlamaRMSNorm", nn.Module, True, "normalization"),
+        ("RMSNormGated", nn.Module, True, "normalization"),
+        ("BatchNormAct2d", nn.Module, True, "normalization"),
+        ("LayerNormalization", nn.Module, True, "normalization"),
+        ("LayerScale", nn.Module, False, "scales"),
+        ("Scale2d", nn.Module, False, "scales"),
+        ("MyPReLU", nn.PReLU, False, "slopes"),
+        ("NormalizedLinear", nn.Module, False, ""),
+        ("ScaledLinear", nn.Module, False, ""),
+        ("Affine", nn.Module, False, ""),
+    ],
+)
+def test_a_vector_called_weight_is_judged_by_its_class(name, parent, is_norm, reason):
+    layer = type(name, (parent,), {})()
+    layer.weight = bare(4)
+    model = nn.ModuleDict({"layer": layer, "head": nn.Linear(4, 2)})
+    assert list(select_parameters(model)) == [*([] if reason else ["layer.weight"]), "head.weight"]
+    assert ("layer.weight" in select_parameters(model, ["norms", "head.bias"])) == is_norm
+    assert left_out(model, "weights").get(reason, []) == (["layer.weight"] if reason else [])
+
+
+@pytest.mark.parametrize("name", ["NormLinear", "ScaleLinear"])
+def test_a_matrix_counts_in_a_class_that_mentions_a_norm_or_a_scale(name):
+    layer = type(name, (nn.Module,), {})()
+    layer.weight = bare(4, 3)
+    assert list(select_parameters(layer)) == ["weight"]
+    layer = type("LayerNorm2d", (nn.Module,), {})()  # the class is a norm
+    layer.weight, layer.linear = bare(4, 3), nn.Linear(2, 2)
+    assert list(select_parameters(layer)) == ["linear.weight"]
 
 
 @pytest.mark.parametrize(

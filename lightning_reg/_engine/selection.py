@@ -28,10 +28,11 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
 
     ``"weights"`` are the matrices and filters of a model. The weights of known layers count whatever their shape: linear,
     convolutional, recurrent, and attention layers, embeddings, and what ``lightning_reg.WEIGHT_LAYERS`` adds. Of parameters in
-    other modules, those count that have two dimensions larger than 1, or that have two dimensions and are called ``weight``,
-    ``kernel``, or ``…_weight``. Biases, parameters of normalization layers, position embeddings, tokens, scales, and what a
-    module's ``no_weight_decay()`` names never count. Neither does a weight that the module computes from other parameters, as
-    ``weight_norm`` does, and a warning names these. An exception is a weight under a mask of ``torch.nn.utils.prune``.
+    other modules, those count that have two dimensions larger than 1, or that are called ``weight``, ``kernel``, or
+    ``…_weight``, whatever their shape. Biases, parameters of normalization layers, position embeddings, tokens, scales, and
+    what a module's ``no_weight_decay()`` names never count. Neither does a weight that the module computes from other
+    parameters, as ``weight_norm`` does, and a warning names these. An exception is a weight under a mask of
+    ``torch.nn.utils.prune``.
 
     A tied parameter counts once, under its first name. It is selected if any of its names is selected and none is excluded.
 
