@@ -288,21 +288,23 @@ class DropoutInjection(ModuleRegularizer):
         self.injected = []
 
     def acts_on(self) -> str:
-        """List the modules after which dropout is added, and the scheduler that sets their rate, if there is one."""
-        where = f"after {abbreviate([site.name for site in self.injected])}"
-        scheduled = {by: [site.name for site in self.injected if site.set_by == by] for by in _schedulers(self.injected)}
-        of = {by: "" if len(names) == len(self.injected) else f" of {abbreviate(names)}" for by, names in scheduled.items()}
-        return "; ".join([where, *(f"{by} sets p{which}" for by, which in of.items())])
+        """List the modules after which dropout is added."""
+        return f"after {abbreviate([site.name for site in self.injected])}"
+
+    def settings(self) -> list[str]:
+        """Describe the arguments, with the scheduler that sets the rates in place of p where there is one."""
+        setters = list(dict.fromkeys(site.set_by for site in self.injected))
+        names = {by: [site.name for site in self.injected if site.set_by == by] for by in setters if by}
+        set_here = super().settings()
+        own = [setting for setting in set_here if setting.startswith("p=")]
+        by_others = [f"p{f' of {abbreviate(of)}' if len(setters) > 1 else ''} by {by}" for by, of in names.items()]
+        is_used = not setters or "" in setters
+        return [*(own if is_used else []), *by_others, *(setting for setting in set_here if setting not in own)]
 
 
 def injections_of(regularizers: Iterable[Regularizer]) -> list[DropoutInjection]:
     """Return the callbacks that inject dropout."""
     return [callback for callback in regularizers if isinstance(callback, DropoutInjection)]
-
-
-def _schedulers(sites: Iterable[InjectedDropout]) -> list[str]:
-    """Return the names of the callbacks that set the rates of injected dropout."""
-    return list(dict.fromkeys(site.set_by for site in sites if site.set_by))
 
 
 def _check_sharing(channelwise: bool, samplewise: bool, shared_dims: Any) -> None:
