@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.optim import Optimizer
+
+
+_summaries: WeakKeyDictionary[Trainer, Summary] = WeakKeyDictionary()
+"""The summary of each trainer's last fit, since a callback may serve several trainers."""
 
 
 class _KeyOfInstance(property):
@@ -45,7 +50,6 @@ class Regularizer(Technique, Callback):
         _lightning.derive_from_both(Regularizer)  # the package may have been imported since
         super().__init__(name)
         self._driver: Driver | None = None
-        self._summary: Summary | None = None  # of the last fit that it drove
         self._state_key = self._generate_state_key(name=self.name)
         self._was_set_up = self._predicting = self._evaluating = False
 
@@ -90,15 +94,15 @@ class Regularizer(Technique, Callback):
         if regularizers[0] is self:
             self._driver = Driver(trainer, pl_module, regularizers)
             self._driver.start()
-            self._summary = summarize(self._driver.techniques)
+            _summaries[trainer] = summarize(self._driver.techniques)
             if _lightning.prints_summary(trainer):
-                self._summary.print()
+                _summaries[trainer].print()
 
     def summary(self, trainer: Trainer) -> Summary:
         """Return the summary of all regularizers as they are now; after a fit, as they were when it started."""
         if self._driver:
             return summarize(self._driver.techniques)
-        return self._summary or summarize(in_order(regularizers_of(trainer)), attached=False)
+        return _summaries.get(trainer) or summarize(in_order(regularizers_of(trainer)), attached=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedules, now that the data are loaded."""
