@@ -23,9 +23,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 def select_modules(module: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
     """Return the submodules that match name globs or class names, by name.
 
-    ``"*"`` alone means the layers inside the model: the modules without children, up to the last one that has parameters. That
-    one computes the output of the model, so it does not count, and neither does what follows it. Losses and metrics do not
-    count either.
+    ``"*"`` alone means the layers inside the model: the modules without children, up to the last one that has parameters, in
+    the order in which the model defines them. That one computes the output of the model, so it does not count, and neither
+    does what follows it. Losses and metrics do not count either.
 
     Args:
         module: The module whose submodules are selected; it is never selected itself.
