@@ -20,6 +20,7 @@ LONGEST = [
     "test_distributed",
     "test_cli",
     "test_pytorch_lightning",
+    "test_pytorch_lightning_ranks",
     "test_killed",
     "test_resume",
     "test_cuda",

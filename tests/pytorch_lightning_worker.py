@@ -244,6 +244,7 @@ def checks(package: Any, folder: Path) -> dict[str, Callable[[], Any]]:
         **{f"mistyped {name}": partial(mistyped, package, make) for name, make in MISTYPED.items()},
         "layers built later": lambda: trained(package, [L1Penalty(0.1, params="later.*")], classifier(package, Later)()),
         "same name": lambda: error(lambda: package.Trainer(**QUIET, callbacks=[L1Penalty(0.1), L1Penalty(0.2)])),
+        "class": lambda: error(lambda: package.Trainer(**QUIET, callbacks=[WeightPruning(0.5), L1Penalty])),
         "steps": partial(counted, package),
         "predictions": partial(predicted, package),
         "summary": partial(summary, package, True),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import pydoc
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import lightning_reg
 from lightning_reg import (
     GradientNormClipping,
     L1Penalty,
+    L2Penalty,
     QuantileGradientClipping,
     StartingPointPenalty,
     WeightPruning,
@@ -326,6 +329,26 @@ def test_keys_of_callbacks_are_strings_like_any_other():
     assert pickle.loads(pickle.dumps({one.state_key: 1})) == {other.state_key: 1}
     with pytest.raises(ValueError, match="two callbacks have the name 'L1Penalty': set name='…' for one of them"):
         Trainer(**QUIET, callbacks=[one, other])
+
+
+@pytest.mark.parametrize("others", [[], [L2Penalty(0.1)]], ids=["alone", "beside an instance"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_class_in_place_of_an_instance_raises(others, checkpointing):
+    for callbacks in ([*others, L1Penalty], [L1Penalty, *others]):
+        with pytest.raises(TypeError, match=r"must be instances, got the class L1Penalty: .*callbacks=\[L1Penalty\(…\)\]"):
+            Trainer(**{**QUIET, "enable_checkpointing": checkpointing}, callbacks=callbacks)
+
+
+def test_class_that_a_module_returns_raises():
+    model = Classifier()
+    model.configure_callbacks = lambda: [L1Penalty]
+    with pytest.raises(TypeError, match="must be instances, got the class L1Penalty"):
+        fit([], model)
+
+
+def test_class_can_still_be_inspected():
+    assert "The key of its state in a checkpoint" in pydoc.render_doc(L1Penalty)
+    assert isinstance(dict(inspect.getmembers(L1Penalty))["state_key"], property)
 
 
 def test_predict_hooks_are_called_in_pairs_and_only_in_predict():

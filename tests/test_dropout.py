@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
 from helpers import Classifier, fit, loader, same
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_reg import DropoutInjection, DropoutScheduler, Linear, Steps
 from lightning_reg.functional import dropout, inject_dropout
@@ -196,6 +198,82 @@ def test_channelwise_without_channels_raises():
     inject_dropout({"layer": layer}, 0.5, channelwise=True)
     with pytest.raises(TypeError, match=r"'layer' \(Identity\): channels are in dimension 1, but the output has shape \(3,\)"):
         layer(torch.ones(3))
+
+
+class HeadFirst(nn.Module):
+    """Defines its output layer, and what follows it, before the layers that it calls first."""
+
+    def __init__(self, last=None):
+        super().__init__()
+        self.head = nn.Linear(16, 10)
+        self.last = nn.Identity() if last is None else last
+        self.body = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16))
+
+    def forward(self, x):
+        return self.last(self.head(self.body(x))).squeeze(-1)
+
+
+class TwoHeads(nn.Module):
+    """Returns the outputs of two layers by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(64, 16)
+        self.one, self.two = nn.Linear(16, 10), nn.Linear(16, 10)
+
+    def forward(self, x):
+        hidden = self.body(x).relu()
+        return {"one": self.one(hidden), "others": [self.two(hidden)]}
+
+
+class Wrapped(Classifier):
+    """Trains a network of any kind, in its forward pass or directly, with a metric beside it."""
+
+    def __init__(self, network, calls_itself):
+        super().__init__()
+        self.net, self.scale, self.calls_itself = network, nn.Identity(), calls_itself
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        outputs = self(batch[0]) if self.calls_itself else self.net(batch[0])
+        return sum(leaf.square().mean() for leaf in tree_leaves(outputs))
+
+
+def modules_named(caught):
+    return [re.search("after (.*), whose output the model returns", str(w.message)).group(1) for w in caught]
+
+
+@pytest.mark.parametrize("calls_itself", [True, False], ids=["self(x)", "self.net(x)"])
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [
+        (HeadFirst, ["net.head, net.last"]),
+        (lambda: HeadFirst(nn.Softmax(-1)), ["net.head, net.last"]),
+        (lambda: HeadFirst(nn.ReLU(inplace=True)), ["net.head, net.last"]),
+        (TwoHeads, ["net.one"]),
+        (lambda: nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)), []),
+        (lambda: nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10), nn.Softmax(-1), nn.Identity()), []),
+    ],
+    ids=["head first", "softmax first", "relu first", "two heads", "head last", "softmax last"],
+)
+def test_a_star_that_reaches_an_output_is_warned_of_once(network, names, calls_itself):
+    model = Wrapped(network(), calls_itself)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([DropoutInjection(0.1, after="*")], model)
+    found = [w for w in caught if "whose output the model returns" in str(w.message)]
+    assert modules_named(found) == names
+    assert not any(module._forward_hooks for module in model.modules())
+    excluded = ["!" + name for name in ", ".join(names).split(", ") if name]
+    if excluded:
+        assert f"exclude it, as in after={['*', *excluded]}" in str(found[0].message)
+    fit([DropoutInjection(0.1, after=["*", *excluded])], model)  # a warning is an error
+
+
+def test_an_output_that_is_named_is_dropped_without_a_warning():
+    fit([DropoutInjection(0.1, after=["net.head", "ReLU"])], Wrapped(HeadFirst(), calls_itself=True))
 
 
 @pytest.mark.parametrize(

@@ -340,3 +340,37 @@ def test_custom_reduce_is_used_during_fit():
     model.net[3] = Own(0.1)
     fit([DropoutScheduler(Linear(0.0, 0.5))], model, max_epochs=1)
     assert model.copied.p == 0.25
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DropoutScheduler(Linear), r"p must be a number or a schedule, got the class Linear: .*, as in Linear\(…\)"),
+        (
+            lambda: DropoutScheduler({nn.Dropout: 0.1}),
+            "the keys of p must name modules, got the class Dropout: write .*'Dropout'",
+        ),
+        (
+            lambda: DropoutScheduler(0.1, attributes=nn.Dropout),
+            "attributes must be a dictionary, as in .*, got the class Dropout",
+        ),
+        (
+            lambda: DropoutScheduler(0.1, attributes={nn.ReLU(): "p"}),
+            "each key of attributes must be a class of modules or its name",
+        ),
+        (
+            lambda: DropoutScheduler(0.1, attributes={"Attention": 0.1}),
+            "Attention must have the name of an attribute or a list",
+        ),
+        (lambda: DropoutScheduler(0.1, name=nn.Dropout), "name must be a string, got the class Dropout"),
+    ],
+    ids=["class of schedules", "class in p", "class in attributes", "module in attributes", "rate in attributes", "name"],
+)
+def test_argument_of_a_wrong_type_raises_in_the_constructor(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_attribute_that_is_a_tensor_is_described_in_one_line():
+    with pytest.raises(TypeError, match=r"weight \(Linear\) must be a number in \[0, 1\], got a tensor of shape \(3, 2\)"):
+        find_dropout(nn.Sequential(nn.Linear(2, 3)), {nn.Linear: "weight"})

@@ -154,7 +154,7 @@ def test_units_are_ranked_globally_by_root_mean_square():
 
 def test_two_of_four_keeps_largest_sum():
     torch.manual_seed(0)
-    weight = torch.randn(3, 5, 8)
+    weight = torch.randn(5, 8)
     (mask,) = pruning_masks([weight], 0.5, structure="2:4")
     assert (mask.view(-1, 4).sum(1) == 2).all()
     kept = (weight.abs() * ~mask).view(-1, 4).sum(1)
@@ -162,6 +162,37 @@ def test_two_of_four_keeps_largest_sum():
     assert_close(kept, pairs.max(0).values)
     (none,) = pruning_masks([weight], 0.0, structure="2:4")
     assert not none.any()
+
+
+LAYERS_OF_FOURS = {
+    "linear": (nn.Linear(8, 3), lambda w: w),
+    "embedding": (nn.Embedding(5, 8), lambda w: w),
+    "recurrent": (nn.GRU(8, 4), lambda w: w),
+    "convolution": (nn.Conv2d(8, 6, 3), lambda w: w.permute(0, 2, 3, 1)),
+    "grouped convolution": (nn.Conv1d(8, 6, 3, groups=2), lambda w: w.permute(0, 2, 1)),
+    "transposed convolution": (nn.ConvTranspose2d(8, 6, 3), lambda w: w.permute(1, 2, 3, 0)),
+    "grouped transposed convolution": (nn.ConvTranspose1d(8, 6, 3, groups=2), lambda w: w.permute(1, 2, 0)),
+}
+"""Layers, each with its weight in rows of inputs."""
+
+
+@pytest.mark.parametrize(("layer", "rows"), LAYERS_OF_FOURS.values(), ids=list(LAYERS_OF_FOURS))
+def test_two_of_four_groups_the_inputs(layer, rows):
+    """As brute force over the rows of inputs does. Groups along any other dimension have other masks."""
+    weight = next(layer.parameters()).detach()
+    (mask,) = pruning_masks([weight], 0.5, structure="2:4", units=[units_of(layer)])
+    expected = torch.zeros_like(rows(weight), dtype=torch.bool)
+    for index in itertools.product(*map(range, expected.shape[:-1])):
+        for start in range(0, expected.shape[-1], 4):
+            group = rows(weight)[index][start : start + 4].abs()
+            expected[index][start + group.argsort()[:2]] = True
+    assert torch.equal(rows(mask), expected)
+
+
+def test_two_of_four_does_not_mix_groups_of_channels():
+    layer = nn.ConvTranspose1d(12, 6, 1, groups=2)  # six inputs in each group
+    with pytest.raises(ValueError, match=r"multiple of 4, got shape \(12, 3, 1\) with inputs in dimension 0"):
+        pruning_masks([layer.weight], 0.5, structure="2:4", units=[units_of(layer)])
 
 
 def test_two_of_four_with_other_sparsity_or_shape_raises():

@@ -99,6 +99,11 @@ def test_two_of_one_name_are_refused(runs):
     assert "two callbacks have the name 'L1Penalty': set name='…' for one of them" in runs[OLD]["same name"]
 
 
+def test_a_class_in_place_of_an_instance_is_refused(runs):
+    assert runs[OLD]["class"] == runs[NEW]["class"]
+    assert runs[OLD]["class"].startswith("TypeError: callbacks must be instances, got the class L1Penalty")
+
+
 def test_the_summary_is_printed(runs):
     assert runs[OLD]["summary"] == runs[NEW]["summary"]
     assert "L1Penalty" in runs[OLD]["summary"]

@@ -190,12 +190,14 @@ def test_the_summary_says_who_sets_the_rate_of_injected_dropout(capsys, monkeypa
     def shown(*schedulers):
         fit([DropoutInjection(0.2, after=["ReLU", "net.0"]), *schedulers], max_epochs=1, enable_model_summary=True)
         (row,) = [line for line in capsys.readouterr().out.splitlines() if "│ DropoutInjection-" in line]
-        return row.split("│")[2].strip()
+        assert row.split("│")[2].strip() == "after net.0, net.2"
+        return row.split("│")[3].strip().removesuffix(", after=['ReLU', 'net.0']")
 
-    assert shown() == "after net.0, net.2"
-    assert shown(DropoutScheduler(0.3)) == "after net.0, net.2; DropoutScheduler sets p"
-    assert shown(DropoutScheduler(0.3, modules="net.3")) == "after net.0, net.2"
+    assert shown() == "p=0.2"
+    assert shown(DropoutScheduler(0.3)) == "p by DropoutScheduler"
+    assert shown(DropoutScheduler(0.3, modules="net.3")) == "p=0.2"
     one = DropoutScheduler(0.3, modules="net.0", name="one")
-    assert shown(one) == "after net.0, net.2; one sets p of net.0"
+    assert shown(one) == "p=0.2, p of net.0 by one"
     other = DropoutScheduler(0.3, modules="net.2", name="other")
-    assert shown(one, other) == "after net.0, net.2; one sets p of net.0; other sets p of net.2"
+    assert shown(one, other) == "p of net.0 by one, p of net.2 by other"
+    assert shown() == "p=0.2"

@@ -5,10 +5,11 @@ import torch
 from helpers import Classifier, fit
 from torch import nn
 
-from lightning_reg import L1Penalty
+from lightning_reg import L1Penalty, decay_groups, sparsity
 from lightning_reg._engine.module_selection import select_modules
 from lightning_reg._engine.names import canonical_name
 from lightning_reg._engine.selection import select_parameters
+from lightning_reg.functional import find_dropout
 
 
 class Zoo(nn.Module):
@@ -91,7 +92,10 @@ def test_compiled_modules_keep_names():
         ),
         (["!encoder.*"], r"start with what to include, as in \['weights', '!head.\*'\]"),
         ([], r"params=\[\] selects no parameter"),
-        (lambda name, p, module: False, r"params=<lambda> selects no parameter; close matches: encoder.weight, encoder.bias"),
+        (
+            lambda name, p, module: False,
+            "params=<lambda> selects no parameter: it returned a false value for each of encoder.weight, encoder.bias",
+        ),
         (["encoder.*", "!*"], r"params=\['encoder.\*', '!\*'\] selects no parameter"),
     ],
     ids=["unknown name", "unknown exclusion", "exclusion alone", "empty list", "callable", "everything excluded"],
@@ -100,6 +104,80 @@ def test_empty_selection_raises_with_close_matches(params, message):
     model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match=message):
         select_parameters(model, params)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([], "start with what to include"),
+        ("!weights", r"params=\['!weights'\] selects no parameter: start with what to include"),
+        ("", "params has '', which names no parameter: write 'weights' or a glob"),
+        (["weights", "!"], "params has '', which names no parameter"),
+        ("weights:", "params has 'weights:', which names no parameter: write 'weights', or a glob after the colon"),
+        ("weights:!encoder.*", r"to exclude, write \['weights', '!encoder.\*'\]"),
+    ],
+    ids=["empty list", "exclusion alone", "empty name", "empty exclusion", "nothing after the colon", "! after the colon"],
+)
+def test_malformed_selection_raises_in_the_constructor(params, message):
+    with pytest.raises(ValueError, match="L1Penalty: .*" + message):
+        L1Penalty(0.1, params=params)
+    with pytest.raises(ValueError, match="decay_groups: .*" + message):
+        decay_groups(nn.Linear(2, 2), 0.1, params=params)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("encoder", r"it is a module: write 'encoder.\*'"),
+        ("weight:encoder.*", r"'weight' is no keyword: write 'weights:encoder.\*'"),
+        (":encoder.*", "'' is no keyword: the keywords are 'weights', 'all'"),
+        ("Weights", "close matches: weights, "),
+        ("weights,biases", r"to name several, write a list: \['weights', 'biases'\]"),
+        ("weights !head.*", r"to name several, write a list: \['weights', '!head.\*'\]"),
+        ("weights: encoder.*", r"write 'weights:encoder.\*', without spaces"),
+        ("Linear", r"it is a class of modules: write params=lambda name, parameter, module: isinstance\(module, Linear\)"),
+        ("norms:encoder.*", "'norms' include none of encoder.weight, encoder.bias"),
+    ],
+    ids=["module", "keyword", "no keyword", "case", "comma", "space", "space after the colon", "class", "no norms"],
+)
+def test_unknown_name_raises_with_what_to_write(params, message):
+    with pytest.raises(ValueError, match=message):
+        select_parameters(nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 2)}), params)
+
+
+def test_names_of_compiled_modules_can_be_written_as_torch_lists_them():
+    model = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2))
+    names = [name for name, _ in model.named_parameters()]
+    assert names[0] == "0._orig_mod.0.weight"
+    assert list(select_parameters(model, names[:2])) == ["0.0.weight", "0.0.bias"]
+    assert list(select_parameters(model, ["weights:0._orig_mod.*"])) == ["0.0.weight"]
+    assert list(select_modules(model, ["0._orig_mod.?", "!0._orig_mod.1"])) == ["0.0"]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda name, p, module: p, r"must return True or False, but returned a tensor of shape \(2, 2\) for 'weight'"),
+        (lambda name: True, "must be a function of three arguments"),
+    ],
+    ids=["tensor", "one argument"],
+)
+def test_function_that_cannot_select_raises(function, message):
+    with pytest.raises(TypeError, match=message):
+        select_parameters(nn.Linear(2, 2), function)
+    assert list(select_parameters(nn.Linear(2, 2), lambda name, p, module: (p.abs() < 9).all())) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [select_parameters, sparsity, find_dropout, lambda module: decay_groups(module, 0.1)],
+    ids=["select_parameters", "sparsity", "find_dropout", "decay_groups"],
+)
+def test_something_else_in_place_of_a_module_raises(function):
+    with pytest.raises(TypeError, match=r": expected a module, got the class Linear: create one, as in Linear\(…\)"):
+        function(nn.Linear)
+    with pytest.raises(TypeError, match=r": expected a module, got L1Penalty\(0.1\): pass the model itself"):
+        function(L1Penalty(0.1))
 
 
 def test_model_without_weights_raises_with_what_is_left_out():

@@ -162,6 +162,19 @@ def test_it_is_printed_on_request(capsys, monkeypatch):
     assert cells(capsys.readouterr().out) == cells(first)
 
 
+def test_it_is_that_of_the_trainer_where_trainers_share_a_callback(capsys, monkeypatch):
+    set_width(monkeypatch, 200)
+    shared = GradientNormClipping(1.0)
+    first, second = (Trainer(**QUIET, max_epochs=1, callbacks=callbacks) for callbacks in ([shared], [shared, L2Penalty(0.1)]))
+    first.fit(Classifier(), loader())
+    second.fit(HeadOnly(), loader())
+    capsys.readouterr()
+    lightning_reg.summary(first)
+    assert [row[:2] for row in cells(capsys.readouterr().out)] == [["GradientNormClipping", "6 tensors, 1,242 parameters"]]
+    lightning_reg.summary(second)
+    assert cells(capsys.readouterr().out)[0][:2] == ["L2Penalty", "1 tensor, 160 parameters: net.4.weight"]
+
+
 def test_a_trainer_without_regularization_is_said():
     with pytest.raises(ValueError, match="the trainer has no callback of lightning_reg"):
         lightning_reg.summary(Trainer(**QUIET))

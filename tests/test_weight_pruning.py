@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from lightning_reg import Cubic, Linear, MaxNorm, NonNegative, Steps, UnitNorm, WeightPruning, sparsity
+from lightning_reg import WEIGHT_LAYERS, Cubic, Linear, MaxNorm, NonNegative, Steps, UnitNorm, WeightPruning, sparsity
 from lightning_reg._engine import _lightning
-from lightning_reg.functional import pruning_masks
+from lightning_reg.functional import Units, pruning_masks
 from lightning_reg.pruning.masks import unpack_bits
 
 TOTAL = 64 * 16 + 16 * 10  # weights of the model
@@ -402,13 +402,63 @@ def test_pruning_all_weights_of_layer_raises():
     assert_close(weights(model), before, rtol=0.0, atol=0.0)  # raised before any change
 
 
+class TransposedLinear(nn.Module):
+    """A linear layer that stores its weight as (in, out)."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(0)))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Conv1D(TransposedLinear):
+    """The same under Hugging Face's name."""
+
+
+class Experts(nn.Module):
+    """Stacked matrices, in a module of unknown type."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 6, 8))
+
+
+@pytest.mark.parametrize("layer", [Conv1D, TransposedLinear])
+def test_two_of_four_groups_the_inputs_of_each_layer(layer, monkeypatch):
+    """Two of every four inputs are left. Along the outputs of a transposed layer, this does not hold."""
+    if layer is TransposedLinear:
+        monkeypatch.setitem(WEIGHT_LAYERS, "TransposedLinear", Units(1))
+
+    class Model(Recorder):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), layer(12, 16), nn.ReLU(), nn.Linear(12, 10))
+            self.conv, self.stacked = nn.Conv2d(8, 2, 4), Experts()
+
+    model, _ = train([WeightPruning(0.5, structure="2:4")], Model())
+    rows = {
+        "linear": model.net[0].weight,
+        "transposed": model.net[2].weight.t(),
+        "convolution": model.conv.weight.permute(0, 2, 3, 1),
+        "stacked": model.stacked.experts,
+    }
+    for name, weight in rows.items():
+        zeros = (weight == 0).unflatten(-1, (-1, 4)).sum(-1)
+        assert bool((zeros == 2).all()), name
+    along_outputs = (model.net[2].weight == 0).unflatten(-1, (-1, 4)).sum(-1)
+    assert not bool((along_outputs == 2).all())
+
+
 def test_unsupported_two_of_four_raises():
     class Narrow(Recorder):
         def __init__(self):
             super().__init__()
-            self.extra = nn.Conv2d(4, 4, 3)
+            self.extra = nn.Conv2d(6, 4, 4)
 
-    with pytest.raises(ValueError, match=r"multiple of 4, got extra\.weight of shape \(4, 4, 3, 3\): exclude such layers"):
+    with pytest.raises(ValueError, match=r"multiple of 4, got extra\.weight of shape \(4, 6, 4, 4\): exclude such layers"):
         train([WeightPruning(0.5, structure="2:4")], Narrow())
     for value in (0.6, Linear(0.0, 0.5), Steps([0.25, 0.5], at=[0.5])):
         with pytest.raises(ValueError, match=r"sparsity must be 0\.5, or step from 0 to 0\.5 as in Steps"):

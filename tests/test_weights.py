@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from helpers import Classifier, fit
@@ -27,7 +28,7 @@ from lightning_reg.functional import Units, units_of
 
 
 def bare(*shape):
-    return nn.Parameter(torch.ones(*shape))
+    return nn.Parameter(torch.ones(shape))
 
 
 class VisionTransformer(nn.Module):
@@ -126,6 +127,50 @@ WEIGHTS = {
 @pytest.mark.parametrize("model", WEIGHTS, ids=lambda model: model.__name__)
 def test_weights_are_what_multiplies_the_inputs(model):
     assert list(select_parameters(model())) == WEIGHTS[model]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5), (5, 1), (5, 3)], ids=str)
+def test_a_bare_weight_counts_whatever_its_shape(shape):
+    """As in a linear model from a textbook, whose weights are a vector."""
+    for name in ("weight", "kernel", "gate_weight"):
+        model = nn.Module()
+        model.register_parameter(name, bare(*shape))
+        model.register_parameter("intercept", bare(1))
+        assert list(select_parameters(model)) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "parent", "is_norm", "reason"),
+    [
+        ("LlamaRMSNorm", nn.Module, True, "normalization"),
+        ("RMSNormGated", nn.Module, True, "normalization"),
+        ("BatchNormAct2d", nn.Module, True, "normalization"),
+        ("LayerNormalization", nn.Module, True, "normalization"),
+        ("LayerScale", nn.Module, False, "scales"),
+        ("Scale2d", nn.Module, False, "scales"),
+        ("MyPReLU", nn.PReLU, False, "slopes"),
+        ("NormalizedLinear", nn.Module, False, ""),
+        ("ScaledLinear", nn.Module, False, ""),
+        ("Affine", nn.Module, False, ""),
+    ],
+)
+def test_a_vector_called_weight_is_judged_by_its_class(name, parent, is_norm, reason):
+    layer = type(name, (parent,), {})()
+    layer.weight = bare(4)
+    model = nn.ModuleDict({"layer": layer, "head": nn.Linear(4, 2)})
+    assert list(select_parameters(model)) == [*([] if reason else ["layer.weight"]), "head.weight"]
+    assert ("layer.weight" in select_parameters(model, ["norms", "head.bias"])) == is_norm
+    assert left_out(model, "weights").get(reason, []) == (["layer.weight"] if reason else [])
+
+
+@pytest.mark.parametrize("name", ["NormLinear", "ScaleLinear"])
+def test_a_matrix_counts_in_a_class_that_mentions_a_norm_or_a_scale(name):
+    layer = type(name, (nn.Module,), {})()
+    layer.weight = bare(4, 3)
+    assert list(select_parameters(layer)) == ["weight"]
+    layer = type("LayerNorm2d", (nn.Module,), {})()  # the class is a norm
+    layer.weight, layer.linear = bare(4, 3), nn.Linear(2, 2)
+    assert list(select_parameters(layer)) == ["linear.weight"]
 
 
 @pytest.mark.parametrize(
@@ -268,16 +313,26 @@ def test_any_sequence_is_a_list():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (nn.Linear(2, 2), r"L2Penalty: params must name parameters, got Linear\(.*write the name of this Linear in the model"),
+        (
+            nn.Linear(2, 2),
+            "L2Penalty: params must name parameters, got a module of class Linear: write the name of this Linear",
+        ),
         ([nn.Linear(2, 2)], "write the name of this Linear in the model, as in params='encoder"),
         (nn.Linear, r"write a function, as in params=lambda name, parameter, module: isinstance\(module, Linear\)"),
         (nn.Linear(2, 2).weight, "write its name, as in params='head.weight'"),
         (3, "got 3: write one of 'weights', 'all', 'biases', 'norms', 'embeddings', a glob"),
         ([lambda name, parameter, module: True], "write one of 'weights'"),
+        (L2Penalty, "got the class L2Penalty: write one of 'weights'"),
+        ([["weights"]], r"got \['weights'\]: write one of 'weights'"),
+        ({"weights"}, "a list of these"),
+        (np.array(["weights"]), "a list of these"),
         ({"encoder": 1}, "write one of 'weights'"),
         (b"weights", "write one of 'weights'"),
     ],
-    ids=["module", "list of a module", "class", "tensor", "number", "list of a function", "mapping", "bytes"],
+    ids=[
+        *["module", "list of a module", "class", "tensor", "number", "list of a function", "class of callbacks"],
+        *["nested list", "set", "array", "mapping", "bytes"],
+    ],
 )
 def test_what_is_no_name_is_refused_with_what_to_write(params, message):
     with pytest.raises(TypeError, match=message):
@@ -456,9 +511,14 @@ def test_the_scheduler_excludes_too():
     ids=["after", "modules", "scheduler"],
 )
 def test_a_class_or_a_module_in_place_of_a_name_says_what_to_write(make):
-    with pytest.raises(TypeError, match=r"must name modules, got <class .*: write the name of the class, 'ReLU'"):
+    for nothing in ([], "", "!ReLU"):
+        with pytest.raises(ValueError, match="as in "):
+            make(nothing)
+    with pytest.raises(TypeError, match="must name modules, got the class ReLU: write the name of the class, 'ReLU'"):
         make(nn.ReLU)
-    with pytest.raises(TypeError, match=r"got ReLU\(\): write its name in the model, such as 'encoder.0', or .*, 'ReLU'"):
+    with pytest.raises(
+        TypeError, match=r"got a module of class ReLU: write its name in the model, such as 'encoder.0', or .*, 'ReLU'"
+    ):
         make(["net.0", nn.ReLU()])
     with pytest.raises(TypeError, match="got 3: write a name such as"):
         make(3)

@@ -21,6 +21,7 @@ from lightning_reg._engine.plan import Plan, Point
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from types import FrameType
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
@@ -29,11 +30,17 @@ if TYPE_CHECKING:
 
 # The two packages ---------------------------------------------------------------------------------------------------
 
+_PACKAGES = ("lightning.pytorch.", "pytorch_lightning.")
+
 
 def is_instance_of(obj: object, name: str) -> bool:
     """Return whether an object is an instance of Lightning's class of that name, from either package."""
-    packages = ("lightning.pytorch.", "pytorch_lightning.")
-    return any(cls.__name__ == name and cls.__module__.startswith(packages) for cls in type(obj).__mro__)
+    return any(cls.__name__ == name and cls.__module__.startswith(_PACKAGES) for cls in type(obj).__mro__)
+
+
+def is_code_of_lightning(frame: FrameType) -> bool:
+    """Return whether code of Lightning runs in a frame, from either package."""
+    return str(frame.f_globals.get("__name__")).startswith(_PACKAGES)
 
 
 def derive_from_both(callback_class: type) -> None:

@@ -9,6 +9,8 @@ from difflib import get_close_matches
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -56,7 +58,7 @@ class Interval:
             ValueError: If it is not in the interval.
         """
         if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{what} must be a number in {self}, got {number!r} of type {type(number).__name__}")
+            raise TypeError(f"{what} must be a number in {self}, got {described_value(number)} of type {type(number).__name__}")
         if float(number) not in self:
             raise ValueError(f"{what} must be a number in {self}, got {number!r}")
         return float(number)
@@ -122,6 +124,17 @@ def check_choice(what: str, value: Any, choices: Sequence[Any], other: str | Non
     raise ValueError(f"{what} must be {', '.join(names)} or {last}, got {value!r:.80}")
 
 
+def check_module(what: str, module: Any) -> None:
+    """Raise an error if something else is passed in place of a module.
+
+    Raises:
+        TypeError: If it is not a module; the message says what to pass.
+    """
+    if not isinstance(module, nn.Module):
+        fix = f"create one, as in {module.__name__}(…)" if isinstance(module, type) else "pass the model itself"
+        raise TypeError(f"{what}: expected a module, got {described_value(module)}: {fix}")
+
+
 class SignatureRepr:
     """A ``repr`` that shows the constructor's arguments, without those at their default.
 
@@ -148,16 +161,31 @@ def constructor_arguments(cls: type) -> list[inspect.Parameter]:
     return [parameter for parameter in inspect.signature(cls).parameters.values() if parameter.kind not in variadic]
 
 
-def close_matches(wanted: str, names: Iterable[str], limit: int = 5) -> str:
+def close_matches(wanted: str, names: Iterable[str], limit: int = 5, shown: Sequence[str] = ()) -> str:
     """List the names closest to one that was not found, for an error message.
+
+    Args:
+        wanted: The name that was not found. Its case does not matter.
+        names: The names that there are.
+        limit: The largest number of names to list.
+        shown: The names to list if none is close; by default all.
 
     Example:
         >>> close_matches("encodr.weight", ["encoder.weight", "head.bias"])
         'encoder.weight'
+        >>> close_matches("relu", ["ReLU", "Linear"])
+        'ReLU'
     """
     known = list(dict.fromkeys(names))
-    close = get_close_matches(wanted.strip("!*"), known, n=limit, cutoff=0.4) or known[:limit]
-    return ", ".join(close) + (", …" if len(known) > len(close) and close == known[:limit] else "")
+    by_lower: dict[str, list[str]] = {}
+    for name in known:
+        by_lower.setdefault(name.lower(), []).append(name)
+    found = get_close_matches(wanted.strip("!*").lower(), by_lower, n=limit, cutoff=0.4)
+    close = [name for lower in found for name in by_lower[lower]][:limit]
+    if close:
+        return ", ".join(close)
+    listed = list(shown) or known
+    return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -165,6 +193,22 @@ def _equal(one: Any, other: Any) -> bool:
         return bool(one == other)
     except (RuntimeError, ValueError, TypeError):  # an array or tensor of several elements
         return False
+
+
+def described_value(value: Any) -> str:
+    """Describe a value of a wrong type in one line, for an error message.
+
+    Example:
+        >>> described_value(Interval), described_value([1, 2])
+        ('the class Interval', '[1, 2]')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, nn.Module):
+        return f"a module of class {type(value).__name__}"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"{value!r:.80}"
 
 
 def readable(value: Any) -> str:

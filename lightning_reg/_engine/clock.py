@@ -23,6 +23,7 @@ class Moment:
         epochs: The number of epochs that are done, with the fraction of the current one; NaN outside of a fit.
         steps: The number of optimizer steps that are done; NaN outside of a fit.
         progress_at: Returns the progress at a marker in epochs or steps.
+        is_exact: Whether that is exact: then values change with progress between markers, else in the unit of the markers.
 
     Example:
         >>> moment = Moment(progress=0.25, epochs=1.0, steps=500.0)
@@ -34,6 +35,7 @@ class Moment:
     epochs: float = math.nan
     steps: float = math.nan
     progress_at: Callable[[str], float] | None = None
+    is_exact: bool = False
 
     def has_passed(self, marker: float | str) -> bool:
         """Return whether a marker is here or was before: a fraction of training, ``"3ep"``, or ``"500st"``."""
@@ -47,9 +49,8 @@ class Moment:
         if not self.has_passed(begin):
             return 0.0
         (first, first_unit), (last, last_unit) = _split(begin), _split(until)
-        if first == 0.0 or first_unit == last_unit:
-            now = self._count(last_unit, until)
-        else:
+        now = self._count(last_unit, until)
+        if self.is_exact or (first_unit != last_unit and first):
             now, first, last = self.progress, self._progress_at(begin), self._progress_at(until)
         return min(max((now - first) / (last - first), 0.0), 1.0) if last > first and math.isfinite(last) else 0.0
 
@@ -94,7 +95,8 @@ class Clock:
         self._length = plan.length
         self._anchor = (0.0, 0.0)  # a progress, and the fraction of the length that was done there
         self._passed: dict[str, float | None] = {}  # the progress at markers; None while they lie ahead
-        self.now = Moment(0.0, 0.0, 0.0, self.progress_at)
+        self._ahead: dict[str, float] = {}  # the progress at markers according to the plan
+        self.now = self.moment(Point(0, 0, 0))
 
     def begin_epoch(self, plan: Plan, here: Point | None = None) -> None:
         """Take over what is known when an epoch starts, or when it goes on after a resume, at a point within it."""
@@ -102,6 +104,7 @@ class Clock:
         if length != self._length and math.isfinite(min(*length)) and math.isfinite(min(*self._length)):
             self._anchor = (self._progress(fraction_done(here, self._length)), fraction_done(here, length))
         self.plan, self._length = plan, length
+        self._ahead.clear()
 
     def advance(self, point: Point) -> Moment:
         """Return the moment at a point, and remember which markers it has passed."""
@@ -113,7 +116,8 @@ class Clock:
 
     def moment(self, point: Point) -> Moment:
         """Return the moment at a point, which may lie ahead."""
-        return Moment(self._progress(fraction_done(point, self._length)), point.epochs, point.steps, self.progress_at)
+        progress = self._progress(fraction_done(point, self._length))
+        return Moment(progress, point.epochs, point.steps, self.progress_at, self.plan.is_sized and self.plan.is_automatic)
 
     def moment_at(self, marker: str) -> Moment:
         """Return the moment at a marker, as far as it is known."""
@@ -122,7 +126,11 @@ class Clock:
     def progress_at(self, marker: str) -> float:
         """Return the progress at a marker: where it was passed, or else where it will be passed according to the plan."""
         passed = self._passed.setdefault(marker, None)
-        return self.moment_at(marker).progress if passed is None else passed
+        if passed is not None:
+            return passed
+        if marker not in self._ahead:
+            self._ahead[marker] = self.moment_at(marker).progress
+        return self._ahead[marker]
 
     def ends_before(self, marker: float | str) -> bool:
         """Return whether the fit ends before a marker."""

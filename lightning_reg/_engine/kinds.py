@@ -29,6 +29,8 @@ _NORMS = (
 )
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORM_CLASS = re.compile(r"Norm(\d+d)?$")
+_NORM_PART = re.compile(r"[Nn]orm(?![a-z])|[Nn]ormalization")  # RMSNormGated, but not NormalizedLinear
+_SCALE_PART = re.compile(r"Scale(?![a-z])")
 _BIAS = re.compile(r"(^|_)bias($|_)|^b$")
 _LAYER_WEIGHT = re.compile(r"(^|_)(weight|kernel)($|_)")
 _WEIGHT = re.compile(r"(^|_)weight$|^kernel$")
@@ -95,7 +97,7 @@ def _judged(name: str, p: nn.Parameter, owner: nn.Module, is_exempt: bool) -> tu
         "all": True,
         "weights": not reason,
         "biases": _BIAS.search(own_name),
-        "norms": _is_norm(owner),
+        "norms": _is_norm(p, owner),
         "embeddings": isinstance(owner, _EMBEDDINGS) or _EMBEDDING.search(own_name),
     }
     return frozenset(keyword for keyword in KEYWORDS if holds[keyword]), reason
@@ -119,23 +121,37 @@ def why_no_weight(name: str, p: nn.Parameter, owner: nn.Module) -> str:
     is_known = layer_units(owner) is not None
     if _BIAS.search(name):
         return "biases"
-    if _is_norm(owner):
+    if _is_norm(p, owner):
         return "normalization"
     if is_known and _LAYER_WEIGHT.search(name):
         return ""
     if _EMBEDDING.search(name):
         return "position embeddings and tokens"
-    if _SCALE.search(name):
+    is_vector = _is_vector(p)
+    if _SCALE.search(name) or (is_vector and _has_name(owner, _SCALE_PART)):
         return "scales"
-    if is_lazy(p) or (p.ndim >= 2 and (is_known or _WEIGHT.search(name) or sum(size > 1 for size in p.shape) >= 2)):
-        return ""
-    return "vectors"  # at most one dimension larger than 1
+    if isinstance(owner, nn.PReLU):
+        return "slopes"
+    is_weight = _WEIGHT.search(name) or not is_vector or (is_known and p.ndim >= 2)
+    return "" if is_weight else "vectors"
 
 
-def _is_norm(owner: nn.Module) -> bool:
+def _is_norm(p: nn.Parameter, owner: nn.Module) -> bool:
     if isinstance(owner, _NORMS):
         return True
-    return layer_units(owner) is None and any(_NORM_CLASS.search(cls.__name__) for cls in type(owner).__mro__)
+    if layer_units(owner) is not None:
+        return False
+    return _has_name(owner, _NORM_CLASS) or (_is_vector(p) and _has_name(owner, _NORM_PART))
+
+
+def _has_name(owner: nn.Module, pattern: re.Pattern[str]) -> bool:
+    """Return whether the name of a module's class, or of a parent, matches a pattern."""
+    return any(pattern.search(cls.__name__) for cls in type(owner).__mro__)
+
+
+def _is_vector(p: nn.Parameter) -> bool:
+    """Return whether at most one dimension of a parameter is larger than 1, as far as its shape is known."""
+    return not is_lazy(p) and sum(size > 1 for size in p.shape) < 2
 
 
 def _own_name(name: str) -> str:

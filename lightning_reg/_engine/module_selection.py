@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric
 
-from lightning_reg._engine.arguments import close_matches
+from lightning_reg._engine.arguments import close_matches, described_value
 from lightning_reg._engine.names import canonical_name, class_name
 from lightning_reg._tensors.layers import layer_units
 
@@ -23,9 +23,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 def select_modules(module: nn.Module, patterns: Patterns) -> dict[str, nn.Module]:
     """Return the submodules that match name globs or class names, by name.
 
-    ``"*"`` alone means the layers inside the model: the modules without children, up to the last one that has parameters. That
-    one computes the output of the model, so it does not count, and neither does what follows it. Losses and metrics do not
-    count either.
+    ``"*"`` alone means the layers inside the model: the modules without children, up to the last one that has parameters, in
+    the order in which the model defines them. That one computes the output of the model, so it does not count, and neither
+    does what follows it. Losses and metrics do not count either.
 
     Args:
         module: The module whose submodules are selected; it is never selected itself.
@@ -67,17 +67,18 @@ def split_patterns(patterns: Patterns) -> tuple[list[str], list[str]]:
         (['encoder.*'], ['encoder.0'])
     """
     listed = [patterns] if isinstance(patterns, str) else list(patterns)
-    included = [pattern for pattern in listed if not pattern.startswith("!")]
+    included = [canonical_name(pattern) for pattern in listed if pattern and not pattern.startswith("!")]
     if not included:
         raise ValueError(f"{listed} selects no module: start with what to include, as in ['ReLU', '!head.*']")
-    return included, [pattern[1:] for pattern in listed if pattern.startswith("!")]
+    return included, [canonical_name(pattern[1:]) for pattern in listed if pattern.startswith("!")]
 
 
 def check_patterns(what: str, patterns: Any) -> None:
-    """Raise an error if patterns are not what :func:`select_modules` takes.
+    """Raise an error if patterns are not what :func:`select_modules` takes, as far as that can be said without a module.
 
     Raises:
         TypeError: If they are of another type, such as a class; the message says what to write.
+        ValueError: If they include nothing.
     """
     listed = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Sequence) else patterns
     for pattern in listed:
@@ -89,7 +90,11 @@ def check_patterns(what: str, patterns: Any) -> None:
             fix = f"write its name in the model, such as 'encoder.0', or the name of its class, {class_name(pattern)!r}"
         else:
             fix = "write a name such as 'encoder.*', a class such as 'ReLU', or a list of these"
-        raise TypeError(f"{what} must name modules, got {pattern!r:.80}: {fix}")
+        raise TypeError(f"{what} must name modules, got {described_value(pattern)}: {fix}")
+    try:
+        split_patterns(patterns)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def inner_layers(module: nn.Module) -> list[str]:

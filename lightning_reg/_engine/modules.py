@@ -51,8 +51,8 @@ class ModuleRegularizer(Regularizer):
     """What modules in eval mode will not do, for a warning such as "net.1 will not drop anything"."""
 
     def __init__(self, name: str | None) -> None:
-        patterns = getattr(self, self.selector, None)
-        if patterns is not None:
+        if hasattr(self, self.selector):
+            patterns = getattr(self, self.selector)
             check_patterns(f"{type(self).__name__}: {self.selector}", patterns)
         super().__init__(name)
         self.modules_found: dict[str, nn.Module] = {}

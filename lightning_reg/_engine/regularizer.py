@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback
 
@@ -19,6 +20,26 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+_summaries: WeakKeyDictionary[Trainer, Summary] = WeakKeyDictionary()
+"""The summary of each trainer's last fit, since a callback may serve several trainers."""
+
+
+class _KeyOfInstance(property):
+    """A property that Lightning may read from an instance only.
+
+    The state key is the first that a Trainer asks of a callback. So a class that was passed in place of an instance gets an
+    error that says so, before Lightning calls the hooks of the class without ``self``.
+    """
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None and owner is not None and _lightning.is_code_of_lightning(sys._getframe(1)):
+            raise TypeError(
+                f"callbacks must be instances, got the class {owner.__name__}: create one, as in "
+                f"Trainer(callbacks=[{owner.__name__}(…)])"
+            )
+        return super().__get__(instance, owner)
+
+
 class Regularizer(Technique, Callback):
     """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
 
@@ -30,11 +51,10 @@ class Regularizer(Technique, Callback):
         _lightning.derive_from_both(Regularizer)  # the package may have been imported since
         super().__init__(name)
         self._driver: Driver | None = None
-        self._summary: Summary | None = None  # of the last fit that it drove
         self._state_key = self._generate_state_key(name=self.name)
         self._was_set_up = self._predicting = self._evaluating = False
 
-    @property
+    @_KeyOfInstance
     def state_key(self) -> str:
         """The key of its state in a checkpoint."""
         return self._state_key if self._was_set_up else _NewStateKey(self._state_key, self)
@@ -79,15 +99,15 @@ class Regularizer(Technique, Callback):
             if front := front_of(trainer):
                 front.driver = self._driver
             self._driver.start()
-            self._summary = summarize(self._driver.techniques)
+            _summaries[trainer] = summarize(self._driver.techniques)
             if _lightning.prints_summary(trainer):
-                self._summary.print()
+                _summaries[trainer].print()
 
     def summary(self, trainer: Trainer) -> Summary:
         """Return the summary of all regularizers as they are now; after a fit, as they were when it started."""
         if self._driver:
             return summarize(self._driver.techniques)
-        return self._summary or summarize(in_order(regularizers_of(trainer)), attached=False)
+        return _summaries.get(trainer) or summarize(in_order(regularizers_of(trainer)), attached=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, now that the data are loaded."""

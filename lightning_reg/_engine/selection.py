@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_reg._engine.arguments import close_matches
+from lightning_reg._engine.arguments import check_module, close_matches, described_value, readable
 from lightning_reg._engine.kinds import KEYWORDS, NamedParameter, named_kinds, named_parameters
-from lightning_reg._engine.names import abbreviate, canonical_name
+from lightning_reg._engine.names import abbreviate, canonical_name, class_name
 
 Params = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool]
 """A keyword, a glob, a list of these with ``!`` for exclusion, or ``(name, parameter, module) -> bool``."""
+
+_FUNCTION = "(name, parameter, module) -> bool"
 
 
 def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str, nn.Parameter]:
@@ -22,10 +28,11 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
 
     ``"weights"`` are the matrices and filters of a model. The weights of known layers count whatever their shape: linear,
     convolutional, recurrent, and attention layers, embeddings, and what ``lightning_reg.WEIGHT_LAYERS`` adds. Of parameters in
-    other modules, those count that have two dimensions larger than 1, or that have two dimensions and are called ``weight``,
-    ``kernel``, or ``…_weight``. Biases, parameters of normalization layers, position embeddings, tokens, scales, and what a
-    module's ``no_weight_decay()`` names never count. Neither does a weight that the module computes from other parameters, as
-    ``weight_norm`` does, and a warning names these. An exception is a weight under a mask of ``torch.nn.utils.prune``.
+    other modules, those count that have two dimensions larger than 1, or that are called ``weight``, ``kernel``, or
+    ``…_weight``, whatever their shape. Biases, parameters of normalization layers, position embeddings, tokens, scales, and
+    what a module's ``no_weight_decay()`` names never count. Neither does a weight that the module computes from other
+    parameters, as ``weight_norm`` does, and a warning names these. An exception is a weight under a mask of
+    ``torch.nn.utils.prune``.
 
     A tied parameter counts once, under its first name. It is selected if any of its names is selected and none is excluded.
 
@@ -40,7 +47,7 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
         parameters are included: callbacks check at every step whether a parameter requires a gradient.
 
     Raises:
-        TypeError: If ``params`` is of another type, such as a module or a class.
+        TypeError: If ``module`` is not a module, or ``params`` is of another type, such as a module or a class.
         ValueError: If nothing is selected; the message says what ``"weights"`` left out. If a glob matches nothing; the message
             suggests close names.
 
@@ -53,6 +60,7 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
         >>> list(select_parameters(model, "weights:2.*"))
         ['2.weight']
     """
+    check_module("select_parameters", module)
     check_params("select_parameters", params)
     chosen = selection_mask(module, params)
     if not any(chosen.values()):
@@ -63,26 +71,50 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
 
 
 def check_params(what: str, params: Any) -> None:
-    """Raise an error if ``params`` is not what :func:`select_parameters` takes.
+    """Raise an error if ``params`` is not what :func:`select_parameters` takes, as far as that can be said without a module.
 
     Raises:
         TypeError: If it is of another type; the message says what to write.
+        ValueError: If it includes nothing, or an entry is malformed.
     """
+    if callable(params) and not isinstance(params, (nn.Module, type)):
+        if not _takes_three(params):
+            raise TypeError(f"{what}: params={readable(params)} must be a function of three arguments, {_FUNCTION}")
+        return
     rules = [params] if isinstance(params, str) or not isinstance(params, Sequence) else params
     for rule in rules:
-        if isinstance(rule, nn.Module):
-            fix = f"write the name of this {type(rule).__name__} in the model, as in params='encoder.*'"
-        elif isinstance(rule, Tensor):
-            rule, fix = f"a tensor of shape {tuple(rule.shape)}", "write its name, as in params='head.weight'"
-        elif isinstance(rule, type):
-            fix = f"write a function, as in params=lambda name, parameter, module: isinstance(module, {rule.__name__})"
-        elif isinstance(rule, str) or (callable(rule) and rules is not params):
-            continue
-        else:
-            fix = (
-                f"write one of {', '.join(map(repr, KEYWORDS))}, a glob, a list of these, or (name, parameter, module) -> bool"
-            )
-        raise TypeError(f"{what}: params must name parameters, got {rule if isinstance(rule, str) else repr(rule):.80}: {fix}")
+        if not isinstance(rule, str):
+            raise TypeError(f"{what}: params must name parameters, got {described_value(rule)}: {_fix(rule)}")
+    try:
+        _check_texts(_parsed(rules))
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _takes_three(function: Callable[..., Any]) -> bool:
+    """Return whether a function can be called with a name, a parameter, and a module."""
+    try:
+        inspect.signature(function).bind("", None, None)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin that does not say what it takes
+        return True
+    return True
+
+
+def _fix(rule: Any) -> str:
+    """Return what to write in place of something that does not name parameters."""
+    if isinstance(rule, nn.Module):
+        return f"write the name of this {type(rule).__name__} in the model, as in params='encoder.*'"
+    if isinstance(rule, Tensor):
+        return "write its name, as in params='head.weight'"
+    if isinstance(rule, type) and issubclass(rule, nn.Module):
+        return f"write a function, as in params={_of_class(rule.__name__)}"
+    return f"write one of {', '.join(map(repr, KEYWORDS))}, a glob, a list of these, or {_FUNCTION}"
+
+
+def _of_class(name: str) -> str:
+    return f"lambda name, parameter, module: isinstance(module, {name})"
 
 
 def lookup(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:
@@ -116,7 +148,8 @@ def effective_tensors(module: nn.Module, params: Params) -> dict[str, Tensor]:
         >>> list(effective_tensors(layer, "weights"))
         ['weight']
     """
-    check_params("params", params)
+    check_module("sparsity", module)
+    check_params("sparsity", params)
     originals = named_kinds(module)
     selected = _selected(module, [*originals, *named_kinds(module, effective=True)], params)
     if not selected:
@@ -135,12 +168,26 @@ def effective_tensors(module: nn.Module, params: Params) -> dict[str, Tensor]:
 def _selected(module: nn.Module, named: Sequence[NamedParameter], params: Params) -> set[int]:
     """Return the ``id`` of each selected parameter."""
     if callable(params):
-        return {id(p.parameter) for p in named if params(p.name, p.parameter, p.owner)}
+        return {id(p.parameter) for p in named if _says_yes(params, p)}
     rules = _parsed(params)
     _check_rules(module, rules, named)
     excluded = {id(p.parameter) for p in named if any(rule.excludes and rule.covers(p) for rule in rules)}
     included = {id(p.parameter) for p in named if any(not rule.excludes and rule.covers(p) for rule in rules)}
     return included - excluded
+
+
+def _says_yes(function: Callable[[str, nn.Parameter, nn.Module], bool], p: NamedParameter) -> bool:
+    """Return whether a function selects a parameter.
+
+    Raises:
+        TypeError: If it returns a tensor that is not a single truth value.
+    """
+    answer = function(p.name, p.parameter, p.owner)
+    if isinstance(answer, Tensor) and (answer.dtype != torch.bool or answer.numel() != 1):
+        raise TypeError(
+            f"params={readable(function)} must return True or False, but returned {described_value(answer)} for {p.name!r}"
+        )
+    return bool(answer)
 
 
 def uses_weights(params: Params) -> bool:
@@ -193,13 +240,19 @@ def described(reasons: dict[str, list[str]]) -> str:
 
 def nothing_selected_message(module: nn.Module, params: Params) -> str:
     """Return the error message for a selection that selects nothing: what it left out, or close names."""
-    shown = getattr(params, "__name__", repr(params)) if callable(params) else repr(params)
-    what = f"params={shown} selects no parameter"
+    what = f"params={readable(params)} selects no parameter"
+    names = list(_first_names(module))
+    if callable(params) and names:
+        return f"{what}: it returned a false value for each of {abbreviate(names)}"
     reasons = left_out(module, params)
     if reasons:
         return f"{what}; 'weights' leaves out {described(reasons)}"
-    globs = [] if callable(params) else [rule.glob for rule in _parsed(params) if rule.keyword != rule.text]
-    close = close_matches(next(iter(globs), ""), _first_names(module))
+    rules = [] if callable(params) else [rule for rule in _parsed(params) if not rule.excludes]
+    matching = [name for name in names if any(fnmatchcase(name, rule.glob) for rule in rules)]
+    keywords = dict.fromkeys(repr(rule.keyword) for rule in rules)
+    if matching and "'all'" not in keywords:
+        return f"{what}: {' and '.join(keywords)} include none of {abbreviate(matching)}"
+    close = close_matches(next((rule.glob for rule in rules if rule.glob != "*"), ""), names)
     return f"{what}; close matches: {close or 'none, the module has no parameters'}"
 
 
@@ -224,24 +277,51 @@ def _parsed(params: str | Sequence[str]) -> list[_Rule]:
 def _rule(text: str, excludes: bool) -> _Rule:
     keyword, colon, glob = text.partition(":")
     if keyword in KEYWORDS:
-        return _Rule(text, excludes, keyword, glob if colon else "*")
-    return _Rule(text, excludes, "all", text)
+        return _Rule(text, excludes, keyword, canonical_name(glob) if colon else "*")
+    return _Rule(text, excludes, "all", canonical_name(text))
 
 
-def _check_rules(module: nn.Module, rules: Sequence[_Rule], named: Sequence[NamedParameter]) -> None:
+def _check_texts(rules: Sequence[_Rule]) -> None:
+    """Raise an error if there is nothing to include, or a glob is missing or malformed."""
     if not any(not rule.excludes for rule in rules):
         texts = ["!" + rule.text for rule in rules]
         raise ValueError(f"params={texts} selects no parameter: start with what to include, as in ['weights', '!head.*']")
+    for rule in rules:
+        if not rule.glob:
+            fix = f"write {rule.keyword!r}, or a glob after the colon" if rule.text else "write 'weights' or a glob"
+            raise ValueError(f"params has {rule.text!r}, which names no parameter: {fix}")
+        if rule.glob.startswith("!"):
+            fix = repr([rule.keyword, rule.glob]) if not rule.excludes else f"a single '!' in {'!' + rule.text!r}"
+            raise ValueError(f"params has {rule.text!r}: to exclude, write {fix}")
+
+
+def _check_rules(module: nn.Module, rules: Sequence[_Rule], named: Sequence[NamedParameter]) -> None:
+    _check_texts(rules)
     names = [p.name for p in named]
     for rule in rules:
         if names and not any(fnmatchcase(name, rule.glob) for name in names):
             text = f"{'!' * rule.excludes}{rule.text}"
-            modules = {canonical_name(name) for name, _ in module.named_modules() if name}
-            hint = f"it is a module: write '{text}.*'" if rule.glob in modules else ""
-            raise ValueError(
-                f"params: no parameter has a name that matches {text!r}; "
-                f"{hint or f'close matches: {close_matches(rule.glob, names)}'}"
-            )
+            raise ValueError(f"params: no parameter has a name that matches {text!r}; {_hint(module, rule, text, names)}")
+
+
+def _hint(module: nn.Module, rule: _Rule, text: str, names: Sequence[str]) -> str:
+    """Return what may be wrong with a rule whose glob matches nothing."""
+    keyword, colon, glob = rule.text.partition(":")
+    if colon and rule.keyword == "all" and keyword not in KEYWORDS:
+        close = get_close_matches(keyword.lower(), KEYWORDS, n=1)
+        fix = f"write {f'{close[0]}:{glob}'!r}" if close else f"the keywords are {', '.join(map(repr, KEYWORDS))}"
+        return f"{keyword!r} is no keyword: {fix}"
+    if (without_spaces := re.sub(r"\s", "", text)) != text and "," not in text and "!" not in text[1:]:
+        return f"write {without_spaces!r}, without spaces"
+    separate = [part for part in re.split(r"[,\s]+", text) if part.strip("!")]
+    if len(separate) > 1:
+        return f"to name several, write a list: {separate}"
+    submodules = {canonical_name(name): m for name, m in module.named_modules() if name}
+    if rule.glob in submodules:
+        return f"it is a module: write '{text}.*'"
+    if any(class_name(m) == rule.glob for m in submodules.values()):
+        return f"it is a class of modules: write params={_of_class(rule.glob)}"
+    return f"close matches: {close_matches(rule.glob, [*names, *KEYWORDS], shown=names)}"
 
 
 def _first_names(module: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Module]]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, readable
+from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, described_value, readable
 from lightning_reg._engine.class_checks import check_arguments, check_class
 from lightning_reg._engine.metrics import RunningMetrics
 from lightning_reg._engine.names import abbreviate
@@ -103,6 +103,8 @@ class Technique(SignatureRepr, ABC):
             )
 
     def __init__(self, name: str | None) -> None:
+        if not isinstance(name, (str, type(None))):
+            raise TypeError(f"{type(self).__name__}: name must be a string, got {described_value(name)}")
         self.name = name or ""
         check_arguments(self)
         self.name = name or self._default_name()
@@ -344,6 +346,10 @@ class Technique(SignatureRepr, ABC):
     def _check_value(self, key: str, valid: Interval, value: Value) -> float:
         """Check a value that the constructor was given; return it, or a placeholder until its schedule starts."""
         what = f"{type(self).__name__}: {key}"
+        if isinstance(value, type):
+            raise TypeError(
+                f"{what} must be a number or a schedule, got the class {value.__name__}: create one, as in {value.__name__}(…)"
+            )
         if isinstance(value, Schedule):
             extremes = [valid.check(f"{what}={value!r}", extreme) for extreme in value.extremes]
             return extremes[0]

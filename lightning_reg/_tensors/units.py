@@ -24,6 +24,16 @@ class Units(NamedTuple):
     groups: int = 1
 
 
+def input_dim(tensor: Tensor, units: Units) -> int:
+    """Return the dimension of the inputs of a layer: that after its output units, or before them where these are not first.
+
+    Example:
+        >>> input_dim(torch.zeros(6, 4, 3, 3), Units()), input_dim(torch.zeros(4, 6), Units(1))
+        (1, 0)
+    """
+    return units.dim - 1 if units.dim else min(1, max(tensor.ndim - 1, 0))
+
+
 def unit_view(tensor: Tensor, units: Units) -> Tensor:
     """Return a view of this rank's part, shaped so that the result of :func:`local_unit_norms` broadcasts against it."""
     return local_tensor(tensor) if _is_scattered(tensor, units) else _grouped(local_tensor(tensor), units)

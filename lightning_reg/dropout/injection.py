@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import PROBABILITY
+from lightning_reg._engine.module_selection import split_patterns
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
 from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.outputs import batch_dim, batch_first, describe_output, is_float, main_output
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.functions import dropout, packed_dropout
+from lightning_reg.dropout.output_check import OutputCheck
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch.utils.hooks import RemovableHandle
@@ -56,6 +60,7 @@ class InjectedDropout:
         self.module, self.rate = module, rate
         self.channelwise, self.samplewise, self.shared_dims, self.always = channelwise, samplewise, shared_dims, always
         self.set_by = ""
+        self.on_drop: Callable[[str, Any], None] | None = None  # called with the name and what a forward pass drops
         self._original_rate = rate
         self._handle: RemovableHandle | None = None
 
@@ -97,6 +102,8 @@ class InjectedDropout:
             return None
         main = main_output(module, output)
         dropped = self._dropped(main)
+        if self.on_drop is not None and not is_compiling():
+            self.on_drop(self.name, dropped)
         return dropped if main is output else (dropped, *output[1:])
 
     def _dropped(self, output: Any) -> Any:
@@ -185,8 +192,8 @@ class DropoutInjection(ModuleRegularizer):
     Args:
         p: The probability of a zero, in [0, 1], or a schedule. Srivastava et al. recommend 0.5 after hidden layers.
         after: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). A leading
-            ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. Each module must return one float
-            tensor, or be a recurrent or attention module.
+            ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. It warns if the model returns the
+            output of one of them. Each module must return one float tensor, or be a recurrent or attention module.
         channelwise: Drop whole channels (dimension 1) instead of single entries.
         samplewise: Drop whole samples. After the branch of a residual block, this is stochastic depth. Samples are in dimension
             0, or where the ``batch_first`` of a recurrent or attention module says.
@@ -236,6 +243,7 @@ class DropoutInjection(ModuleRegularizer):
         self.shared_dims = shared_dims
         super().__init__(name)
         self.injected: list[InjectedDropout] = []
+        self._output_check: OutputCheck | None = None
         self._rate = Rate(self.current["p"])
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
@@ -258,6 +266,10 @@ class DropoutInjection(ModuleRegularizer):
         """Find the modules, and add dropout after them."""
         super().attach(trainer, pl_module)
         self.inject(pl_module)
+        if "*" in split_patterns(self.after)[0] and not _lightning.is_compiled(pl_module):
+            self._output_check = OutputCheck(self.name, pl_module)
+            for site in self.injected:
+                site.on_drop = self._output_check.remember
 
     def inject(self, pl_module: LightningModule, always: bool = False) -> None:
         """Add dropout after the modules, with ``always`` in eval mode too."""
@@ -284,26 +296,31 @@ class DropoutInjection(ModuleRegularizer):
     def detach(self) -> None:
         """Remove the dropout."""
         super().detach()
+        if self._output_check is not None:
+            self._output_check.end()
+            self._output_check = None
         for site in self.injected:
             site.remove()
         self.injected = []
 
     def acts_on(self) -> str:
-        """List the modules after which dropout is added, and the scheduler that sets their rate, if there is one."""
-        where = f"after {abbreviate([site.name for site in self.injected])}"
-        scheduled = {by: [site.name for site in self.injected if site.set_by == by] for by in _schedulers(self.injected)}
-        of = {by: "" if len(names) == len(self.injected) else f" of {abbreviate(names)}" for by, names in scheduled.items()}
-        return "; ".join([where, *(f"{by} sets p{which}" for by, which in of.items())])
+        """List the modules after which dropout is added."""
+        return f"after {abbreviate([site.name for site in self.injected])}"
+
+    def settings(self) -> list[str]:
+        """Describe the arguments, with the scheduler that sets the rates in place of p where there is one."""
+        setters = list(dict.fromkeys(site.set_by for site in self.injected))
+        names = {by: [site.name for site in self.injected if site.set_by == by] for by in setters if by}
+        set_here = super().settings()
+        own = [setting for setting in set_here if setting.startswith("p=")]
+        by_others = [f"p{f' of {abbreviate(of)}' if len(setters) > 1 else ''} by {by}" for by, of in names.items()]
+        is_used = not setters or "" in setters
+        return [*(own if is_used else []), *by_others, *(setting for setting in set_here if setting not in own)]
 
 
 def injections_of(regularizers: Iterable[Regularizer]) -> list[DropoutInjection]:
     """Return the callbacks that inject dropout."""
     return [callback for callback in regularizers if isinstance(callback, DropoutInjection)]
-
-
-def _schedulers(sites: Iterable[InjectedDropout]) -> list[str]:
-    """Return the names of the callbacks that set the rates of injected dropout."""
-    return list(dict.fromkeys(site.set_by for site in sites if site.set_by))
 
 
 def _check_sharing(channelwise: bool, samplewise: bool, shared_dims: Any) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import NON_NEGATIVE, PROBABILITY, close_matches
-from lightning_reg._engine.module_selection import split_patterns
+from lightning_reg._engine.module_selection import check_patterns, split_patterns
 from lightning_reg._engine.modules import ModuleRegularizer
 from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.regularizer import regularizers_of
@@ -24,6 +24,7 @@ from lightning_reg.dropout.readers import find_readers, how_to_register, suggest
 from lightning_reg.dropout.sites import (
     DropoutSite,
     ModuleSite,
+    check_attributes,
     describe,
     find_dropout,
     inert_dropout,
@@ -114,6 +115,9 @@ class DropoutScheduler(ModuleRegularizer):
     ) -> None:
         if isinstance(p, Mapping) and not p:
             raise ValueError("DropoutScheduler: p must have at least one glob, as in p={'encoder.*': 0.1}, got {}")
+        if isinstance(p, Mapping):
+            check_patterns("DropoutScheduler: the keys of p", list(p))
+        check_attributes("DropoutScheduler", attributes)
         self.p = p
         self.modules = modules
         self.attributes = attributes

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_reg._engine.arguments import PROBABILITY, close_matches
+from lightning_reg._engine.arguments import PROBABILITY, check_module, close_matches, described_value
 from lightning_reg._engine.names import abbreviate, canonical_name, class_name
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 DROPOUT_ATTRIBUTES: dict[type[nn.Module] | str, str | list[str]] = {
     _DropoutNd: "p",  # nn.Dropout, nn.Dropout1d to 3d, nn.AlphaDropout, nn.FeatureAlphaDropout
@@ -123,6 +124,7 @@ def find_dropout(module: nn.Module, attributes: Mapping[Any, str | list[str]] | 
         >>> [(site.name, site.attribute, site.original) for site in find_dropout(model)]
         [('self_attn', 'dropout', 0.2), ('dropout', 'p', 0.2), ('dropout1', 'p', 0.2), ('dropout2', 'p', 0.2)]
     """
+    check_module("find_dropout", module)
     added = {cls: _list_of_names(cls, names) for cls, names in (attributes or {}).items()}
     table = {**added, **{cls: _list_of_names(cls, names) for cls, names in DROPOUT_ATTRIBUTES.items() if cls not in added}}
     sites, used = [], set()
@@ -179,6 +181,26 @@ def describe(sites: Iterable[DropoutSite], limit: int = 3) -> str:
     for site in sites:
         kinds[f"{site.kind} {site.original:g}"].append(site.label)
     return "; ".join(f"{kind}: {abbreviate(names, limit)}" for kind, names in kinds.items())
+
+
+def check_attributes(what: str, attributes: Any) -> None:
+    """Raise an error if ``attributes`` is not what :func:`find_dropout` takes.
+
+    Raises:
+        TypeError: If it is not a dictionary from classes of modules, or their names, to names of attributes.
+    """
+    if not isinstance(attributes, (Mapping, type(None))):
+        example = "attributes={'Attention': 'dropout_rate'}"
+        raise TypeError(f"{what}: attributes must be a dictionary, as in {example}, got {described_value(attributes)}")
+    for cls, names in (attributes or {}).items():
+        if not (isinstance(cls, str) or (isinstance(cls, type) and issubclass(cls, nn.Module))):
+            raise TypeError(
+                f"{what}: each key of attributes must be a class of modules or its name, got {described_value(cls)}"
+            )
+        try:
+            _list_of_names(cls, names)
+        except TypeError as error:
+            raise TypeError(f"{what}: {error}") from None
 
 
 def _list_of_names(cls: Any, names: Any) -> list[str]:

@@ -15,8 +15,11 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import Interval, check_choice, check_integer
 from lightning_reg._engine.clock import END
 from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._engine.selection import owners
 from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.layers import layer_units
 from lightning_reg._tensors.random import hashed
+from lightning_reg._tensors.units import input_dim
 from lightning_reg.pruning import rewinding
 from lightning_reg.pruning.masks import clear_state_, mask_, mask_copy_, mask_gradients_
 from lightning_reg.pruning.scores import GivenScores, MagnitudeScores, RandomScores, Score, as_shard_of
@@ -75,7 +78,8 @@ class WeightPruning(ParameterRegularizer):
         scope: ``"global"`` for a fraction of all selected weights together, ``"layer"`` for the same fraction of each tensor.
         structure: ``"element"`` for single weights. ``"unit"`` for whole output units with the smallest L2 norms; with scope
             ``"global"``, units are compared by the root mean square of their weights, and as many are pruned as fit into the
-            sparsity. ``"2:4"`` for two of every four weights along the last dimension.
+            sparsity. ``"2:4"`` for two of every four weights along the inputs of a linear layer, or the input channels of a
+            convolution.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         every_n_epochs: Prune at the end of each n-th epoch, n ≥ 1.
@@ -87,7 +91,7 @@ class WeightPruning(ParameterRegularizer):
 
     Raises:
         ValueError: If the sparsity is outside [0, 1), falls, or would empty a layer; if scores have the wrong shape or are not
-            finite; if ``"2:4"`` cannot divide a last dimension; if a checkpoint has masks of another model; or under FSDP1.
+            finite; if ``"2:4"`` cannot divide the inputs; if a checkpoint has masks of another model; or under FSDP1.
         TypeError: If the criterion does not return a tensor.
 
     Example:
@@ -137,6 +141,7 @@ class WeightPruning(ParameterRegularizer):
         self._state = PruningState()
         self._restored: dict[str, Any] = {}  # the state of a checkpoint, until the parameters are known
         self._local_masks: dict[int, Tensor] = {}  # this rank's parts of the masks, keyed by the id of the parameter
+        self._in_layers: set[int] = set()  # the ids of parameters of known layers
         self._optimizer_states: dict[int, dict[Any, Any]] = {}
         self._highest = self._final = 0.0  # the highest sparsity so far, and the last one of the schedule
         self._automatic = True
@@ -183,8 +188,9 @@ class WeightPruning(ParameterRegularizer):
         if not target or (self._state.target, self._state.total) == (target, total):
             return
         known = [self._pruned(p) for p in params.values()]
-        units = self.units(list(params.values()))
-        masks = masks_of_scores(self._scores(params, step), target, self.scope, self.structure, units, known)
+        tensors = list(params.values())
+        units, inputs = self.units(tensors), self._inputs_of(tensors)
+        masks = masks_of_scores(self._scores(params, step), target, self.scope, self.structure, units, inputs, known)
         counts = {name: (count_true(mask, p), p.numel()) for (name, p), mask in zip(params.items(), masks, strict=True)}
         check_not_emptied(self.name, target, counts, self.structure)
         before = sum(count_true(mask, p) for mask, p in zip(known, params.values(), strict=True))
@@ -192,6 +198,11 @@ class WeightPruning(ParameterRegularizer):
         self._state.reached = sum(count for count, _ in counts.values())
         if self._state.reached > before:
             self._apply(dict(zip(params, masks, strict=True)))
+
+    def _inputs_of(self, params: Sequence[Tensor]) -> list[int]:
+        """Return the dimension of each parameter's inputs: the last one in modules of unknown type."""
+        known = zip(params, self.units(params), strict=True)
+        return [input_dim(p, unit) if id(p) in self._in_layers else max(p.ndim - 1, 0) for p, unit in known]
 
     def _pruned(self, p: Parameter) -> Tensor | None:
         """Return which entries are pruned already: by this callback, and single weights by ``torch.nn.utils.prune`` too."""
@@ -272,6 +283,7 @@ class WeightPruning(ParameterRegularizer):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters, check the sparsity as far as it is known, and restore the masks of a checkpoint."""
         super().attach(trainer, pl_module)
+        self._in_layers = self._ids_in_layers()
         self._automatic = pl_module.automatic_optimization
         self._optimizer_states = {} if self.rewind_to_step is None else rewinding.initial_states(trainer.optimizers)
         self._check_layers(known_targets(self.sparsity))
@@ -292,8 +304,9 @@ class WeightPruning(ParameterRegularizer):
             self._save_start()
 
     def _check_layers(self, targets: Sequence[float]) -> None:
-        units = self.units(list(self.tensors.values()))
-        check_layers(self.name, max(targets, default=0.0), self.tensors, self.scope, self.structure, units)
+        tensors = list(self.tensors.values())
+        how = self.scope, self.structure, self.units(tensors), self._inputs_of(tensors)
+        check_layers(self.name, max(targets, default=0.0), self.tensors, *how)
 
     def _check_plan(self, clock: Clock) -> None:
         """Check the sparsity that each pruning of the fit will reach."""
@@ -317,11 +330,18 @@ class WeightPruning(ParameterRegularizer):
         self._local_masks.clear()
         self._optimizer_states.clear()
 
+    def _ids_in_layers(self) -> set[int]:
+        """Return the ids of the parameters of layers that are known, by their classes."""
+        assert self._trainer is not None, "attached"
+        modules = owners(self._trainer.lightning_module)
+        return {id(p) for p in self.tensors.values() if layer_units(modules[id(p)])}
+
     def tensors_changed(self, names: Sequence[str]) -> None:
         """Start without masks for tensors that were added or replaced during the fit."""
         for name in names:
             self._state.masks.pop(name, None)
             self._state.trained.discard(name)
+        self._in_layers = self._ids_in_layers()
         self._local_masks = self._state.local_masks(self.tensors)
 
     def reproject_copy(self, copy: Module) -> None:

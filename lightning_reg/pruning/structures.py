@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like, sum_over_shards
-from lightning_reg._tensors.units import Units, unit_norms, unit_size, unit_view
+from lightning_reg._tensors.units import Units, input_dim, unit_norms, unit_size, unit_view
 from lightning_reg.pruning.scores import GivenScores, MagnitudeScores, RandomScores, Score, as_shard_of
 from lightning_reg.pruning.select import lowest_scores
 
@@ -36,8 +36,8 @@ def pruning_masks(
 
     Single entries: exactly round(s·n) entries of all tensors together, or of each tensor, with ties in order. Units: round(s·u)
     of the u units of each tensor. With scope ``"global"``, units of all tensors are compared by the root mean square of their
-    entries, and as many are pruned as fit into round(s·n) entries. ``"2:4"``: two of every four entries along the last
-    dimension.
+    entries, and as many are pruned as fit into round(s·n) entries. ``"2:4"``: two of every four entries along the
+    inputs, which are dimension 1, or the one before the output units where these are not in dimension 0.
 
     Args:
         params: Tensors, sharded or not.
@@ -55,7 +55,7 @@ def pruning_masks(
 
     Raises:
         ValueError: If scores have the wrong shape or are not finite. For ``"2:4"``, if the sparsity is neither 0 nor 0.5, or a
-            last dimension is not a multiple of 4.
+            number of inputs is not a multiple of 4.
 
     Example:
         >>> pruning_masks([torch.tensor([[3.0, -1.0], [0.5, 2.0]])], 0.5)
@@ -70,7 +70,8 @@ def pruning_masks(
         scores = [RandomScores(p, (seed + index) % 2**32) for index, p in enumerate(params)]
     else:
         scores = [GivenScores(p, given) for p, given in zip(params, criterion, strict=True)]
-    return masks_of_scores(scores, sparsity, scope, structure, unit_dims, known)
+    inputs = [input_dim(p, unit) for p, unit in zip(params, unit_dims, strict=True)]
+    return masks_of_scores(scores, sparsity, scope, structure, unit_dims, inputs, known)
 
 
 def masks_of_scores(
@@ -79,11 +80,13 @@ def masks_of_scores(
     scope: Scope,
     structure: Structure,
     units: Sequence[Units],
+    inputs: Sequence[int],
     pruned: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Return masks of the weights to prune, like ``pruning_masks``. Pruned weights stay pruned, whatever the sparsity."""
     if structure == "2:4":
-        return [_two_of_four_mask(score, sparsity, known) for score, known in zip(scores, pruned, strict=True)]
+        grouped = zip(scores, units, inputs, pruned, strict=True)
+        return [_two_of_four_mask(score, sparsity, unit, dim, known) for score, unit, dim, known in grouped]
     if scope == "global":
         return _masks(scores, sparsity, scope, structure, units, pruned)
     tensors = zip(scores, units, pruned, strict=True)
@@ -158,21 +161,41 @@ def _entry_mask(flags: Tensor, tensor: Tensor, units: Units) -> Tensor:
     return local_tensor(shard_like(mask, tensor)).contiguous()
 
 
-def _two_of_four_mask(score: Score, sparsity: float, pruned: Tensor | None) -> Tensor:
-    """Return a mask of the two lowest of every four entries along the last dimension, with ties in order."""
-    shape = score.tensor.shape
+def divides_into_fours(tensor: Tensor, units: Units, inputs: int) -> bool:
+    """Return whether the inputs of a layer, or of each group of its channels, can be divided into groups of four.
+
+    Example:
+        >>> divides_into_fours(torch.zeros(3, 8), Units(), 1), divides_into_fours(torch.zeros(3, 8), Units(1), 0)
+        (True, False)
+    """
+    return tensor.ndim > inputs and tensor.shape[inputs] % (4 * (units.groups if inputs == 0 else 1)) == 0
+
+
+def _two_of_four_mask(score: Score, sparsity: float, units: Units, inputs: int, pruned: Tensor | None) -> Tensor:
+    """Return a mask of the two lowest of every four entries along the inputs, with ties in order."""
+    tensor = score.tensor
     if sparsity not in (0.0, 0.5):
         raise ValueError(f"structure='2:4' prunes two of every four weights: sparsity must be 0 or 0.5, got {sparsity!r}")
-    if not shape or shape[-1] % 4:
-        raise ValueError(f"structure='2:4' needs a last dimension that is a multiple of 4, got shape {tuple(shape)}")
+    if not divides_into_fours(tensor, units, inputs):
+        raise ValueError(
+            f"structure='2:4' needs a number of inputs that is a multiple of 4, got shape {tuple(tensor.shape)} with inputs in "
+            f"dimension {inputs}"
+        )
     if not sparsity:
         return torch.zeros_like(score.part, dtype=torch.bool) if pruned is None else pruned
     scores = score.full_tensor()
     if pruned is not None:
-        known = full_tensor(as_shard_of(pruned, score.tensor))
-        if int(known.reshape(-1, 4).sum(dim=-1).amax()) > 2:
+        known = full_tensor(as_shard_of(pruned, tensor))
+        if int(_fours(known, inputs).sum(dim=-1).amax()) > 2:
             raise ValueError("structure='2:4' prunes two of every four weights, got masks that prune more than two of four")
         scores = scores.masked_fill(known, -torch.inf)
-    order = scores.reshape(-1, 4).argsort(dim=-1, stable=True)
-    mask = torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(1, order[:, :2], True)
-    return local_tensor(shard_like(mask.view(shape), score.tensor)).contiguous()
+    order = _fours(scores, inputs).argsort(dim=-1, stable=True)
+    chosen = torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(-1, order[..., :2], True)
+    mask = chosen.flatten(-2).movedim(-1, inputs)
+    return local_tensor(shard_like(mask, tensor)).contiguous()
+
+
+def _fours(tensor: Tensor, dim: int) -> Tensor:
+    """Return a tensor with every four entries along a dimension in a last dimension of size 4."""
+    moved = tensor.movedim(dim, -1)
+    return moved.reshape(*moved.shape[:-1], moved.shape[-1] // 4, 4)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.parameter import is_lazy
 
-from lightning_reg.pruning.structures import count_units
+from lightning_reg.pruning.structures import count_units, divides_into_fours
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Schedule, Steps
 
 if TYPE_CHECKING:
@@ -144,7 +144,13 @@ def schedule_warnings(planned: Mapping[float, float], final: float, every_n_epoc
 
 
 def check_layers(
-    what: str, target: float, tensors: Mapping[str, Tensor], scope: Scope, structure: Structure, units: Sequence[Units]
+    what: str,
+    target: float,
+    tensors: Mapping[str, Tensor],
+    scope: Scope,
+    structure: Structure,
+    units: Sequence[Units],
+    inputs: Sequence[int],
 ) -> None:
     """Check that a sparsity leaves something of each layer, as far as that is known before the fit.
 
@@ -155,19 +161,20 @@ def check_layers(
         scope: ``"global"`` or ``"layer"``.
         structure: The structure to prune.
         units: Where each tensor has its output units.
+        inputs: The dimension of each tensor's inputs.
 
     Raises:
         ValueError: If it would empty a layer. For ``"2:4"``, if a layer cannot be divided into groups of four.
     """
     layers = {
-        name: (p, unit)
-        for (name, p), unit in zip(tensors.items(), units, strict=True)
+        name: (p, unit, dim)
+        for (name, p), unit, dim in zip(tensors.items(), units, inputs, strict=True)
         if p.requires_grad and not is_lazy(p) and p.numel()
     }
     if structure == "2:4":
-        _check_groups_of_four(what, {name: p for name, (p, _) in layers.items()})
+        _check_groups_of_four(what, layers)
     elif scope == "layer":
-        counts = {name: count_units(p, unit) if structure == "unit" else p.numel() for name, (p, unit) in layers.items()}
+        counts = {name: count_units(p, unit) if structure == "unit" else p.numel() for name, (p, unit, _) in layers.items()}
         check_not_emptied(what, target, {name: (round(target * count), count) for name, count in counts.items()}, structure)
 
 
@@ -192,13 +199,13 @@ def check_not_emptied(what: str, target: float, counts: Mapping[str, tuple[int, 
         )
 
 
-def _check_groups_of_four(what: str, tensors: Mapping[str, Tensor]) -> None:
-    names = [name for name, p in tensors.items() if not p.ndim or p.shape[-1] % 4]
+def _check_groups_of_four(what: str, layers: Mapping[str, tuple[Tensor, Units, int]]) -> None:
+    names = [name for name, layer in layers.items() if not divides_into_fours(*layer)]
     if names:
-        shapes = ", ".join(f"{name} of shape {tuple(tensors[name].shape)}" for name in names)
+        shapes = ", ".join(f"{name} of shape {tuple(layers[name][0].shape)}" for name in names)
         raise ValueError(
-            f"{what}: structure='2:4' needs a last dimension that is a multiple of 4, got {shapes}: exclude such layers, as in "
-            f"{_excluding(names)}"
+            f"{what}: structure='2:4' needs a number of inputs that is a multiple of 4, got {shapes}: exclude such layers, as "
+            f"in {_excluding(names)}"
         )
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from lightning_reg._engine.arguments import NON_NEGATIVE
+from lightning_reg._engine.arguments import NON_NEGATIVE, check_module
 from lightning_reg._engine.names import counted
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.regularizer import Regularizer
-from lightning_reg._engine.selection import select_parameters
+from lightning_reg._engine.selection import check_params, select_parameters
 from lightning_reg._engine.steps import evaluates_once
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.shards import local_tensors
@@ -70,6 +70,8 @@ def decay_groups(module: nn.Module, weight_decay: float, *, params: Params = "we
         [(1, 0.1), (3, 0.0)]
     """
     decay = NON_NEGATIVE.check("decay_groups: weight_decay", weight_decay)
+    check_module("decay_groups", module)
+    check_params("decay_groups", params)
     selected = {id(p) for p in select_parameters(module, params).values()}
     trained = [p for p in module.parameters() if p.requires_grad]
     decayed, others = ([p for p in trained if (id(p) in selected) is decays] for decays in (True, False))
