@@ -143,7 +143,7 @@ class Regularizer(Technique, Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what there is to say about the whole fit."""
-        if line := self.fit_summary():
+        if (self.prints_always or _lightning.prints_summary(trainer)) and (line := self.fit_summary()):
             print_line(trainer, f"{self.name}: {line}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,8 +9,6 @@ import rich
 from rich.table import Table
 from rich.text import Text
 
-from lightning_reg._engine import _lightning
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -59,8 +57,8 @@ def summarize(techniques: Iterable[Technique], attached: bool = True) -> Summary
 
 
 def print_line(trainer: Trainer, line: str) -> None:
-    """Print a line if the summary is printed."""
-    if _lightning.prints_summary(trainer):
+    """Print a line on rank zero."""
+    if trainer.is_global_zero:
         rich.print(Text(line))
 
 

@@ -89,6 +89,8 @@ class Technique(SignatureRepr, ABC):
     """What DeepSpeed users can do instead, since its engine hides gradients and weights; ``None`` if the technique works."""
     state_entries: ClassVar[tuple[str, ...]] = ()
     """The entries of ``self.state``, each a dictionary that checkpoints keep: by optimizer index or by parameter name."""
+    prints_always: ClassVar[bool] = False
+    """Whether to print ``fit_summary`` even if ``enable_model_summary=False``."""
     resets_each_fit: ClassVar[bool] = True
     """Whether a new fit starts with empty state."""
 
@@ -132,6 +134,9 @@ class Technique(SignatureRepr, ABC):
 
     def values_changed(self) -> None:
         """Apply new values in ``self.current``; called before the first batch that they apply to."""
+
+    def before_batch(self) -> None:
+        """Look at the module before each training batch; called once per batch, after ``values_changed``."""
 
     def before_forward(self, params: list[Parameter], step: Step) -> None:
         """Change selected parameters for one forward and backward pass; called before each forward pass of a training step."""
