@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import QUIET, Classifier, Unfreezes, fit, loader
+from helpers import QUIET, Classifier, Unfreezes, fit, loader, set_width, words
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
@@ -23,12 +23,6 @@ from lightning_reg import (
     WeightDecay,
     WeightPruning,
 )
-
-
-def set_width(monkeypatch, columns):
-    """Let rich print on a console of a width; it has looked at the width once."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setattr("rich._console", None)
 
 
 @pytest.fixture
@@ -112,10 +106,6 @@ def everything():
         GradientNormClipping(1.0, params="bert.encoder.layer.0.*"),
         WeightPruning(Cubic(0.0, 0.9, until=0.7), structure="unit", scope="layer", params=["weights", "!net.4.*"]),
     ]
-
-
-def words(text):
-    return re.sub(r"[│┃┏┓┗┛┡┩└┘━─┳╇┴┼├┤]", " ", text).split()
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 100, 120])
