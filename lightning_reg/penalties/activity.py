@@ -141,7 +141,7 @@ class ActivityPenalty(ModuleRegularizer):
             if not is_float(main):
                 raise TypeError(
                     f"ActivityPenalty: {name!r} ({type(module).__name__}) returns {describe_output(main)}, expected one float "
-                    "tensor; select a module inside it"
+                    f"tensor; select a module inside it, or exclude it with '!{name}'"
                 )
             data = main.data if isinstance(main, PackedSequence) else main
             # a copy, since the model may change the output in place, as nn.ReLU(inplace=True) does
