@@ -194,6 +194,23 @@ def test_ci_runs_test_command_of_readme():
     assert commands.count("\n") == 0
 
 
+def versions(name):
+    """Return the pinned version of each package in a file in ``.ci``."""
+    return dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / ".ci" / name).read_text(), re.MULTILINE))
+
+
+def test_documented_libraries_match_tested_ones():
+    """In their versions, and with the models that ``tests/zoo/models.py`` names."""
+    table = rows("docs/guarantees.md", "## Models of other libraries")
+    pinned = {**versions("constraints.txt"), **versions("zoo.txt")}
+    documented = {library.strip("`"): version for library, version, _ in table}
+    assert documented == {library: pinned[library] for library in documented}
+    assert set(versions("zoo.txt")) & {"timm", "transformers", "peft"} <= set(documented)
+    models = [f"{library.strip('`')} {name}" for library, _, names in table for name in names.split(", ")]
+    listed = re.findall(r'^    "([\w-]+ [\w-]+)": Model\(', (HERE / "zoo" / "models.py").read_text(), re.MULTILINE)
+    assert [re.sub(r" \(.*", "", model) for model in models] == listed
+
+
 # Metrics ------------------------------------------------------------------------------------------------------------
 
 
@@ -273,7 +290,8 @@ def test_links_work(page, target):
 
 def test_every_guide_is_linked():
     guides = {path.name for path in GUIDES} - {"index.md"}
-    assert {target for page, target in LINKS if page == "docs/index.md"} - {"../README.md"} == guides
+    linked = {target.partition("#")[0] for page, target in LINKS if page == "docs/index.md"}
+    assert linked - {"../README.md"} == guides
     assert {f"docs/{name}" for name in guides} <= {target.partition("#")[0] for page, target in LINKS if page == "README.md"}
 
 

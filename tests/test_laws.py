@@ -11,8 +11,8 @@ from contextlib import nullcontext
 import lightning.pytorch.callbacks
 import pytest
 import torch
-from helpers import Classifier, Gan, Memory, distance, fit, loader, same, vars_of, weights
-from lightning.pytorch import Callback, LightningModule, Trainer
+from helpers import Classifier, Gan, Memory, distance, fit, loader, same, traces, vars_of, weights
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from table import ROWS, SEED, SETS, changes, every_callback, everything, model
@@ -196,19 +196,6 @@ def test_evaluation_is_unchanged(row):
         with changed:
             assert_close(results[0], results[1], rtol=0.0, atol=0.0)
     trainer.fit(trained, loader(), loader())
-
-
-def traces(model: LightningModule):
-    """Return everything in a model that a callback might leave changed."""
-    hooks = {
-        (name, kind): len(getattr(module, kind))
-        for name, module in model.named_modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
-    }
-    attributes = {name: sorted(vars(module)) for name, module in model.named_modules() if module is not model}
-    classes = {name: type(module) for name, module in model.named_modules()}
-    own = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-    return hooks, own, attributes, classes, list(model.state_dict()), [name for name, _ in model.named_buffers()]
 
 
 @every_callback

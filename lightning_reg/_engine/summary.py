@@ -106,11 +106,22 @@ def _list(rows: Sequence[Row], width: int) -> str:
 
 
 def _wrapped(start: str, text: str, width: int) -> str:
-    return textwrap.fill(
+    """Wrap a text between words, to the right of its start, or further to the left where a word would not fit there.
+
+    Example:
+        >>> print(_wrapped("setting ", "p=0.1, after='encoder.*'", 20))
+        setting p=0.1,
+           after='encoder.*'
+    """
+    words = text.split()
+    indent = " " * min(len(start), max(width - max(map(len, words), default=0), 0))
+    fits = not words or len(start) + len(words[0]) <= width
+    lines = textwrap.fill(
         text,
         width,
-        initial_indent=start,
-        subsequent_indent=" " * len(start),
+        initial_indent=start if fits else indent,
+        subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return lines if fits else f"{start.rstrip()}\n{lines}"
