@@ -325,7 +325,9 @@ def test_registry_of_subclasses_is_not_triggered():
     assert type(model.net[3]) is Act
 
 
-@pytest.mark.parametrize("callback", [DropoutScheduler(0.5), DropoutInjection(0.5, after="Cell")], ids=["scheduler", "injection"])
+@pytest.mark.parametrize(
+    "callback", [DropoutScheduler(0.5), DropoutInjection(0.5, after="Cell")], ids=["scheduler", "injection"]
+)
 def test_class_with_another_base_before_module(callback):
     """Such a class has another object layout, as the recurrent cells of pytorch-forecasting do."""
 
