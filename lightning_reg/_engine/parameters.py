@@ -62,6 +62,7 @@ class ParameterRegularizer(Regularizer):
     """Whether it is defined for complex parameters, with |θ| as the magnitude. Frozen ones are always left alone."""
     supports_fsdp1: ClassVar[bool] = True
     """Whether it works without the shapes of tensors, which FSDP1 flattens."""
+    fit_attributes: ClassVar[tuple[str, ...]] = ("tensors", "_names", "_units", "_refused", "_masked", "_held", "_optimizers")
 
     def __init__(self, params: Params, name: str | None) -> None:
         check_params(type(self).__name__, params)
@@ -171,6 +172,7 @@ class ParameterRegularizer(Regularizer):
         self._masked.clear()
         self._refused.clear()
         self._held.clear()
+        self._optimizers = []
 
     def name_of(self, p: Tensor) -> str:
         """Return the name of a selected parameter."""

@@ -105,6 +105,7 @@ class NonFiniteGradientGuard(GradientProcessing):
     phase = Phase.GUARD
     supports_complex = True
     state_entries = ("consecutive",)
+    fit_attributes = ("_trainer",)
     supports_sparse = supports_fsdp1 = True
 
     def __init__(
@@ -119,6 +120,7 @@ class NonFiniteGradientGuard(GradientProcessing):
         self.policy = policy
         self.patience = check_integer("NonFiniteGradientGuard: patience", patience, 1)
         super().__init__(params, name)
+        self._trainer: Trainer | None = None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise an error if the Trainer clips values, because that fails in a skipped step, which has no gradients."""
@@ -139,8 +141,14 @@ class NonFiniteGradientGuard(GradientProcessing):
             )
         self._trainer = trainer
 
+    def detach(self) -> None:
+        """Release the parameters and the trainer."""
+        super().detach()
+        self._trainer = None
+
     def should_step(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
         """Return whether the step may happen. With the policy ``"zero"``, set the bad entries to 0 first."""
+        assert self._trainer is not None, "attached"
         bad = _lightning.any_rank(self._trainer, nonfinite_gradients(params))
         is_bad, index = bool(bad.any()), self.optimizer_index(optimizer)
         if is_bad and _lightning.is_searching_scale(self._trainer):

@@ -157,6 +157,7 @@ class WeightDecayScheduler(Regularizer):
 
     phase = Phase.DECAY
     valid_ranges = {"weight_decay": NON_NEGATIVE}
+    fit_attributes = ("_original",)
     deepspeed_alternative = "set the optimizer's own weight_decay"
 
     def __init__(self, weight_decay: Value, *, name: str | None = None) -> None:
