@@ -56,6 +56,44 @@ class ConvNeXtBlock(nn.Module):
         self.grn_shift = bare(1, 1, 1, 32)
 
 
+POSITIONS = (
+    "W_pos",  # of PatchTST in tsai and neuralforecast
+    "position_enc",  # of PatchTST in transformers
+    "pos_emb",
+    "pos_embed",
+    "pos_embedding",
+    "position_embeddings",
+    "positional_embedding",  # of CLIP
+    "positional_encoding",
+)
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_position_embeddings_are_no_weights(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Module())
+    setattr(model[1], name, bare(6, 4))
+    assert list(select_parameters(model)) == ["0.weight"]
+    assert list(select_parameters(model, "embeddings")) == [f"1.{name}"]
+    assert left_out(model, "weights")["position embeddings and tokens"] == [f"1.{name}"]
+
+
+@pytest.mark.parametrize("name", ["W_V", "pos_weight", "compose", "encoding", "purpose_weight"])
+def test_other_matrices_are_weights(name):
+    model = nn.Module()
+    setattr(model, name, bare(6, 4))
+    assert list(select_parameters(model)) == [name]
+
+
+@pytest.mark.parametrize("class_name", ["RevIN", "RevINMultivariate", "RMSNorm", "ReversibleInstanceNorm1d"])
+def test_scales_of_normalization_are_no_weights(class_name):
+    """Of shape (1, 1, features), as for several series."""
+    layer = type(class_name, (nn.Module,), {})()
+    layer.affine_weight = bare(1, 1, 5)
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    assert list(select_parameters(model)) == ["0.weight"]
+    assert list(select_parameters(model, "norms")) == ["1.affine_weight"]
+
+
 class SwinV2Attention(nn.Module):
     """A logit scale for each head, and a table of relative positions."""
 

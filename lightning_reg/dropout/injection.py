@@ -220,6 +220,7 @@ class DropoutInjection(ModuleRegularizer):
 
     phase = Phase.DROPOUT
     valid_ranges = {"p": PROBABILITY}
+    fit_attributes = ("injected",)
     deepspeed_alternative = None
     selector = "after"
     effect = "drop anything"

@@ -112,6 +112,7 @@ class NonFiniteGradientGuard(GradientProcessing):
     phase = Phase.GUARD
     supports_complex = True
     state_entries = ("consecutive", "bad_steps")
+    fit_attributes = ("_buffers",)
     prints_always = True
     supports_sparse = supports_fsdp1 = True
 

@@ -85,6 +85,7 @@ class ActivityPenalty(ModuleRegularizer):
 
     phase = Phase.PENALTY
     valid_ranges = {"strength": NON_NEGATIVE}
+    fit_attributes = ("_handles", "_values", "_last_term", "_trainer")
     selector = "modules"
     effect = "be penalized"
     deepspeed_alternative = "add functional.activity_penalty to the loss in training_step, or use DDP or FSDP2"
