@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_reg._engine.plan import Plan, Point, fraction_done, parse_marker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _ROUNDING = 1e-9
 
@@ -100,6 +103,7 @@ class Clock:
 
     Args:
         plan: The length of the fit, as far as it is known when it starts.
+        is_trial: Whether the fit only tries the code, so that its end says nothing about markers.
 
     Example:
         >>> clock = Clock(Plan(max_epochs=4, per_epoch=10))
@@ -110,8 +114,9 @@ class Clock:
         0.75
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, is_trial: bool = False) -> None:
         self.plan = plan
+        self.is_trial = is_trial
         self._length = plan.length
         self._is_exact = plan.is_exact
         self._line = _WHOLE  # progress over the fraction of the plan that is done
@@ -152,17 +157,25 @@ class Clock:
             self._ramps[begin, until] = line
         return line.at(self._position(until, moment))
 
+    def knows(self, markers: Iterable[float | str]) -> bool:
+        """Return whether the plan says where markers are; in manual optimization, nobody knows when a step will be."""
+        return self.plan.is_automatic or "st" not in [_split(marker)[1] for marker in markers]
+
     def ends_before(self, marker: float | str) -> bool:
         """Return whether the fit ends before a marker."""
         number, unit = _split(marker)
-        return bool(unit) and number > {"ep": self.plan.end.epochs, "st": self.plan.end.steps}[unit] + _ROUNDING
+        return (
+            bool(unit)
+            and not self.is_trial
+            and number > {"ep": self.plan.end.epochs, "st": self.plan.end.steps}[unit] + _ROUNDING
+        )
 
     def comes_before(self, marker: float | str, other: float | str) -> bool:
         """Return whether a marker comes before another one, as far as that is certain."""
         (first, unit), (last, other_unit) = _split(marker), _split(other)
         if unit == other_unit or not last:
             return first < last
-        if not self.plan.is_exact or not _has_end(self._length):
+        if self.is_trial or not self.plan.is_exact or not _has_end(self._length):
             return False
         return self._progress_at(marker) < self._progress_at(other) - _ROUNDING
 

@@ -121,7 +121,7 @@ class Driver:
         if self._clock is not None:
             return
         plan = _lightning.plan_of(self.trainer, in_batch=False)
-        self._clock = Clock(plan)
+        self._clock = Clock(plan, is_trial=bool(self.trainer.fast_dev_run))  # type: ignore[attr-defined]
         if state := next((technique.saved_clock for technique in self.techniques if technique.saved_clock), None):
             self._clock.load_state_dict(state)
             self._clock.begin_epoch(plan, _lightning.point_of(self.trainer, in_batch=False))
