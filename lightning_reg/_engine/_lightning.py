@@ -166,12 +166,9 @@ def point_of(trainer: Trainer, *, in_batch: bool = True) -> Point:
     return _point(trainer, done - accumulated, in_epoch - accumulated)
 
 
-def point_after_batch(trainer: Trainer) -> Point:
-    """Return what is done after the current batch, which is the last of its epoch unless training stops early."""
-    done, in_epoch = _batches_done(trainer)
-    if math.isinf(trainer.num_training_batches):
-        return Point(done + 1, trainer.current_epoch + 1, trainer.global_step)
-    return _point(trainer, done + 1, in_epoch + 1)
+def point_after_epoch(trainer: Trainer) -> Point:
+    """Return what is done after the current batch, with which the epoch ends, be it the last one or not."""
+    return Point(_batches_done(trainer)[0] + 1, trainer.current_epoch + 1, trainer.global_step)
 
 
 def _point(trainer: Trainer, done: int, in_epoch: int) -> Point:

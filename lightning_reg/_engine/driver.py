@@ -373,7 +373,7 @@ class Driver:
         """Let techniques act at the epoch's end, and then reproject, since constraints may be violated."""
         assert self._clock is not None, "a batch has been trained"
         self._trained = False
-        moment = self._clock.advance(_lightning.point_after_batch(self.trainer))
+        moment = self._clock.advance(_lightning.point_after_epoch(self.trainer))
         with torch.no_grad():
             for technique in self._acting["epoch_end"]:
                 technique.update(moment)
