@@ -25,6 +25,10 @@ class Front(Callback):
         self.driver: Driver | None = None
         self._callbacks = callbacks
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies share: all but the driver of the fit, which serves this trainer only."""
+        return {**vars(self), "driver": None}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, now that the data are loaded."""
         if self.driver:
