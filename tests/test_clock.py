@@ -8,11 +8,12 @@ import random
 import warnings
 
 import pytest
-from helpers import Classifier, Gan, digits, fit, loader
-from lightning.pytorch import LightningDataModule
+from helpers import QUIET, Classifier, Gan, digits, fit, loader
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.tuner import Tuner
 from simulation import FAR, Run, passed, simulate, valid
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_reg import Cubic, L1Penalty, Linear, Steps, WeightPruning, sparsity
 from lightning_reg._engine import clock as clock_module
@@ -189,7 +190,7 @@ class Growing(LightningDataModule):
 MARKERS = [(0.0, 1.0), (0.25, "2ep"), ("1ep", "9st"), ("2st", 0.8), (0.0, "8st"), ("1ep", "2ep")]
 
 
-def observed(pairs, model=None, data=None, *callbacks, **trainer):
+def observed(pairs, model=None, data=None, *callbacks, ckpt_path=None, **trainer):
     """Return the values of ramps at each optimizer step of a real fit."""
     seen = {pair: [] for pair in pairs}
 
@@ -204,7 +205,9 @@ def observed(pairs, model=None, data=None, *callbacks, **trainer):
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(does not reach it|not resumable)")
-        fit([*callbacks, *(recorded(*pair) for pair in enumerate(pairs))], model, data, **trainer)
+        ours = [recorded(*pair) for pair in enumerate(pairs)]
+        fitted = Trainer(**{**QUIET, **trainer}, callbacks=[*callbacks, *ours])
+        fitted.fit(model or Classifier(), loader() if data is None else data, ckpt_path=ckpt_path)
     return seen
 
 
@@ -334,3 +337,173 @@ def test_trial_fit_accepts_schedules_of_the_real_one():
 def test_pruning_by_steps_in_manual_optimization_needs_no_plan():
     model = fit([WeightPruning(Cubic(0.0, 0.5, until="16st"))], Gan(), max_epochs=2)
     assert sparsity(model).fraction == 0.5
+
+
+# Resumed and repeated fits ------------------------------------------------------------------------------------------
+
+
+class Resumable(DataLoader):
+    """Goes on after the batches that it has given."""
+
+    def __init__(self, batches):
+        super().__init__(TensorDataset(*digits(16 * batches)), batch_size=16)
+        self.given = self.skipped = 0
+
+    def __iter__(self):
+        batches = itertools.islice(super().__iter__(), self.skipped, None)
+        self.given, self.skipped = self.skipped, 0
+        for batch in batches:
+            self.given += 1
+            yield batch
+
+    def state_dict(self):
+        return {"given": self.given % len(self)}
+
+    def load_state_dict(self, state):
+        self.skipped = state["given"]
+
+
+class Saves(Callback):
+    """Saves a checkpoint and stops after a batch."""
+
+    def __init__(self, batches, path):
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+
+class SavesEpoch(Callback):
+    """Saves a checkpoint after an epoch."""
+
+    def __init__(self, epoch, path):
+        self.epoch, self.path = epoch, path
+
+    def on_train_epoch_end(self, trainer, *args):
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 4, 5, 6, 9, 10, 12])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_fit_resumed_in_mid_epoch_goes_on(tmp_path, batches, accumulation):
+    if batches % 5 % accumulation:
+        return  # Lightning does not save gradients
+    options = {"max_epochs": 3, "accumulate_grad_batches": accumulation}
+    whole = observed(MARKERS, None, Resumable(5), **options)
+    with pytest.raises(SystemExit):
+        observed(MARKERS, None, Resumable(5), Saves(batches, tmp_path / "a.ckpt"), **options)
+    rest = observed(MARKERS, None, Resumable(5), **options, ckpt_path=tmp_path / "a.ckpt")
+    assert rest == {pair: values[len(values) - len(rest[pair]) :] for pair, values in whole.items()}
+    assert len(rest[MARKERS[0]]) < len(whole[MARKERS[0]])
+
+
+def resume_after_first_epoch(path, pairs, first, second, **limits):
+    observed(pairs, None, loader(16 * first), SavesEpoch(0, path), **limits)
+    return observed(pairs, None, loader(16 * second), **limits, ckpt_path=path)
+
+
+def test_resume_with_other_batch_size_goes_on(tmp_path):
+    """Epochs of 4 batches, from the second on of 8."""
+    seen = resume_after_first_epoch(tmp_path / "a.ckpt", MARKERS, 4, 8, max_epochs=3)
+    wanted = expected(run_of([4, 8], max_epochs=3), MARKERS)
+    for pair in MARKERS:
+        assert seen[pair] == pytest.approx(wanted[pair][4:]), pair
+    assert seen[0.0, 1.0] == pytest.approx([(4 + i / 2) / 12 for i in range(16)])
+
+
+def test_resume_with_more_epochs_ends_at_the_new_end(tmp_path):
+    pairs = [(0.0, 1.0), (0.0, "4ep"), ("1ep", "12st")]
+    observed(pairs, None, loader(), SavesEpoch(0, tmp_path / "a.ckpt"), max_epochs=2)
+    seen = observed(pairs, None, loader(), max_epochs=5, ckpt_path=tmp_path / "a.ckpt")
+    assert seen[pairs[0]] == pytest.approx([0.5 + i / 32 for i in range(16)])
+    assert seen[pairs[1]] == pytest.approx([min(i / 16, 1.0) for i in range(4, 20)])
+    assert seen[pairs[2]] == pytest.approx([min(i / 8, 1.0) for i in range(16)])
+
+
+def test_second_fit_with_more_epochs():
+    seen = []
+
+    class Recorded(L1Penalty):
+        def gradients(self, params, optimizer, step):
+            seen.append(self.current["strength"])
+
+    trainer = Trainer(**QUIET, max_epochs=2, callbacks=[Recorded(Linear(0.0, 1.0), inject="gradient")])
+    model = Classifier()
+    trainer.fit(model, loader())
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(model, loader())
+    assert seen == [i / 8 for i in range(8)] + [i / 16 for i in range(8, 16)]
+
+
+@pytest.mark.parametrize("find", ["lr_find", "scale_batch_size"])
+def test_finders_before_a_fit_leave_time_alone(find, tmp_path):
+    seen = []
+
+    class Recorded(L1Penalty):
+        def gradients(self, params, optimizer, step):
+            seen.append(self.current["strength"])
+
+    class Sized(Classifier):
+        batch_size = 16
+
+        def train_dataloader(self):
+            return loader(64, self.batch_size)
+
+    trainer = Trainer(
+        **QUIET, max_epochs=2, default_root_dir=tmp_path, callbacks=[Recorded(Linear(0.0, 1.0), inject="gradient")]
+    )
+    options = {"num_training": 5} if find == "lr_find" else {"max_trials": 1, "init_val": 16}
+    getattr(Tuner(trainer), find)(model := Sized(), **options)
+    model.batch_size = 16
+    trainer.fit(model)
+    assert seen == [i / 8 for i in range(8)]
+
+
+# Markers beyond the end ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "marker", "end"),
+    [
+        (Steps([0.0, 0.4], at=["50ep"]), {}, "50ep", "3 epochs"),
+        (Cubic(0.0, 0.8, until="30ep"), {}, "30ep", "3 epochs"),
+        (Linear(0.0, 0.1, until="500st"), {}, "500st", "12 optimizer steps"),
+        (Linear(0.0, 0.1, until="12st"), {"accumulate_grad_batches": 2}, "12st", "6 optimizer steps"),
+        (Linear(0.0, 0.1, until="3ep"), {"max_epochs": -1, "max_steps": 6}, "3ep", "1.5 epochs"),
+        (Linear(0.0, 0.1, until="9st"), {"max_epochs": -1, "max_steps": 8, "model": Stepping([1])}, "9st", "8 optimizer steps"),
+        (Linear(0.0, 0.1, until="4ep"), {"model": Stepping([2])}, "4ep", "3 epochs"),
+        (Linear(0.0, 0.1, until="4ep"), {"data": unsized(4)}, "4ep", "3 epochs"),
+        (Linear(0.0, 0.1, until="1st"), {"max_epochs": 1, "limit_train_batches": 1}, None, None),
+        (Linear(0.0, 0.1, until="3ep"), {}, None, None),
+        (Linear(0.0, 0.1, until="12st"), {}, None, None),
+        (Steps([0.0, 0.1, 0.2], at=["1ep", "2ep"]), {}, None, None),
+        (Linear(0.0, 0.1, until="40st"), {"model": Stepping([3])}, None, None),  # nobody knows
+        (Linear(0.0, 0.1, until="500st"), {"data": unsized(4)}, None, None),
+    ],
+    ids=str,
+)
+def test_marker_beyond_the_end_is_a_warning_that_names_both(schedule, options, marker, end):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(
+            [L1Penalty(schedule)],
+            options.get("model"),
+            **{"max_epochs": 3, **{k: v for k, v in options.items() if k != "model"}},
+        )
+    messages = [str(warning.message) for warning in caught if "does not reach" in str(warning.message)]
+    assert len(messages) == (marker is not None)
+    if marker:
+        assert f"has the marker '{marker}', but the run ends after {end}, so" in messages[0]
+
+
+def test_last_line_of_pruning_names_the_true_goal():
+    pruning = WeightPruning(Cubic(0.0, 0.8, until="30ep"))
+    with pytest.warns(UserWarning, match="'30ep', but the run ends after 3 epochs"):
+        model = fit([pruning], max_epochs=3)
+    reached = sparsity(model).fraction
+    assert reached == pytest.approx(0.8 - 0.8 * 0.9**3, abs=1e-3)
+    assert f"{reached:.2%}" in pruning.fit_summary()
+    assert "80.00%" in pruning.fit_summary()
