@@ -95,6 +95,16 @@ def test_list_of_callbacks_is_as_before(hook, exception, first):
         trainer.fit_loop.max_epochs += 1
 
 
+def test_list_of_callbacks_is_as_before_if_another_callback_fails_twice():
+    fails = Raises("on_train_batch_start", RuntimeError("stop"))
+    fails.on_exception = fails.on_train_batch_start
+    trainer = Trainer(**QUIET, max_epochs=1, callbacks=[fails, L1Penalty(0.1)])
+    callbacks = trainer.callbacks
+    with pytest.raises(RuntimeError):
+        trainer.fit(Classifier(), loader())
+    assert trainer.callbacks is callbacks
+
+
 def test_changes_of_the_list_in_a_fit_stay():
     class Changes(Callback):
         def setup(self, trainer, pl_module, stage):

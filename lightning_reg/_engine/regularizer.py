@@ -161,21 +161,19 @@ class Regularizer(Technique, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
-        self._stop(trainer)
+        self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was."""
-        self._stop(trainer)
+        self._stop()
 
     def _stop_predict(self) -> None:
         if self._predicting:
             self._predicting = False
             self.stop_predict()
 
-    def _stop(self, trainer: Trainer) -> None:
+    def _stop(self) -> None:
         self._stop_predict()
-        if front := front_of(trainer):
-            front.remove_from(trainer)
         if self._driver:
             driver, self._driver = self._driver, None
             driver.stop()
