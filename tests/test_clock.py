@@ -126,17 +126,19 @@ def test_resumed_clock_equals_uninterrupted_one_to_the_last_bit():
 
 
 @pytest.mark.parametrize("stepping", [[], [2]], ids=["automatic", "manual"])
-@pytest.mark.parametrize("sized", [True, False], ids=["sized", "unsized"])
+@pytest.mark.parametrize("sized", [(True, True), (False, False), (True, False), (False, True)], ids=str)
 def test_resume_with_other_limits_goes_on_from_where_it_was(sized, stepping):
     limits = [(4, None), (9, None), (6, 20), (None, 17), (None, None)]
     pairs = [(0.0, "5ep"), ("1ep", "20st"), ("2st", "3ep"), ("3st", "12st")]
     for first, second, stop in itertools.product(limits, limits, range(4, 20)):
-        run = Run([4] * FAR, [1] * FAR, stepping, sized, *first)
+        run = Run([4] * FAR, [1] * FAR, stepping, sized[0], *first)
         moments = list(itertools.islice(run.moments(), stop))
         if len(moments) < stop:
             continue
         *_, (now, progress, before) = itertools.islice(follow(run, pairs), stop)
-        resumed = Run(run.lengths, run.accumulation, stepping, sized, *second)
+        if now.batch and sized[0] != sized[1]:  # epochs have lost or got their fractions
+            continue
+        resumed = Run(run.lengths, run.accumulation, stepping, sized[1], *second)
         goes_on = follow(run, pairs, resume_at=stop - 1, as_run=resumed)
         *_, (_, progress_after, after) = itertools.islice(goes_on, stop)
         assert after == pytest.approx(before), (first, second, now)
@@ -423,6 +425,25 @@ def test_resume_with_more_epochs_ends_at_the_new_end(tmp_path):
     assert seen[pairs[2]] == pytest.approx([min(i / 8, 1.0) for i in range(16)])
 
 
+def test_finished_fit_resumed_with_more_epochs_stays_at_the_end(tmp_path):
+    """Its progress was 1, and what is done stays done; markers in epochs and steps go on."""
+    pairs = [(0.0, 1.0), (0.25, "4ep"), ("1ep", "12st")]
+    before = observed(pairs, None, loader(), SavesEpoch(1, tmp_path / "a.ckpt"), max_epochs=2)
+    seen = observed(pairs, None, loader(), max_epochs=5, ckpt_path=tmp_path / "a.ckpt")
+    assert seen[pairs[0]] == [1.0] * 12
+    assert before[pairs[1]] + seen[pairs[1]] == pytest.approx([0, 0, *(i / 14 for i in range(14)), 1, 1, 1, 1])
+    assert before[pairs[2]] + seen[pairs[2]] == pytest.approx([0] * 4 + [i / 8 for i in range(8)] + [1] * 8)
+
+
+def test_second_fit_over_longer_epochs_does_not_ask_for_the_order_of_what_is_over():
+    """If all epochs had been as long as they are now, the third would have ended before step 10."""
+    trainer = Trainer(**QUIET, max_epochs=4, callbacks=[L1Penalty(Linear(0.0, 1.0, begin="10st", until="3ep"))])
+    trainer.fit(model := Classifier(), loader())
+    trainer.fit_loop.max_epochs = 6
+    trainer.fit(model, loader(128))
+    assert trainer.callbacks[0].current["strength"] == 1.0
+
+
 def test_second_fit_with_more_epochs():
     seen = []
 
@@ -483,7 +504,7 @@ def test_finders_before_a_fit_leave_time_alone(find, tmp_path):
         (Linear(0.0, 0.1, until="40st"), {"model": Stepping([3])}, None, None),  # nobody knows
         (Linear(0.0, 0.1, until="500st"), {"data": unsized(4)}, None, None),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else str(value),
 )
 def test_marker_beyond_the_end_is_a_warning_that_names_both(schedule, options, marker, end):
     with warnings.catch_warnings(record=True) as caught:

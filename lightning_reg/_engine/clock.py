@@ -28,8 +28,10 @@ class Line(NamedTuple):
         return self.value + (1.0 - self.value) * max(position - self.since, 0.0) / (self.until - self.since)
 
     def position(self, value: float) -> float:
-        """Return where a value below 1 is reached: the reverse of ``at``."""
-        return self.since + (self.until - self.since) * max(value - self.value, 0.0) / (1.0 - self.value)
+        """Return where a value is reached, the reverse of ``at``; the start for a value that was reached before."""
+        if value <= self.value:
+            return self.since
+        return self.since + (self.until - self.since) * (value - self.value) / (1.0 - self.value)
 
     def to(self, until: float, position: float, here: float) -> Line:
         """Return the line that goes on from the value at a position to another end; the position is ``here`` from now on."""
@@ -121,7 +123,7 @@ class Clock:
         self._is_exact = plan.is_exact
         self._line = _WHOLE  # progress over the fraction of the plan that is done
         self._ramps: dict[tuple[float | str, float | str], Line] = {}  # those that have begun, between their markers
-        self.now = self.moment(Point(0, 0, 0))
+        self.now = self.moment(plan.start)
 
     def begin_epoch(self, plan: Plan, here: Point | None = None) -> None:
         """Take over what is known when an epoch starts, or when it goes on after a resume, at a point within it."""
@@ -132,7 +134,7 @@ class Clock:
         else:
             self._line = _WHOLE
         self.plan, self._length, self._is_exact = plan, length, plan.is_exact
-        now = self.moment(here)
+        self.now = now = self.moment(here)
         self._ramps = {ramp: line for ramp, line in self._ramps.items() if not now.has_passed(ramp[1])}
         for (begin, until), line in self._ramps.items():
             end = self._line_between(begin, until, now).until
@@ -171,11 +173,11 @@ class Clock:
         )
 
     def comes_before(self, marker: float | str, other: float | str) -> bool:
-        """Return whether a marker comes before another one, as far as that is certain."""
+        """Return whether a marker comes before another one, as far as that is certain: the plan does not tell what was."""
         (first, unit), (last, other_unit) = _split(marker), _split(other)
         if unit == other_unit or not last:
             return first < last
-        if self.is_trial or not self.plan.is_exact or not _has_end(self._length):
+        if self.is_trial or not self.plan.is_exact or not _has_end(self._length) or self.now.has_passed(marker):
             return False
         return self._progress_at(marker) < self._progress_at(other) - _ROUNDING
 
