@@ -152,6 +152,10 @@ class Clock:
             self._line.at(fraction) if _has_end(self._length) else fraction, point.epochs, point.steps, point.batches, self
         )
 
+    def moment_at(self, marker: str) -> Moment:
+        """Return the moment at a marker according to the plan."""
+        return self.moment(self.plan.point(marker))
+
     def between(self, begin: float | str, until: float | str, moment: Moment) -> float:
         """Return the position between two markers at a moment that lies between them."""
         line = self._ramps.get((begin, until)) or self._line_between(begin, until, moment)
@@ -210,7 +214,7 @@ class Clock:
         return Line(0.0, min(at(begin), self._position(until, now)), at(until))
 
     def _progress_at(self, marker: float | str) -> float:
-        return self.moment(self.plan.point(marker)).progress if isinstance(marker, str) else marker
+        return self.moment_at(marker).progress if isinstance(marker, str) else marker
 
     def _batches_at(self, marker: float | str) -> float:
         if isinstance(marker, str):
