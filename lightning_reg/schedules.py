@@ -1,8 +1,9 @@
 """Values that change over training. A schedule is any callable from progress in [0, 1] to a float.
 
-Progress is the number of training batches done, divided by the number planned. Schedules start and end at *markers*: fractions
-of training (``0.25``), epochs (``"3ep"``), or optimizer steps (``"500st"``, counted as ``trainer.global_step`` does). Epochs
-and steps also work in a run without an end, where fractions raise an error.
+Progress is the number of training batches done, divided by the number planned. If the length of the training data is unknown,
+it is the fraction of the epochs or of the steps. Schedules start and end at *markers*: fractions of training (``0.25``), epochs
+(``"3ep"``), or optimizer steps (``"500st"``, counted as ``trainer.global_step`` does). Epochs and steps also work in a run
+without an end, where fractions raise an error.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from functools import partial, wraps
+from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,16 +107,39 @@ def wrap_average_updates(trainer: Trainer, after: Callable[[nn.Module], None]) -
 
 
 def wrap_method(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
-    """Replace a method of one object by ``wrapper(method)``; return a function that restores it."""
+    """Replace a method of one object by ``wrapper(method)``; return a function that restores it.
+
+    Copies of the object, pickled ones included, have the method as it was.
+    """
     method = getattr(owner, name)
     own = {name: method} if name in vars(owner) else {}  # the object may have one of its own already
-    setattr(owner, name, wraps(method)(wrapper(method)))  # Lightning reads the signature
+    copied = (_itself, (method,)) if own else (getattr, (owner, name))
+    setattr(owner, name, _Wrapped(wrapper(method), method, copied))
 
     def restore() -> None:
         vars(owner).pop(name, None)
         vars(owner).update(own)
 
     return restore
+
+
+class _Wrapped:
+    """A function in place of a method. Its copy is the method: ``copied`` has a function that returns it, and arguments."""
+
+    def __init__(self, function: Callable[..., Any], method: Callable[..., Any], copied: tuple[Any, tuple[Any, ...]]) -> None:
+        update_wrapper(self, method)  # Lightning reads the signature
+        self._function = function
+        self._copied = copied
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self._copied
+
+
+def _itself(method: Any) -> Any:
+    return method
 
 
 # The length of the fit ----------------------------------------------------------------------------------------------
@@ -170,12 +193,9 @@ def point_of(trainer: Trainer, *, in_batch: bool = True) -> Point:
     return _point(trainer, done - accumulated, in_epoch - accumulated)
 
 
-def point_after_batch(trainer: Trainer) -> Point:
-    """Return what is done after the current batch, which is the last of its epoch unless training stops early."""
-    done, in_epoch = _batches_done(trainer)
-    if math.isinf(trainer.num_training_batches):
-        return Point(done + 1, trainer.current_epoch + 1, trainer.global_step)
-    return _point(trainer, done + 1, in_epoch + 1)
+def point_after_epoch(trainer: Trainer) -> Point:
+    """Return what is done after the current batch, with which the epoch ends, be it the last one or not."""
+    return Point(_batches_done(trainer)[0] + 1, trainer.current_epoch + 1, trainer.global_step)
 
 
 def _point(trainer: Trainer, done: int, in_epoch: int) -> Point:

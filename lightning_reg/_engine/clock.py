@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_reg._engine.plan import Plan, Point, fraction_done, parse_marker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterable
 
 _ROUNDING = 1e-9
+
+
+class Line(NamedTuple):
+    """A straight line from ``value`` at ``since`` to 1 at ``until``, in any unit."""
+
+    value: float
+    since: float
+    until: float
+
+    def at(self, position: float) -> float:
+        """Return the value at a position; 1 after the end."""
+        if position >= self.until:
+            return 1.0
+        return self.value + (1.0 - self.value) * max(position - self.since, 0.0) / (self.until - self.since)
+
+    def position(self, value: float) -> float:
+        """Return where a value is reached, the reverse of ``at``; the start for a value that was reached before."""
+        if value <= self.value:
+            return self.since
+        return self.since + (self.until - self.since) * (value - self.value) / (1.0 - self.value)
+
+    def to(self, until: float, position: float, here: float) -> Line:
+        """Return the line that goes on from the value at a position to another end; the position is ``here`` from now on."""
+        return self if (until, here) == (self.until, position) else Line(self.at(position), here, until)
 
 
 @dataclass(frozen=True)
@@ -22,8 +46,8 @@ class Moment:
         progress: The fraction of the fit that is done; in a run without an end, the number of batches.
         epochs: The number of epochs that are done, with the fraction of the current one; NaN outside of a fit.
         steps: The number of optimizer steps that are done; NaN outside of a fit.
-        progress_at: Returns the progress at a marker in epochs or steps.
-        is_exact: Whether that is exact: then values change with progress between markers, else in the unit of the markers.
+        batches: The number of training batches that are done; NaN outside of a fit.
+        clock: The clock of the fit, which knows where markers are and were.
 
     Example:
         >>> moment = Moment(progress=0.25, epochs=1.0, steps=500.0)
@@ -34,13 +58,15 @@ class Moment:
     progress: float
     epochs: float = math.nan
     steps: float = math.nan
-    progress_at: Callable[[str], float] | None = None
-    is_exact: bool = False
+    batches: float = math.nan
+    clock: Clock | None = field(default=None, repr=False, compare=False)
 
     def has_passed(self, marker: float | str) -> bool:
         """Return whether a marker is here or was before: a fraction of training, ``"3ep"``, or ``"500st"``."""
         number, unit = _split(marker)
-        return self._count(unit, marker) >= number - _ROUNDING
+        if number and math.isnan(self.count(unit)):
+            raise RuntimeError(f"the position of the marker {marker!r} is unknown until a fit starts")
+        return not number or self.count(unit) >= number - _ROUNDING
 
     def between(self, begin: float | str, until: float | str) -> float:
         """Return the position x in [0, 1] between two markers: 0 before the first one, and 1 after the second."""
@@ -48,27 +74,26 @@ class Moment:
             return 1.0
         if not self.has_passed(begin):
             return 0.0
-        (first, first_unit), (last, last_unit) = _split(begin), _split(until)
-        now = self._count(last_unit, until)
-        if self.is_exact or (first_unit != last_unit and first):
-            now, first, last = self.progress, self._progress_at(begin), self._progress_at(until)
-        return min(max((now - first) / (last - first), 0.0), 1.0) if last > first and math.isfinite(last) else 0.0
+        if self.clock is not None:
+            return self.clock.between(begin, until, self)
+        return line_in_unit(begin, until, self).at(self.count(_split(until)[1]))
 
-    def _count(self, unit: str, marker: float | str) -> float:
-        count = {"": self.progress, "ep": self.epochs, "st": self.steps}[unit]
-        if math.isnan(count) and _split(marker)[0]:
-            raise RuntimeError(f"the position of the marker {marker!r} is unknown until a fit starts")
-        return 0.0 if math.isnan(count) else count
+    def count(self, unit: str) -> float:
+        """Return what is done in a unit: ``"ep"`` (epochs), ``"st"`` (optimizer steps), or an empty string (progress)."""
+        return {"": self.progress, "ep": self.epochs, "st": self.steps}[unit]
 
-    def _progress_at(self, marker: float | str) -> float:
-        if not isinstance(marker, str):
-            return marker
-        assert self.progress_at is not None, "only a fit knows its epochs and steps"
-        return self.progress_at(marker)
+
+def line_in_unit(begin: float | str, until: float | str, now: Moment) -> Line:
+    """Return the line between two markers in the unit of the second. The first one, if in another unit, is passed just now."""
+    (first, unit), (last, other) = _split(begin), _split(until)
+    return Line(0.0, first if unit == other or not first else now.count(other), last)
 
 
 END = Moment(1.0, math.inf, math.inf)
 """A moment after the end of any schedule."""
+
+
+_WHOLE = Line(0.0, 0.0, 1.0)
 
 
 class Clock:
@@ -80,6 +105,7 @@ class Clock:
 
     Args:
         plan: The length of the fit, as far as it is known when it starts.
+        is_trial: Whether the fit only tries the code, so that its end says nothing about markers.
 
     Example:
         >>> clock = Clock(Plan(max_epochs=4, per_epoch=10))
@@ -90,61 +116,74 @@ class Clock:
         0.75
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, is_trial: bool = False) -> None:
         self.plan = plan
+        self.is_trial = is_trial
         self._length = plan.length
-        self._anchor = (0.0, 0.0)  # a progress, and the fraction of the length that was done there
-        self._passed: dict[str, float | None] = {}  # the progress at markers; None while they lie ahead
-        self._ahead: dict[str, float] = {}  # the progress at markers according to the plan
-        self.now = self.moment(Point(0, 0, 0))
+        self._is_exact = plan.is_exact
+        self._line = _WHOLE  # progress over the fraction of the plan that is done
+        self._ramps: dict[tuple[float | str, float | str], Line] = {}  # those that have begun, between their markers
+        self.now = self.moment(plan.start)
 
     def begin_epoch(self, plan: Plan, here: Point | None = None) -> None:
         """Take over what is known when an epoch starts, or when it goes on after a resume, at a point within it."""
         here, length = here or plan.start, plan.length
-        if length != self._length and math.isfinite(min(*length)) and math.isfinite(min(*self._length)):
-            self._anchor = (self._progress(fraction_done(here, self._length)), fraction_done(here, length))
-        self.plan, self._length = plan, length
-        self._ahead.clear()
+        positions = {ramp: self._position(ramp[1], self.moment(here)) for ramp in self._ramps}
+        if _has_end(length) and _has_end(self._length):
+            self._line = self._line.to(1.0, fraction_done(here, self._length), fraction_done(here, length))
+        else:
+            self._line = _WHOLE
+        self.plan, self._length, self._is_exact = plan, length, plan.is_exact
+        self.now = now = self.moment(here)
+        self._ramps = {ramp: line for ramp, line in self._ramps.items() if not now.has_passed(ramp[1])}
+        for (begin, until), line in self._ramps.items():
+            end = self._line_between(begin, until, now).until
+            self._ramps[begin, until] = line.to(end, positions[begin, until], self._position(until, now))
 
     def advance(self, point: Point) -> Moment:
-        """Return the moment at a point, and remember which markers it has passed."""
+        """Return the moment at a point. Ramps that have begun there go on from there if the plan changes."""
         self.now = self.moment(point)
-        for marker, progress in self._passed.items():
-            if progress is None and self.now.has_passed(marker):
-                self._passed[marker] = self.now.progress
         return self.now
 
     def moment(self, point: Point) -> Moment:
         """Return the moment at a point, which may lie ahead."""
-        progress = self._progress(fraction_done(point, self._length))
-        return Moment(progress, point.epochs, point.steps, self.progress_at, self.plan.is_sized and self.plan.is_automatic)
+        fraction = fraction_done(point, self._length)
+        return Moment(
+            self._line.at(fraction) if _has_end(self._length) else fraction, point.epochs, point.steps, point.batches, self
+        )
 
     def moment_at(self, marker: str) -> Moment:
-        """Return the moment at a marker, as far as it is known."""
+        """Return the moment at a marker according to the plan."""
         return self.moment(self.plan.point(marker))
 
-    def progress_at(self, marker: str) -> float:
-        """Return the progress at a marker: where it was passed, or else where it will be passed according to the plan."""
-        passed = self._passed.setdefault(marker, None)
-        if passed is not None:
-            return passed
-        if marker not in self._ahead:
-            self._ahead[marker] = self.moment_at(marker).progress
-        return self._ahead[marker]
+    def between(self, begin: float | str, until: float | str, moment: Moment) -> float:
+        """Return the position between two markers at a moment that lies between them."""
+        line = self._ramps.get((begin, until)) or self._line_between(begin, until, moment)
+        if moment is self.now:
+            self._ramps[begin, until] = line
+        return line.at(self._position(until, moment))
+
+    def knows(self, markers: Iterable[float | str]) -> bool:
+        """Return whether the plan says where markers are; in manual optimization, nobody knows when a step will be."""
+        return self.plan.is_automatic or "st" not in [_split(marker)[1] for marker in markers]
 
     def ends_before(self, marker: float | str) -> bool:
         """Return whether the fit ends before a marker."""
         number, unit = _split(marker)
-        return bool(unit) and number > {"ep": self.plan.end.epochs, "st": self.plan.end.steps}[unit] + _ROUNDING
+        return (
+            bool(unit)
+            and not self.is_trial
+            and number > {"ep": self.plan.end.epochs, "st": self.plan.end.steps}[unit] + _ROUNDING
+        )
 
     def comes_before(self, marker: float | str, other: float | str) -> bool:
-        """Return whether a marker comes before another one, as far as that is certain."""
+        """Return whether a marker comes before another one, as far as that is certain: the plan does not tell what was."""
         (first, unit), (last, other_unit) = _split(marker), _split(other)
         if unit == other_unit or not last:
             return first < last
-        if not (self.plan.is_sized and self.plan.is_automatic) or math.isinf(min(self._length)):
+        if self.is_trial or not self.plan.is_exact or not _has_end(self._length) or self.now.has_passed(marker):
             return False
-        return self._expected(marker) < self._expected(other) - _ROUNDING
+        return self._progress_at(marker) < self._progress_at(other) - _ROUNDING
 
     def describe_end(self, marker: float | str) -> str:
         """Return when the fit ends, in the unit of a marker in epochs or steps."""
@@ -154,23 +193,37 @@ class Clock:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know, as plain numbers."""
-        return {"length": list(self._length), "anchor": list(self._anchor), "passed": dict(self._passed)}
+        ramps = [[*markers, *line] for markers, line in self._ramps.items()]
+        return {"length": list(self._length), "is_exact": self._is_exact, "line": list(self._line), "ramps": ramps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from the state of the run that is resumed."""
-        self._length, self._passed = Point(*state["length"]), dict(state["passed"])
-        progress, fraction = state["anchor"]
-        self._anchor = (progress, fraction)
+        self._length, self._is_exact, self._line = Point(*state["length"]), state["is_exact"], Line(*state["line"])
+        self._ramps = {(begin, until): Line(*line) for begin, until, *line in state["ramps"]}
 
-    def _expected(self, marker: float | str) -> float:
+    def _position(self, until: float | str, moment: Moment) -> float:
+        """Return where a moment is on the way to a marker: in batches if they can be counted, else in the marker's unit."""
+        unit = _split(until)[1]
+        return moment.batches if unit and self._is_exact else moment.count(unit)
+
+    def _line_between(self, begin: float | str, until: float | str, now: Moment) -> Line:
+        """Return the line between two markers according to the plan."""
+        if not self._is_exact:
+            return line_in_unit(begin, until, now)
+        at = self._batches_at if isinstance(until, str) else self._progress_at
+        return Line(0.0, min(at(begin), self._position(until, now)), at(until))
+
+    def _progress_at(self, marker: float | str) -> float:
         return self.moment_at(marker).progress if isinstance(marker, str) else marker
 
-    def _progress(self, fraction: float) -> float:
-        """Return the progress at a fraction of the plan; both are equal unless the plan has changed."""
-        progress, since = self._anchor
-        if not progress and not since:
-            return fraction
-        return progress if since >= 1.0 else min(progress + (1.0 - progress) * (fraction - since) / (1.0 - since), 1.0)
+    def _batches_at(self, marker: float | str) -> float:
+        if isinstance(marker, str):
+            return self.plan.point(marker).batches
+        return self._line.position(marker) * self._length.batches if marker else 0.0
+
+
+def _has_end(length: Point) -> bool:
+    return math.isfinite(min(length))
 
 
 def _split(marker: float | str) -> tuple[float, str]:

@@ -131,7 +131,7 @@ class Driver:
         if self._clock is not None:
             return
         plan = _lightning.plan_of(self.trainer, in_batch=False)
-        self._clock = Clock(plan)
+        self._clock = Clock(plan, is_trial=bool(self.trainer.fast_dev_run))  # type: ignore[attr-defined]
         if state := next((technique.saved_clock for technique in self.techniques if technique.saved_clock), None):
             self._clock.load_state_dict(state)
             self._clock.begin_epoch(plan, _lightning.point_of(self.trainer, in_batch=False))
@@ -385,7 +385,7 @@ class Driver:
         """Let techniques act at the epoch's end, and then reproject, since constraints may be violated."""
         assert self._clock is not None, "a batch has been trained"
         self._trained = False
-        moment = self._clock.advance(_lightning.point_after_batch(self.trainer))
+        moment = self._clock.advance(_lightning.point_after_epoch(self.trainer))
         with torch.no_grad():
             for technique in self._acting["epoch_end"]:
                 technique.update(moment)

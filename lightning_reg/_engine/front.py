@@ -25,6 +25,10 @@ class Front(Callback):
         self.driver: Driver | None = None
         self._callbacks = callbacks
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies share: all but the driver of the fit, which serves this trainer only."""
+        return {**vars(self), "driver": None}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, now that the data are loaded."""
         if self.driver:
@@ -50,7 +54,15 @@ class Front(Callback):
         if self.driver:
             self.driver.after_epoch()
 
-    def remove_from(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the list of callbacks as it was, whatever other callbacks raise later."""
+        self._remove(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the list of callbacks as it was."""
+        self._remove(trainer)
+
+    def _remove(self, trainer: Trainer) -> None:
         """Put the trainer's own list of callbacks back, with what others have changed in it."""
         self.driver = None
         left = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]

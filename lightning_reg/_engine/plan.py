@@ -101,6 +101,11 @@ class Plan:
         return bool(self.per_step)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the numbers of batches in an epoch and in an optimizer step are both known."""
+        return self.is_sized and self.is_automatic
+
+    @property
     def total(self) -> float:
         """The number of batches in the fit; infinite if it is unknown."""
         if not self.is_sized:
@@ -125,60 +130,47 @@ class Plan:
 
         What does not count is infinite.
         """
-        steps = math.inf if self.is_sized and self.is_automatic else self.max_steps
+        steps = math.inf if self.is_exact else self.max_steps
         return Point(self.total, math.inf if self.is_sized else self.max_epochs, steps)
 
     def point(self, marker: str) -> Point:
         """Return the point that a marker names, such as ``"3ep"`` (epochs) or ``"500st"`` (optimizer steps).
 
-        Where the lengths of epochs or steps are unknown, they are taken to be the average of those before.
+        The number of batches in an epoch must be known. Without the number of batches in a step, steps are NaN. What lies
+        behind is estimated as if all epochs were like this one.
         """
         number, unit = parse_marker(marker)
-        batches = self._batches_at_epoch(number) if unit == "ep" else self._batches_at_step(number)
-        epochs = number if unit == "ep" else self._epoch_at(batches)
-        steps = number if unit == "st" else self._step_at(batches)
-        return Point(float(batches), float(epochs), float(steps))
-
-    def _batches_at_epoch(self, number: float) -> float:
-        ahead = number - self.start.epochs
-        return self.start.batches + (ahead * self._mean_per_epoch if ahead else 0.0)
-
-    def _epoch_at(self, batches: float) -> float:
-        per_epoch = self._mean_per_epoch
-        return self.start.epochs + ((batches - self.start.batches) / per_epoch if math.isfinite(per_epoch) else 0.0)
-
-    @property
-    def _mean_per_epoch(self) -> float:
-        if self.is_sized:
-            return self.per_epoch
-        return self.start.batches / self.start.epochs if self.start.epochs else math.inf
+        ahead = (number - self.start.epochs) * self.per_epoch
+        batches = max(self.start.batches + ahead, 0.0) if unit == "ep" else self._batches_at_step(number)
+        epochs = number if unit == "ep" else self.start.epochs + (batches - self.start.batches) / self.per_epoch
+        return Point(float(batches), float(epochs), float(number if unit == "st" else self._step_at(batches)))
 
     def _batches_at_step(self, number: float) -> float:
         """Return the number of batches in a number of optimizer steps. The last step of an epoch may have fewer batches."""
         if not self.is_automatic:
-            return self.start.batches + (number - self.start.steps) / self._steps_per_batch
+            return math.nan
         if number < self.start.steps:  # it is over; the epochs before are taken to be like this one
             return replace(self, start=_NOTHING)._batches_at_step(number)
         steps, batches = self.start.steps, self.start.batches
         for epochs, per_step in self._stretches():
-            steps_per_epoch = math.ceil(self.per_epoch / per_step) if self.is_sized else math.inf
-            if not self.is_sized or number - steps <= steps_per_epoch * epochs:
+            steps_per_epoch = math.ceil(self.per_epoch / per_step)
+            if number - steps <= steps_per_epoch * epochs:
                 whole, rest = divmod(number - steps, steps_per_epoch)
-                return batches + (whole * self.per_epoch if whole else 0.0) + rest * per_step
+                return batches + whole * self.per_epoch + rest * per_step
             steps, batches = steps + steps_per_epoch * epochs, batches + self.per_epoch * epochs
         raise AssertionError("the last stretch of epochs has no end")
 
     def _step_at(self, batches: float) -> float:
         """Return the number of optimizer steps in a number of batches: the reverse of ``_batches_at_step``."""
         if not self.is_automatic:
-            return self.start.steps + (batches - self.start.batches) * self._steps_per_batch
+            return math.nan
         if batches < self.start.batches:
             return replace(self, start=_NOTHING)._step_at(batches)
         steps, done = self.start.steps, self.start.batches
         for epochs, per_step in self._stretches():
-            if not self.is_sized or batches - done <= self.per_epoch * epochs:
+            if batches - done <= self.per_epoch * epochs:
                 whole, rest = divmod(batches - done, self.per_epoch)
-                return steps + (whole * math.ceil(self.per_epoch / per_step) if whole else 0.0) + math.ceil(rest / per_step)
+                return steps + whole * math.ceil(self.per_epoch / per_step) + math.ceil(rest / per_step)
             steps, done = steps + math.ceil(self.per_epoch / per_step) * epochs, done + self.per_epoch * epochs
         raise AssertionError("the last stretch of epochs has no end")
 
@@ -187,10 +179,6 @@ class Plan:
         for begin, end in pairwise([*sorted(self.per_step), math.inf]):
             if end > self.start.epochs:
                 yield end - max(begin, self.start.epochs), self.per_step[int(begin)]
-
-    @property
-    def _steps_per_batch(self) -> float:
-        return self.start.steps / self.start.batches if self.start.steps and self.start.batches else 1.0
 
 
 @lru_cache

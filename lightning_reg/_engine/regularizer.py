@@ -61,6 +61,10 @@ class Regularizer(Technique, Callback):
         """The key of its state in a checkpoint."""
         return self._state_key if self._was_set_up else _NewStateKey(self._state_key, self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies share: all but the driver of the fit, which serves this trainer only."""
+        return {**vars(self), "_driver": None}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the configuration against the run."""
         self._was_set_up, self._evaluating = True, stage != "fit"
@@ -163,21 +167,19 @@ class Regularizer(Technique, Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was."""
-        self._stop(trainer)
+        self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was."""
-        self._stop(trainer)
+        self._stop()
 
     def _stop_predict(self) -> None:
         if self._predicting:
             self._predicting = False
             self.stop_predict()
 
-    def _stop(self, trainer: Trainer) -> None:
+    def _stop(self) -> None:
         self._stop_predict()
-        if front := front_of(trainer):
-            front.remove_from(trainer)
         if self._driver:
             driver, self._driver = self._driver, None
             driver.stop()

@@ -312,15 +312,15 @@ class WeightPruning(ParameterRegularizer):
     def _check_plan(self, clock: Clock) -> None:
         """Check the sparsity that each pruning of the fit will reach."""
         schedule: Callable[[Moment], float] = self._schedules.get("sparsity", lambda _: self.current["sparsity"])
-        planned = planned_targets(schedule, clock, self.every_n_epochs)
+        markers = [marker for _, _, value in self._values_given() if isinstance(value, Schedule) for marker in value.markers]
+        planned = planned_targets(schedule, clock, self.every_n_epochs) if clock.knows(markers) else {}
         self._final = schedule(END)
         what = f"{self.name}: sparsity={self.sparsity!r}"
         targets = [self.valid_ranges["sparsity"].check(what, target) for target in planned.values()]
         check_rising(what, targets)
         self._check_layers(targets)
         check_rewinding(self.name, self.rewind_to_step if self._automatic else None, planned, clock)
-        markers = [marker for _, _, value in self._values_given() if isinstance(value, Schedule) for marker in value.markers]
-        if any(map(clock.ends_before, markers)):  # which is a warning already
+        if clock.is_trial or any(map(clock.ends_before, markers)):  # the latter is a warning already
             return
         for warning in schedule_warnings(planned, self._final, self.every_n_epochs, clock):
             rank_zero_warn(f"{self.name} {warning}")
