@@ -29,6 +29,10 @@ class SkippedStep(Exception):  # noqa: N818 - like StopIteration, it is no error
 class StepListener(Protocol):
     """What happens around the steps that are followed."""
 
+    @property
+    def is_active(self) -> bool:
+        """Whether steps matter now. In the course of a fit, a learning-rate finder takes some without callbacks."""
+
     def begin_step(self, optimizer: Optimizer) -> None:
         """Act before a step, and before the optimizer evaluates its closure."""
 
@@ -96,6 +100,8 @@ class StepFollower:
             undo()
 
     def _step(self, take_step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], **options: Any) -> Any:
+        if not self._listener.is_active:
+            return take_step(optimizer, closure, **options)
         self.current, self.evaluations = optimizer, 0
         self._updated = self._wrapped_updated = self._prepared = False
         try:
@@ -131,7 +137,8 @@ class StepFollower:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.current is None:
-            self._after_unknown_step(optimizer)
+            if self._listener.is_active:
+                self._after_unknown_step(optimizer)
         elif optimizer is self.current:
             self._updated = True
             self._listener.after_update(optimizer, known=True)
@@ -152,53 +159,64 @@ class StepFollower:
 
 
 class UnseenSteps:
-    """Warns once if a stretch of training has backward passes, but no step or no gradients that could be seen.
+    """Warns once of callbacks that cannot act, because they see no step, or no gradients before it.
 
     Args:
-        names: The callbacks that need to see the gradients or the steps.
+        need_steps: The names of the callbacks that act at a step.
+        need_gradients: The names of those among them that do nothing without gradients.
         accumulated: The number of batches of one step, as far as Lightning knows.
     """
 
-    def __init__(self, names: Sequence[str], accumulated: Iterable[int]) -> None:
-        self._names = ", ".join(names)
+    def __init__(self, need_steps: Sequence[str], need_gradients: Sequence[str], accumulated: Iterable[int]) -> None:
+        self._need_steps, self._need_gradients = need_steps, need_gradients
         self._many = max(_MANY_BATCHES, *accumulated, 1)
-        self._watching = bool(names)
-        self._batches = self._backward_passes = 0
-        self._seen_step = False
+        self._batches = 0
+        self._is_backward_seen = self._is_step_seen = self._is_done = self._is_warned_of_unknown = False
 
     def backward(self) -> None:
-        """Count a backward pass."""
-        self._backward_passes += 1
-
-    def stop(self) -> None:
-        """Stop watching."""
-        self._watching = False
+        """Note a backward pass."""
+        self._is_backward_seen = True
 
     def step(self, params: Iterable[Tensor]) -> None:
         """Note a step, and stop watching if it has gradients."""
-        self._seen_step = True
-        if self._watching and any(p.grad is not None for p in params):
-            self._watching = False
+        self._is_step_seen = True
+        if not self._is_done:
+            self._is_done = any(p.grad is not None for p in params)
+
+    def unknown_step(self, optimizer: Optimizer) -> None:
+        """Warn of a step that Lightning does not take."""
+        if not self._is_warned_of_unknown:
+            self._is_warned_of_unknown = self._is_done = True
+            self._warn(
+                self._need_gradients,
+                f"a step of {type(optimizer).__name__} that Lightning did not take: step with self.optimizers(), without "
+                "use_pl_optimizer=False, and optimizer.step(). If the optimizer has steps of its own, pass a closure to step()",
+            )
 
     def end_batch(self, *, ends_epoch: bool) -> None:
         """Warn at the end of an epoch, or of many batches."""
         self._batches += 1
-        if not self._watching or not (ends_epoch or self._batches >= self._many):
+        if self._is_done or not (ends_epoch or self._batches >= self._many):
             return
-        if self._backward_passes:
-            self._watching = False
-            self._warn()
-        self._batches = 0
+        batches, self._batches = f"{self._batches} batch{'es' * (self._batches > 1)}", 0
+        if self._is_backward_seen:
+            self._is_done = True
+            if self._is_step_seen:
+                self._warn(
+                    self._need_gradients,
+                    f"{batches}, because no step had gradients: something uses them up before on_before_optimizer_step, as an "
+                    "optimizer that is fused into the backward pass does",
+                )
+            else:
+                self._warn(
+                    self._need_steps,
+                    f"{batches}, because Lightning took no step: use self.optimizers(), without use_pl_optimizer=False, and "
+                    "optimizer.step()",
+                )
 
-    def _warn(self) -> None:
-        seen = (
-            "in none of the optimizer steps was there a gradient: something uses the gradients up before "
-            "on_before_optimizer_step, as an optimizer that is fused into the backward pass does"
-            if self._seen_step
-            else "there were backward passes, but no optimizer step that Lightning knows of: step with self.optimizers() and "
-            "optimizer.step(), without use_pl_optimizer=False"
-        )
-        rank_zero_warn(f"{self._names} did not act in {self._batches} batches: {seen}")
+    def _warn(self, names: Sequence[str], where: str) -> None:
+        if names:
+            rank_zero_warn(f"{', '.join(names)} did not act in {where}")
 
 
 def remove_gradients(optimizer: Optimizer) -> None:
