@@ -246,6 +246,11 @@ class Driver:
         return self.techniques[0] in self.trainer.callbacks  # type: ignore[attr-defined]
 
     @property
+    def acts_on_weights(self) -> bool:
+        """Whether some technique acts only if there is an update."""
+        return bool(self._acting["before_update"] or self._acting["weights"])
+
+    @property
     def _current_optimizer(self) -> Optimizer | None:
         return self._steps.current if self._steps is not None else None
 
@@ -296,11 +301,11 @@ class Driver:
     def _skip(self, optimizer: Optimizer) -> None:
         """Skip a step without a trace: remove the gradients, or end a step of other code before it has changed anything."""
         assert self._steps is not None, "the fit has started"
-        if self._steps.evaluations > 1:
+        if self._steps.evaluations > 1 or self._steps.moved_early:
             names = ", ".join(cb.name for cb in self._acting["should_step"])
             raise RuntimeError(
-                f"{names} cannot skip a step of {type(optimizer).__name__} at evaluation {self._steps.evaluations} of its "
-                "closure, because the weights have moved since the first one: use policy='zero' or 'raise'"
+                f"{names} cannot skip this step of {type(optimizer).__name__} at evaluation {self._steps.evaluations} of its "
+                "closure, because the weights have moved since the step began: use policy='zero' or 'raise'"
             )
         self._skipped.add(optimizer)
         remove_gradients(optimizer)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_reg._engine import _lightning
 
@@ -32,6 +32,10 @@ class StepListener(Protocol):
     @property
     def is_active(self) -> bool:
         """Whether steps matter now. In the course of a fit, a learning-rate finder takes some without callbacks."""
+
+    @property
+    def acts_on_weights(self) -> bool:
+        """Whether it matters if an update happens."""
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Act before a step, and before the optimizer evaluates its closure."""
@@ -73,8 +77,9 @@ def held_by(optimizer: Optimizer) -> list[Tensor]:
 class StepFollower:
     """Tells a listener about the steps of a trainer's optimizers, of each that the trainer has at the time.
 
-    Lightning takes a step in ``strategy.optimizer_step``, and torch's global step hooks run in the step. An optimizer whose
-    class does not run step hooks, such as some wrappers, has updated its weights when the strategy's method returns.
+    Lightning takes a step in ``strategy.optimizer_step``, whatever the class of the optimizer, and however often it evaluates
+    its closure. Steps that Lightning does not take are seen by torch's global step hooks, if the class of the optimizer, or of
+    one that it wraps, runs step hooks.
 
     Args:
         trainer: The trainer of the fit.
@@ -84,14 +89,14 @@ class StepFollower:
     def __init__(self, trainer: Trainer, listener: StepListener) -> None:
         self.current: Optimizer | None = None  # the optimizer whose step Lightning takes now
         self.evaluations = 0  # of its closure in this step
+        self.moved_early = False  # whether it changed weights before it first evaluated its closure
         self._trainer = trainer
         self._listener = listener
         self._scaler = _lightning.grad_scaler(trainer)
-        self._updated = self._wrapped_updated = self._prepared = False
+        self._is_updated = False
         self._undo = [
             _lightning.wrap_optimizer_step(trainer, self._step),
-            register_optimizer_step_pre_hook(self._before).remove,
-            register_optimizer_step_post_hook(self._after).remove,
+            register_optimizer_step_post_hook(self._after_unknown_step).remove,
         ]
 
     def stop(self) -> None:
@@ -102,60 +107,72 @@ class StepFollower:
     def _step(self, take_step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], **options: Any) -> Any:
         if not self._listener.is_active:
             return take_step(optimizer, closure, **options)
-        self.current, self.evaluations = optimizer, 0
-        self._updated = self._wrapped_updated = self._prepared = False
+        self.current, self.evaluations, self.moved_early = optimizer, 0, False
+        stop_asking = self._ask_scaler(optimizer)
         try:
             self._listener.begin_step(optimizer)
             output = take_step(optimizer, self._with_objective(optimizer, closure), **options)
-            if not self._updated and (self._scaler is None or self._wrapped_updated):
+            if self._is_updated:
                 self._listener.after_update(optimizer, known=True)
         except SkippedStep:
             output = None
             if self._scaler is not None:
                 self._scaler.update()
         finally:
+            stop_asking()
             self.current = None
             self._listener.end_step()
         return output
+
+    def _ask_scaler(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Learn from a loss scaler whether there is an update, right before it; return a function to stop that.
+
+        The scaler calls ``optimizer.step`` only then. A fused optimizer is always called, and told to change nothing.
+        """
+        self._is_updated = self._scaler is None
+        if self._scaler is None:
+            return lambda: None
+
+        def wrapper(step: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                found_inf = getattr(optimizer, "found_inf", None)
+                self._is_updated = found_inf is None or not self._listener.acts_on_weights or not found_inf.item()
+                if self._is_updated:
+                    self._listener.before_update(optimizer)
+                return step(*args, **kwargs)
+
+            return wrapped
+
+        return _lightning.wrap_method(optimizer, "step", wrapper)
 
     def _with_objective(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Let an optimizer that uses the value of its closure see the whole objective, to which its gradients belong."""
         if evaluates_once(optimizer):
             return closure
+        versions = _versions(optimizer)
 
         def evaluate() -> Any:
+            if not self.evaluations:
+                self.moved_early = versions != _versions(optimizer)
             value = closure()
             return value if value is None else sum(self._listener.objective_terms(optimizer), value)
 
         return evaluate
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Prepare an update after a loss scaler, which calls the optimizer only if the update is to happen."""
-        if self.current is not None and self._scaler is not None and not self._prepared and self._belongs(optimizer):
-            self._prepared = True
-            self._listener.before_update(self.current)
-
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.current is None:
-            if self._listener.is_active:
-                self._after_unknown_step(optimizer)
-        elif optimizer is self.current:
-            self._updated = True
-            self._listener.after_update(optimizer, known=True)
-        elif shares_parameters(optimizer, self.current):  # the wrapper's own step may still change the weights
-            self._wrapped_updated = True
-
-    def _belongs(self, optimizer: Optimizer) -> bool:
-        assert self.current is not None, "a step is taken"
-        return optimizer is self.current or shares_parameters(optimizer, self.current)
-
-    def _after_unknown_step(self, optimizer: Optimizer) -> None:
+    def _after_unknown_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Act after a step without Lightning: by one of the trainer's optimizers, or by one that such a wrapper holds."""
+        if self.current is not None or not self._listener.is_active:
+            return
         mine = self._trainer.optimizers
         owner = next((other for other in mine if other is optimizer), None)
         owner = owner or next((other for other in mine if shares_parameters(optimizer, other)), None)
         if owner is not None:
             self._listener.after_update(owner, known=False)
+
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    """Return torch's counts of the in-place changes of each parameter."""
+    return [p._version for p in held_by(optimizer)]
 
 
 class UnseenSteps:
