@@ -682,6 +682,22 @@ def test_penalty_with_groups_of_which_one_maximizes():
         fit([ActivityPenalty(1.0, modules="Linear")], Mixed())
 
 
+def test_objective_with_groups_of_which_one_maximizes_is_finite():
+    class Reads(SGD):
+        def step(self, closure=None):
+            self.value = float(super().step(closure))
+
+    class MixedReads(Mixed):
+        def configure_optimizers(self):
+            self.optimizer = Reads(super().configure_optimizers().param_groups, lr=0.1)
+            return self.optimizer
+
+    model = MixedReads()
+    first, last = (model.net[i].weight.square().sum().item() / 2 for i in (0, 4))
+    fit([L2Penalty(1.0)], model, max_steps=1)
+    assert model.optimizer.value == pytest.approx(last - first, rel=1e-5)
+
+
 RATES = {
     "RelativeStep has no learning rate (lr)": zoo.RelativeStep,
     "Prodigy multiplies the learning rate by a factor d of its own": zoo.Prodigy,
@@ -701,6 +717,29 @@ def test_unknown_learning_rate_raises(message):
 
 
 # What else people do -------------------------------------------------------------------------------------------------
+
+
+def test_module_that_accumulates_by_hand_is_penalized_once_per_step():
+    """With ``"auto"``, since the loss of every batch would contain the penalty."""
+
+    class ByHand(Classifier):
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            if batch_idx % 2:
+                optimizer.step(closure=closure)
+            else:
+                closure()
+
+        def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+            if batch_idx % 2 == 0:
+                optimizer.zero_grad()
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) / 2
+
+    by_hand = fit([L2Penalty(1.0)], ByHand())
+    assert_close(weights(by_hand), weights(fit([L2Penalty(1.0)], accumulate_grad_batches=2)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="inject='loss' is not exact in a module that overrides optimizer_step and"):
+        fit([L2Penalty(1.0, inject="loss")], ByHand())
 
 
 def test_closure_called_by_hand_in_optimizer_step():

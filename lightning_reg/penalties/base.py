@@ -124,6 +124,8 @@ class Penalty(ParameterRegularizer):
         """Return the reason why adding the penalty to the loss is not exact in this fit, or ``None`` if it is exact."""
         if not pl_module.automatic_optimization:
             return "in manual optimization, where a loss may belong to any of the optimizers and may not allow in-place changes"
+        if all(_lightning.overrides(pl_module, hook) for hook in ("optimizer_step", "optimizer_zero_grad")):
+            return "in a module that overrides optimizer_step and optimizer_zero_grad, and so may accumulate gradients itself"
         if any(math.isnan(sign_of_penalties(optimizer)) for optimizer in trainer.optimizers):
             return "with an optimizer that maximizes only some of its parameter groups"
         changing = next((cb.name for cb in regularizers_of(trainer) if cb.overrides("before_forward")), None)
@@ -152,7 +154,8 @@ class Penalty(ParameterRegularizer):
     def objective(self, optimizer: Optimizer) -> Tensor | None:
         """Return λ R(θ)."""
         params = self.parameters_of(optimizer) if self.scale else []
-        return sign_of_penalties(optimizer) * self.scale * self.value(params) if params else None
+        values = [sign * full_tensor(self.value(signed)) for sign, signed in by_sign(optimizer, params).items() if signed]
+        return self.scale * sum_scalars(values) if values else None
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Add λ ∇R(θ) to the gradients. Not called if the loss of this step contains the penalty."""
