@@ -10,6 +10,8 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"  # LightningCLI triggers
 os.environ.pop("COLUMNS", None)  # readline sets it in workers, and rich keeps the first value it sees
 torch.set_num_threads(1)
 
+collect_ignore = ["zoo"]  # it needs libraries of its own, which .ci/zoo installs
+
 JOBS = ["two_ranks", "job", "runs"]
 """Fixtures that start long jobs. Tests that use one are marked slow."""
 

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -215,6 +216,39 @@ class Poisoned(Sharded):
         return super().training_step(batch, batch_idx) + factor * self.single(torch.ones(1, 4)).sum()
 
 
+class SyncedNorm(nn.BatchNorm1d):
+    """Batch normalization over both ranks; torch's own needs a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, square = (all_reduce(value) / RANKS for value in (x.mean(0), x.square().mean(0)))
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(square - mean.square(), self.momentum)
+        return (x - mean) / (square - mean.square() + self.eps).sqrt() * self.weight + self.bias
+
+
+class Normalized(Digits):
+    """A model with batch normalization. The last batch of the second rank is bad."""
+
+    def __init__(self, norm: type[nn.BatchNorm1d]) -> None:
+        super().__init__()
+        self.net[3] = norm(32)
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        self.before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        images, labels, numbers = batch
+        bad = batch_idx == STEPS - 1 and os.environ["RANK"] == "1"
+        return super().training_step((images * float("nan") if bad else images, labels, numbers), batch_idx)
+
+
+def buffers_after_bad_batch(norm: type[nn.BatchNorm1d], ranks: list[int]) -> dict[str, Any]:
+    """Train with the guard, and return the running statistics before and after the bad batch."""
+    model = Normalized(norm)
+    train([NonFiniteGradientGuard()], model, ranks, max_epochs=1, **ddp())
+    finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    return {"before": model.before, "after": dict(model.named_buffers()), "finite": finite}
+
+
 def ddp(**kwargs: bool) -> dict[str, object]:
     """Return trainer arguments for one rank of DDP. Each trainer needs a new strategy."""
     return {"strategy": DDPStrategy(process_group_backend="gloo", **kwargs), "devices": RANKS}
@@ -371,6 +405,8 @@ def main(folder: Path) -> None:
             [NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **ddp(find_unused_parameters=True)
         ),
         "guarded, sharded": train([NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **sharded()),
+        "batch norm": buffers_after_bad_batch(nn.BatchNorm1d, [rank]),
+        "synchronized batch norm": buffers_after_bad_batch(SyncedNorm, [rank]),
         "sharded": train(sharded_techniques(), Sharded(), [rank], **sharded()),
     }
     results["values"] = values_of_large_shards()  # uses the process group of the last run

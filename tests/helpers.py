@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,6 +187,37 @@ def parameter(values: Any, grad: Any = None, dtype: torch.dtype = torch.float32)
     p = nn.Parameter(torch.tensor(values, dtype=dtype))
     p.grad = None if grad is None else torch.tensor(grad, dtype=dtype)
     return p
+
+
+def traces(model: nn.Module) -> tuple[Any, ...]:
+    """Return everything in a model that a callback might leave changed, except for the values of tensors."""
+    inside = [(name, module) for name, module in model.named_modules() if module is not model]
+    hooks = {
+        (name, kind): len(hooks)
+        for name, module in model.named_modules()
+        for kind, hooks in vars(module).items()
+        if kind.endswith("_hooks")
+    }
+    numbers = {
+        (name, attribute): value
+        for name, module in inside
+        for attribute, value in vars(module).items()
+        if isinstance(value, (bool, float))
+    }
+    attributes = {name: sorted(vars(module)) for name, module in inside}
+    classes = {name: type(module) for name, module in model.named_modules()}
+    return hooks, numbers, attributes, classes, list(model.state_dict()), [name for name, _ in model.named_buffers()]
+
+
+def set_width(monkeypatch: Any, columns: int) -> None:
+    """Let rich print on a console of a width; it has looked at the width once."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("rich._console", None)
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a printed summary, without the lines of its table."""
+    return re.sub(r"[│┃┏┓┗┛┡┩└┘━─┳╇┴┼├┤]", " ", text).split()
 
 
 class DropPath(nn.Module):

@@ -113,6 +113,18 @@ def test_bad_gradient_on_one_rank_skips_step_on_all(ranks, run):
         assert_close(ranks[0][run], train([WeightDecay(0.1)], Sharded(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)
 
 
+def test_a_bad_batch_of_one_rank_leaves_finite_buffers_on_all(ranks):
+    """Each rank restores what became non-finite: without synchronization only the rank of the bad batch does."""
+    synced = [rank["synchronized batch norm"] for rank in ranks]
+    own = [rank["batch norm"] for rank in ranks]
+    assert all(rank["finite"] for rank in (*synced, *own))
+    for name in ("net.3.running_mean", "net.3.running_var"):
+        assert all(torch.equal(rank["after"][name], rank["before"][name]) for rank in synced)
+        assert own[1]["after"][name].isfinite().all()  # its own value, since DDP takes that of rank 0 in each forward pass
+    assert not torch.equal(own[0]["after"]["net.3.running_mean"], own[0]["before"]["net.3.running_mean"])
+    assert identical(synced[0]["after"], synced[1]["after"])
+
+
 @pytest.mark.parametrize("variant", PRUNING)
 def test_distributed_pruning_equals_one_process(ranks, variant):
     """The weights are bit-identical, so the masks must be equal."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shlex
@@ -26,9 +27,14 @@ CONTRIBUTING = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
 LINKED = {**PAGES, "CHANGELOG.md": CHANGELOG, ".github/CONTRIBUTING.md": CONTRIBUTING}
 
 
-def blocks(page, language):
-    """Return the code blocks of a language on a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.DOTALL | re.MULTILINE)
+BLOCK = r"^(?:<!-- needs (\w+) -->\n)?```{}\n(.*?)^```$"
+"""A code block, after a comment if it needs a library that the tests do not install."""
+
+
+def blocks(page, language, needs=""):
+    """Return the code blocks of a language on a page, those that need a library if it is given."""
+    found = re.findall(BLOCK.format(language), PAGES[page], re.DOTALL | re.MULTILINE)
+    return [code for needed, code in found if needed == needs]
 
 
 def prose(text):
@@ -82,6 +88,38 @@ def test_python_examples_run(page):
         exec(compile(code, page, "exec"), namespace)
 
 
+NEEDING = [
+    (page, needed, code)
+    for page, text in PAGES.items()
+    for needed, code in re.findall(BLOCK.format("python"), text, re.DOTALL | re.MULTILINE)
+    if needed
+]
+
+
+@pytest.mark.parametrize(("page", "needed", "code"), NEEDING, ids=[f"{needed}-{n}" for n, (_, needed, _) in enumerate(NEEDING)])
+def test_examples_with_other_libraries_are_valid(page, needed, code):
+    """They compile, import the library that they need, and make callbacks with arguments that these accept."""
+    tree = ast.parse(code, page)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {name for node in imports for name in ([node.module] if isinstance(node, ast.ImportFrom) else named(node))}
+    assert needed in {module.split(".")[0] for module in modules}
+    ours = {name for node in imports if getattr(node, "module", "") == "lightning_reg" for name in named(node)}
+    assert ours <= set(lightning_reg.__all__)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    made = [eval(ast.unparse(node), vars(lightning_reg)) for node in calls if node.func.id in ours]
+    assert any(isinstance(callback, Callback) for callback in made)
+
+
+def named(node):
+    return [alias.name for alias in node.names]
+
+
+def test_examples_with_other_libraries_are_found():
+    needed = {needed for _, needed, _ in NEEDING}
+    assert needed == {"neuralforecast", "darts", "pytorch_forecasting", "chemprop", "scvi"}
+    assert len(NEEDING) == sum(text.count("<!-- needs ") for text in PAGES.values())
+
+
 @pytest.fixture
 def run(_scratch, monkeypatch):
     """Return a function that runs a script in this process, which is much faster than a new process."""
@@ -124,7 +162,7 @@ def test_yaml_examples_run(page, run, tmp_path):
 
 def test_examples_are_found():
     """The patterns above match."""
-    assert {"README.md", "docs/dropout.md", "docs/pruning.md", "docs/custom.md"} <= set(WITH_PYTHON)
+    assert {"README.md", "docs/dropout.md", "docs/other-libraries.md", "docs/pruning.md", "docs/custom.md"} <= set(WITH_PYTHON)
     assert WITH_YAML == ["docs/command-line.md"]
     assert sorted(BARE) == ["examples/dropout_schedules.py", "examples/pruning_curve.py"]
     assert {words[0] for words in WITH_FLAGS} == {"examples/digits.py"}
@@ -192,6 +230,23 @@ def test_ci_runs_test_command_of_readme():
     (commands,) = re.findall(r"<!-- test command -->\n```bash\n(.*?)\n```", README, re.DOTALL)
     assert commands.endswith(".venv/bin/python -m pytest")
     assert commands.count("\n") == 0
+
+
+def versions(name):
+    """Return the pinned version of each package in a file in ``.ci``."""
+    return dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / ".ci" / name).read_text(), re.MULTILINE))
+
+
+def test_documented_libraries_match_tested_ones():
+    """In their versions, and with the models that ``tests/zoo/models.py`` names."""
+    table = rows("docs/guarantees.md", "## Models of other libraries")
+    pinned = {**versions("constraints.txt"), **versions("zoo.txt")}
+    documented = {library.strip("`"): version for library, version, _ in table}
+    assert documented == {library: pinned[library] for library in documented}
+    assert set(versions("zoo.txt")) & {"timm", "transformers", "peft"} <= set(documented)
+    models = [f"{library.strip('`')} {name}" for library, _, names in table for name in names.split(", ")]
+    listed = re.findall(r'^    "([\w-]+ [\w-]+)": Model\(', (HERE / "zoo" / "models.py").read_text(), re.MULTILINE)
+    assert [re.sub(r" \(.*", "", model) for model in models] == listed
 
 
 # Metrics ------------------------------------------------------------------------------------------------------------
@@ -273,7 +328,8 @@ def test_links_work(page, target):
 
 def test_every_guide_is_linked():
     guides = {path.name for path in GUIDES} - {"index.md"}
-    assert {target for page, target in LINKS if page == "docs/index.md"} - {"../README.md"} == guides
+    linked = {target.partition("#")[0] for page, target in LINKS if page == "docs/index.md"}
+    assert linked - {"../README.md"} == guides
     assert {f"docs/{name}" for name in guides} <= {target.partition("#")[0] for page, target in LINKS if page == "README.md"}
 
 

@@ -180,11 +180,13 @@ class Recurrent(Classifier):
     [
         (
             DropoutInjection(0.1, after="pair"),
-            r"cannot apply dropout to the output of 'pair' \(Pair\): it returns tuple, expected one float tensor",
+            r"cannot apply dropout to the output of 'pair' \(Pair\): it returns tuple, expected one float tensor; "
+            "select a module inside it, or exclude it with '!pair'",
         ),
         (
             DropoutInjection(0.1, after="ids"),
-            r"cannot apply dropout to the output of 'ids' \(Identity\): it returns a tensor of torch.int64",
+            r"cannot apply dropout to the output of 'ids' \(Identity\): it returns a tensor of torch.int64, expected a float "
+            "tensor; exclude it with '!ids'",
         ),
     ],
 )

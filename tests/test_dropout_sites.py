@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC
 
 import pytest
 import torch
-from helpers import QUIET, Classifier, DropPath, Memory, fit, loader
+from helpers import QUIET, Classifier, DropPath, Memory, fit, loader, same
 from lightning.pytorch import Trainer
 from torch import nn
 
@@ -324,6 +325,27 @@ def test_registry_of_subclasses_is_not_triggered():
     fit([DropoutScheduler(Linear(0.0, 0.5))], model, max_epochs=1)
     assert Registered.register == {"Act": Act}
     assert type(model.net[3]) is Act
+
+
+@pytest.mark.parametrize(
+    "callback", [DropoutScheduler(0.5), DropoutInjection(0.5, after="Cell")], ids=["scheduler", "injection"]
+)
+def test_class_with_another_base_before_module(callback):
+    """Such a class has another object layout, as the recurrent cells of pytorch-forecasting do."""
+
+    class Cell(ABC, nn.LSTM):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    def with_cell():
+        model = Classifier()
+        model.net[1] = Cell(16, 16, num_layers=2, dropout=0.1)
+        return model
+
+    plain, dropped = fit([], with_cell(), max_epochs=1), fit([callback], with_cell(), max_epochs=1)
+    assert not same(dropped, plain)
+    assert type(dropped.net[1]) is Cell
+    assert dropped.net[1].dropout == 0.1
 
 
 def test_custom_reduce_is_used_during_fit():

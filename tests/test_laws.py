@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
+import pickle
 import random
 import sys
 from contextlib import nullcontext
@@ -11,8 +13,8 @@ from contextlib import nullcontext
 import lightning.pytorch.callbacks
 import pytest
 import torch
-from helpers import Classifier, Gan, Memory, distance, fit, loader, same, vars_of, weights
-from lightning.pytorch import Callback, LightningModule, Trainer
+from helpers import Classifier, Gan, Memory, distance, fit, loader, same, traces, vars_of, weights
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from table import ROWS, SEED, SETS, changes, every_callback, everything, model
@@ -45,6 +47,48 @@ def test_active_changes_training_and_inactive_does_not(row):
     assert row.inactive or "inactive" in row.exempt
     if row.inactive:
         assert same(fit([row.inactive()], model(row)), plain)
+
+
+class Copies(Callback):
+    """Copies and pickles a callback in the middle of a fit."""
+
+    def __init__(self, callback):
+        self.callback = callback
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 5:
+            self.copies = [copy.deepcopy(self.callback), pickle.loads(pickle.dumps(self.callback))]
+            self.held = parts_of_fit(self.callback, trainer, pl_module)
+
+    def on_fit_end(self, trainer, pl_module):
+        self.fit = trainer, pl_module
+
+
+def parts_of_fit(held, trainer, pl_module):
+    """Return the classes of what a pickle would contain of a fit."""
+    parts = {id(part) for part in (trainer, *trainer.optimizers, *pl_module.modules(), *pl_module.parameters())}
+    found = []
+
+    class Finder(pickle.Pickler):
+        def persistent_id(self, obj):
+            return found.append(type(obj).__name__) or "part" if id(obj) in parts else None
+
+    Finder(io.BytesIO()).dump(held)
+    return found
+
+
+@every_callback
+def test_copies_contain_nothing_of_the_fit(row):
+    """A model that keeps its callbacks in its hyperparameters writes them into each checkpoint."""
+    callback = row.scheduled() if row.scheduled else row.active()
+    probe = Copies(callback)
+    expected = fit([callback, probe], model(row))
+    assert probe.held == []
+    kept = {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}  # Lightning sets these
+    assert parts_of_fit(kept, *probe.fit) == []
+    for copied in probe.copies:
+        copied.reset()
+        assert same(fit([L1Penalty(0.0, name="first"), copied], model(row)), expected)
 
 
 @scheduled
@@ -196,19 +240,6 @@ def test_evaluation_is_unchanged(row):
         with changed:
             assert_close(results[0], results[1], rtol=0.0, atol=0.0)
     trainer.fit(trained, loader(), loader())
-
-
-def traces(model: LightningModule):
-    """Return everything in a model that a callback might leave changed."""
-    hooks = {
-        (name, kind): len(getattr(module, kind))
-        for name, module in model.named_modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
-    }
-    attributes = {name: sorted(vars(module)) for name, module in model.named_modules() if module is not model}
-    classes = {name: type(module) for name, module in model.named_modules()}
-    own = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-    return hooks, own, attributes, classes, list(model.state_dict()), [name for name, _ in model.named_buffers()]
 
 
 @every_callback

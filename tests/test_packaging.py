@@ -76,6 +76,12 @@ def test_oldest_tested_versions_are_lower_bounds():
         assert all(version in oldest[name] for version in versions), name
 
 
+def test_zoo_pins_only_what_other_files_do_not():
+    """Two versions of a package could not be installed together. Torch must be the one that all other tests use."""
+    assert not pinned("zoo.txt").keys() & pinned("constraints.txt").keys()
+    assert {"timm", "torchvision", "transformers", "peft"} <= pinned("zoo.txt").keys()
+
+
 def test_sdist_contains_files_that_tests_read():
     texts = [path.read_text() for path in HERE.rglob("*.py")]
     read = {path for text in texts for path in re.findall(r"\b(?:ROOT|HERE\.parent) / \"([\w.]+)\"", text)}

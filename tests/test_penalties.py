@@ -512,6 +512,21 @@ def test_activity_penalty_matches_manual_term(accumulate):
     assert not same(ours, fit(accumulate_grad_batches=accumulate))
 
 
+class InPlace(Classifier):
+    """The model, in which the ReLU overwrites the output of the normalization."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[2] = nn.ReLU(inplace=True)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_activities_can_be_changed_in_place(p):
+    changed, kept = (fit([ActivityPenalty(0.1, modules="net.1", p=p)], kind()) for kind in (InPlace, Classifier))
+    assert same(changed, kept)
+    assert not same(changed, fit())
+
+
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 def test_activities_of_skipped_batch_are_discarded():
     class SkipsLate(Skips):
@@ -630,5 +645,6 @@ def test_activities_of_wrong_type_raise():
 
     model = Classifier()
     model.net[0] = nn.Sequential(model.net[0], Pair())
-    with pytest.raises(TypeError, match=r"ActivityPenalty: 'net.0.1' \(Pair\) returns tuple, expected one float tensor"):
-        fit([ActivityPenalty(0.1, modules="Pair")], model)
+    message = r"ActivityPenalty: 'net.0.1' \(Pair\) returns tuple, expected one float tensor; .* exclude it with '!net.0.1'"
+    with pytest.raises(TypeError, match=message):
+        fit([ActivityPenalty(0.1, modules="*")], model)

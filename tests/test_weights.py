@@ -56,6 +56,44 @@ class ConvNeXtBlock(nn.Module):
         self.grn_shift = bare(1, 1, 1, 32)
 
 
+POSITIONS = (
+    "W_pos",  # of PatchTST in tsai and neuralforecast
+    "position_enc",  # of PatchTST in transformers
+    "pos_emb",
+    "pos_embed",
+    "pos_embedding",
+    "position_embeddings",
+    "positional_embedding",  # of CLIP
+    "positional_encoding",
+)
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_position_embeddings_are_no_weights(name):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Module())
+    setattr(model[1], name, bare(6, 4))
+    assert list(select_parameters(model)) == ["0.weight"]
+    assert list(select_parameters(model, "embeddings")) == [f"1.{name}"]
+    assert left_out(model, "weights")["position embeddings and tokens"] == [f"1.{name}"]
+
+
+@pytest.mark.parametrize("name", ["W_V", "pos_weight", "compose", "encoding", "purpose_weight"])
+def test_other_matrices_are_weights(name):
+    model = nn.Module()
+    setattr(model, name, bare(6, 4))
+    assert list(select_parameters(model)) == [name]
+
+
+@pytest.mark.parametrize("class_name", ["RevIN", "RevINMultivariate", "RMSNorm", "ReversibleInstanceNorm1d"])
+def test_scales_of_normalization_are_no_weights(class_name):
+    """Of shape (1, 1, features), as for several series."""
+    layer = type(class_name, (nn.Module,), {})()
+    layer.affine_weight = bare(1, 1, 5)
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    assert list(select_parameters(model)) == ["0.weight"]
+    assert list(select_parameters(model, "norms")) == ["1.affine_weight"]
+
+
 class SwinV2Attention(nn.Module):
     """A logit scale for each head, and a table of relative positions."""
 
@@ -473,7 +511,8 @@ def test_a_star_means_the_layers_before_the_output():
     assert list(select_modules(Branches(), ["*", "!blocks.1.*", "!Embedding"])) == expected[1:4]
     assert list(select_modules(Branches(), ["*", "head"])) == [*expected, "head"]
     fit([DropoutInjection(0.1, after="*")])
-    with pytest.raises(ValueError, match=r"no module has a name or class that matches '\*'"):
+    message = r"'\*' means the layers before the last one that has parameters, and the model has none; name modules, as in '0'"
+    with pytest.raises(ValueError, match=message):
         select_modules(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "*")
 
 

@@ -53,6 +53,10 @@ def derive_from_both(callback_class: type) -> None:
         callback_class.__bases__ = (*callback_class.__bases__, module.Callback)
 
 
+METHODS_OF_MODULE = ("log", "log_dict")
+"""The methods of a module that Lightning sets on every callback of its Trainer."""
+
+
 # Modules ------------------------------------------------------------------------------------------------------------
 
 

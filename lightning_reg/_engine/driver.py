@@ -40,7 +40,17 @@ if TYPE_CHECKING:
 
 AnyTechnique = TypeVar("AnyTechnique", bound="Technique")
 
-_METHODS = ("before_forward", "begin_step", "should_step", "gradients", "before_update", "weights", "epoch_end", "reproject")
+_METHODS = (
+    "before_batch",
+    "before_forward",
+    "begin_step",
+    "should_step",
+    "gradients",
+    "before_update",
+    "weights",
+    "epoch_end",
+    "reproject",
+)
 _STEP_METHODS = ("begin_step", "should_step", "gradients", "before_update", "weights")
 
 
@@ -161,6 +171,8 @@ class Driver:
         self._logging = _lightning.logs_this_step(self.trainer)
         self._set_recording(True)
         self._update(self._clock.advance(_lightning.point_of(self.trainer)))
+        for technique in self._acting["before_batch"]:
+            technique.before_batch()
 
     def _update(self, moment: Moment) -> None:
         for technique in self.techniques:

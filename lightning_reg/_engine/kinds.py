@@ -28,13 +28,14 @@ _NORMS = (
     nn.CrossMapLRN2d,
 )
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_NORM_CLASS = re.compile(r"Norm(\d+d)?$")
+_NORM_CLASS = re.compile(r"Norm(\d+d)?$|RevIN")  # reversible instance normalization, in forecasting models
 _NORM_PART = re.compile(r"[Nn]orm(?![a-z])|[Nn]ormalization")  # RMSNormGated, but not NormalizedLinear
 _SCALE_PART = re.compile(r"Scale(?![a-z])")
 _BIAS = re.compile(r"(^|_)bias($|_)|^b$")
 _LAYER_WEIGHT = re.compile(r"(^|_)(weight|kernel)($|_)")
 _WEIGHT = re.compile(r"(^|_)weight$|^kernel$")
-_EMBEDDING = re.compile(r"(tokens?|pos_embed|pos_embedding|position_embeddings)$")
+_POSITION = r"(^|_)pos|(pos|position|positional)_(emb|embed|embedding|enc|encoding)s?"
+_EMBEDDING = re.compile(rf"(tokens?|{_POSITION})$")
 _SCALE = re.compile(r"(relative_position_bias_table|scale|gamma|alpha|temperature|A_log|dt_bias|(^|_)D)$")
 
 

@@ -130,6 +130,11 @@ def _matching(module: nn.Module, named: Mapping[str, nn.Module], pattern: str) -
     """
     if pattern == "*":
         matches = inner_layers(module)
+        if not matches and named:
+            raise ValueError(
+                "'*' means the layers before the last one that has parameters, and the model has none; name modules, as in "
+                f"{next(iter(named))!r}"
+            )
     else:
         matches = [name for name, m in named.items() if fnmatchcase(name, pattern) or class_name(m) == pattern]
     if not matches:

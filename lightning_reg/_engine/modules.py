@@ -49,6 +49,7 @@ class ModuleRegularizer(Regularizer):
 
     effect: ClassVar[str] = "have any effect"
     """What modules in eval mode will not do, for a warning such as "net.1 will not drop anything"."""
+    fit_attributes: ClassVar[tuple[str, ...]] = ("modules_found",)
 
     def __init__(self, name: str | None) -> None:
         if hasattr(self, self.selector):

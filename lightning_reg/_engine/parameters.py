@@ -76,6 +76,17 @@ class ParameterRegularizer(Regularizer):
     """What to use with an optimizer whose learning rate is not known."""
     supports_fsdp1: ClassVar[bool] = True
     """Whether it works without the shapes of tensors, which FSDP1 flattens."""
+    fit_attributes: ClassVar[tuple[str, ...]] = (
+        "tensors",
+        "_names",
+        "_units",
+        "_refused",
+        "_masked",
+        "_held",
+        "_known",
+        "_optimizers",
+        "_trainer",
+    )
 
     def __init__(self, params: Params, name: str | None) -> None:
         check_params(type(self).__name__, params)
@@ -215,6 +226,7 @@ class ParameterRegularizer(Regularizer):
         self._held.clear()
         self._known.clear()
         self._trainer = None
+        self._optimizers = []
 
     def name_of(self, p: Tensor) -> str:
         """Return the name of a selected parameter."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback
@@ -47,6 +47,8 @@ class Regularizer(Technique, Callback):
         name: The name in metrics and checkpoints. By default the class, with the selection where that is not the default.
     """
 
+    fit_attributes: ClassVar[tuple[str, ...]] = ("_driver",)
+
     def __init__(self, name: str | None) -> None:
         _lightning.derive_from_both(Regularizer)  # the package may have been imported since
         super().__init__(name)
@@ -71,6 +73,10 @@ class Regularizer(Technique, Callback):
             self.prepare(trainer, pl_module)
         if stage == "predict" and self.overrides("start_predict"):
             self.prepare_predict(trainer, pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the methods of the module that Lightning gives to each callback of a fit."""
+        return {name: value for name, value in super().__getstate__().items() if name not in _lightning.METHODS_OF_MODULE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of the run that is resumed. Evaluation needs none, so it accepts any layout."""
@@ -143,7 +149,7 @@ class Regularizer(Technique, Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what there is to say about the whole fit."""
-        if line := self.fit_summary():
+        if (self.prints_always or _lightning.prints_summary(trainer)) and (line := self.fit_summary()):
             print_line(trainer, f"{self.name}: {line}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

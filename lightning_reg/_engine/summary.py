@@ -9,8 +9,6 @@ import rich
 from rich.table import Table
 from rich.text import Text
 
-from lightning_reg._engine import _lightning
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -59,8 +57,8 @@ def summarize(techniques: Iterable[Technique], attached: bool = True) -> Summary
 
 
 def print_line(trainer: Trainer, line: str) -> None:
-    """Print a line if the summary is printed."""
-    if _lightning.prints_summary(trainer):
+    """Print a line on rank zero."""
+    if trainer.is_global_zero:
         rich.print(Text(line))
 
 
@@ -108,11 +106,22 @@ def _list(rows: Sequence[Row], width: int) -> str:
 
 
 def _wrapped(start: str, text: str, width: int) -> str:
-    return textwrap.fill(
+    """Wrap a text between words, to the right of its start, or further to the left where a word would not fit there.
+
+    Example:
+        >>> print(_wrapped("setting ", "p=0.1, after='encoder.*'", 20))
+        setting p=0.1,
+           after='encoder.*'
+    """
+    words = text.split()
+    indent = " " * min(len(start), max(width - max(map(len, words), default=0), 0))
+    fits = not words or len(start) + len(words[0]) <= width
+    lines = textwrap.fill(
         text,
         width,
-        initial_indent=start,
-        subsequent_indent=" " * len(start),
+        initial_indent=start if fits else indent,
+        subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return lines if fits else f"{start.rstrip()}\n{lines}"

@@ -89,8 +89,12 @@ class Technique(SignatureRepr, ABC):
     """What DeepSpeed users can do instead, since its engine hides gradients and weights; ``None`` if the technique works."""
     state_entries: ClassVar[tuple[str, ...]] = ()
     """The entries of ``self.state``, each a dictionary that checkpoints keep: by optimizer index or by parameter name."""
+    prints_always: ClassVar[bool] = False
+    """Whether to print ``fit_summary`` even if ``enable_model_summary=False``."""
     resets_each_fit: ClassVar[bool] = True
     """Whether a new fit starts with empty state."""
+    fit_attributes: ClassVar[tuple[str, ...]] = ("_clock", "_schedules")
+    """The attributes that hold parts of a fit, such as its trainer or tensors. In copies they are empty or ``None``."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -112,7 +116,7 @@ class Technique(SignatureRepr, ABC):
         self.has_logger = False  # whether the fit has a logger
         self.logging = False  # whether this step is logged
         self.running = RunningMetrics()  # update them only if there is a logger
-        self.state: dict[str, dict[Any, Any]] = {entry: {} for entry in _all_state_entries(type(self))}
+        self.state: dict[str, dict[Any, Any]] = {entry: {} for entry in _declared(type(self), "state_entries")}
         self._applied: dict[str, float] | None = None
         self._schedules: dict[str, Callable[[Moment], float]] = {}
         self._clock: Clock | None = None
@@ -132,6 +136,9 @@ class Technique(SignatureRepr, ABC):
 
     def values_changed(self) -> None:
         """Apply new values in ``self.current``; called before the first batch that they apply to."""
+
+    def before_batch(self) -> None:
+        """Look at the module before each training batch; called once per batch, after ``values_changed``."""
 
     def before_forward(self, params: list[Parameter], step: Step) -> None:
         """Change selected parameters for one forward and backward pass; called before each forward pass of a training step."""
@@ -241,6 +248,11 @@ class Technique(SignatureRepr, ABC):
         self._step_metrics.clear()
 
     # State ----------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles contain: nothing of a fit, since hyperparameters with callbacks enter checkpoints."""
+        of_fit = set(_declared(type(self), "fit_attributes"))
+        return {name: _emptied(value) if name in of_fit else value for name, value in vars(self).items()}
 
     def reset(self) -> None:
         """Forget what earlier fits have left in the state and the running metrics."""
@@ -381,9 +393,14 @@ def _of_progress(function: Callable[[float], float]) -> Callable[[Moment], float
     return lambda moment: function(moment.progress)
 
 
-def _all_state_entries(cls: type[Technique]) -> list[str]:
-    """Return the entries of a class and its parents."""
-    return [entry for parent in reversed(cls.__mro__) for entry in vars(parent).get("state_entries", ())]
+def _declared(cls: type[Technique], what: str) -> list[str]:
+    """Return the names that a class and its parents list under a class attribute."""
+    return [name for parent in reversed(cls.__mro__) for name in vars(parent).get(what, ())]
+
+
+def _emptied(value: Any) -> Any:
+    """Return an empty container in place of a container, and ``None`` in place of anything else."""
+    return type(value)() if isinstance(value, (dict, list, set)) else None
 
 
 def _abbreviated(value: Any) -> str:

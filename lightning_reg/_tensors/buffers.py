@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,74 +12,92 @@ from lightning_reg._tensors.shards import local_tensor
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-
-class _Saved(NamedTuple):
-    buffer: Tensor
-    version: int
-    value: Tensor
+_SILENT = ("running_mean", "running_var")
 
 
-class BufferHistory:
-    """The floating-point buffers of a module before each batch of an optimizer step.
+@dataclass
+class _Place:
+    """A buffer in its module, and the last value that was known to be good."""
 
-    A buffer that no batch changes is copied once.
+    module: nn.Module
+    name: str
+    seen: Tensor | None = None  # the tensor that was last looked at, and its version
+    version: int = -1
+    good: Tensor | None = None
+
+    @property
+    def buffer(self) -> Tensor | None:
+        return self.module._buffers.get(self.name)
+
+    def may_have_changed(self) -> bool:
+        """Return whether the buffer is another one or has another version; torch's batch norm does not raise the version."""
+        buffer = self.buffer
+        silent = self.name in _SILENT
+        return buffer is not None and (silent or buffer is not self.seen or buffer._version != self.version)
+
+    def note(self) -> None:
+        """Remember that the current value has been looked at."""
+        self.seen = self.buffer
+        self.version = -1 if self.seen is None else self.seen._version
+
+
+class GoodBuffers:
+    """The floating-point buffers of a module, as they were before the last batch that may have made them non-finite.
+
+    A buffer that no batch changes is copied once. Nothing waits for the device until buffers are restored.
 
     Args:
         module: The module whose buffers to watch.
 
     Example:
         >>> norm = torch.nn.BatchNorm1d(1)
-        >>> history = BufferHistory(norm)
-        >>> history.record(begins_step=True)
+        >>> buffers = GoodBuffers(norm)
+        >>> buffers.record(trusted=True)
         >>> _ = norm(torch.tensor([[1.0], [float("nan")]]))
-        >>> history.restore_nonfinite()
-        ['running_mean', 'running_var']
+        >>> buffers.restore()
         >>> norm.running_mean
         tensor([0.])
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._places = [
-            (f"{prefix}.{name}" if prefix else name, owner, name)
-            for prefix, owner in module.named_modules()
-            for name, buffer in owner.named_buffers(recurse=False)
-            if buffer.is_floating_point() or buffer.is_complex()
+            _Place(owner, name)
+            for owner in module.modules()
+            for name, buffer in owner._buffers.items()
+            if buffer is not None and (buffer.is_floating_point() or buffer.is_complex())
         ]
-        self._saved: dict[str, list[_Saved]] = {}
 
     @torch.no_grad()
-    def record(self, *, begins_step: bool) -> None:
-        """Copy what has changed since the last batch; the first batch of a step forgets the last step's."""
-        for label, owner, name in self._places:
-            buffer = owner._buffers.get(name)
-            if buffer is None:
-                continue
-            saved = self._saved.get(label, [])
-            is_same = bool(saved) and saved[-1].buffer is buffer and saved[-1].version == buffer._version
-            if begins_step:
-                saved = saved[-1:] if is_same else []
-            self._saved[label] = saved if is_same else [*saved, _Saved(buffer, buffer._version, buffer.clone())]
+    def record(self, *, trusted: bool) -> None:
+        """Record the buffers before a batch.
 
-    @torch.no_grad()
-    def restore_nonfinite(self) -> list[str]:
-        """Give buffers that a batch of this step made non-finite their values from before it, and return their names."""
-        restored = []
-        for label, owner, name in self._places:
-            buffer, saved = owner._buffers.get(name), self._saved.get(label)
-            if buffer is None or not saved or not _is_spoilt(buffer, saved[0].value):
+        Args:
+            trusted: Whether a guard has judged the batches so far. If not, a buffer that is not finite any more keeps its last
+                good value.
+        """
+        for place in self._places:
+            if not place.may_have_changed():
                 continue
-            good = next(entry for entry in reversed(saved) if not _is_spoilt(entry.value, saved[0].value))
-            if buffer.shape == good.value.shape:
-                buffer.copy_(good.value)
+            buffer, good = place.buffer, place.good
+            assert buffer is not None, "it may have changed"
+            if good is None or good.shape != buffer.shape:
+                place.good = buffer.clone()
+            elif trusted:
+                good.copy_(buffer)
             else:
-                owner._buffers[name] = good.value.clone()
-            restored.append(label)
-        return restored
+                good.copy_(torch.where(_is_spoilt(buffer, good), good, buffer))
+            place.note()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give buffers that are not finite any more their last good value."""
+        for place in self._places:
+            buffer, good = place.buffer, place.good
+            if buffer is not None and good is not None and buffer.shape == good.shape and place.may_have_changed():
+                buffer.copy_(torch.where(_is_spoilt(buffer, good), good, buffer))
 
 
-def _is_spoilt(buffer: Tensor, before: Tensor) -> bool:
+def _is_spoilt(buffer: Tensor, good: Tensor) -> Tensor:
     """Return whether entries that were finite are not finite any more; a buffer may hold infinities on purpose."""
-    now, then = local_tensor(buffer), local_tensor(before)
-    if now.shape != then.shape:
-        return not bool(now.isfinite().all())
-    return bool((then.isfinite() & ~now.isfinite()).any())
+    now, then = local_tensor(buffer), local_tensor(good)
+    return (then.isfinite() & ~now.isfinite()).any()

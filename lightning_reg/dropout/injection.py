@@ -108,8 +108,9 @@ class InjectedDropout:
 
     def _dropped(self, output: Any) -> Any:
         if not is_float(output):
-            expected = "a float tensor" if isinstance(output, Tensor) else "one float tensor; select a module inside it"
-            raise TypeError(self._wrong_output_message(f"it returns {describe_output(output)}, expected {expected}"))
+            expected = "a float tensor;" if isinstance(output, Tensor) else "one float tensor; select a module inside it, or"
+            why = f"it returns {describe_output(output)}, expected {expected} exclude it with '!{self.name}'"
+            raise TypeError(self._wrong_output_message(why))
         ndim = output.data.ndim + 1 if isinstance(output, PackedSequence) else output.ndim
         if self.channelwise and (ndim < 2 or isinstance(output, PackedSequence)):
             raise TypeError(self._wrong_output_message(f"channels are in dimension 1, but the output {_shape_of(output)}"))
@@ -219,6 +220,7 @@ class DropoutInjection(ModuleRegularizer):
 
     phase = Phase.DROPOUT
     valid_ranges = {"p": PROBABILITY}
+    fit_attributes = ("injected",)
     deepspeed_alternative = None
     selector = "after"
     effect = "drop anything"

@@ -86,6 +86,7 @@ class MonteCarloDropout(Regularizer):
     """
 
     phase = Phase.DROPOUT
+    fit_attributes = ("_undo",)
     deepspeed_alternative = None
 
     def __init__(

@@ -125,7 +125,10 @@ def _subclass_of(original: Any) -> Any:
     if original.forward in _COMPILED:
         body["forward"] = _forward_of(original)
     subclass = type(original)(original.__name__, (nn.Module,), body)
-    subclass.__bases__ = (original,)  # set afterwards, so that a class that registers its subclasses does not see it
+    try:
+        subclass.__bases__ = (original,)  # set afterwards, so that a class that registers its subclasses does not see it
+    except TypeError:  # not for a class with another base before nn.Module, as in class Cell(ABC, nn.LSTM)
+        subclass = type(original)(original.__name__, (original,), body)
     return subclass
 
 

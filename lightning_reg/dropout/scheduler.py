@@ -99,6 +99,7 @@ class DropoutScheduler(ModuleRegularizer):
 
     phase = Phase.DROPOUT
     valid_ranges = {"p": PROBABILITY}
+    fit_attributes = ("sites", "_rates", "_regularizers")
     accept_mappings = frozenset({"p"})
     deepspeed_alternative = None
     selector = "modules"

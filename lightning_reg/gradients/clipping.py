@@ -146,6 +146,7 @@ class GradientNormClipping(GradientClipping):
     phase = Phase.NORM_CLIPPING
     supports_complex = True
     valid_ranges = {"max_norm": POSITIVE}
+    fit_attributes = ("_root",)
     supports_sparse = supports_fsdp1 = True
     deepspeed_alternative = "set Trainer(gradient_clip_val=…), which Lightning passes to the engine"
 

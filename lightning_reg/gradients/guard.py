@@ -12,7 +12,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import check_choice, check_integer
 from lightning_reg._engine.names import abbreviate, counted
 from lightning_reg._engine.technique import Phase
-from lightning_reg._tensors.buffers import BufferHistory
+from lightning_reg._tensors.buffers import GoodBuffers
 from lightning_reg._tensors.gradients import existing_gradients
 from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientProcessing
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg._engine.clock import Moment
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
 
@@ -113,6 +112,8 @@ class NonFiniteGradientGuard(GradientProcessing):
     phase = Phase.GUARD
     supports_complex = True
     state_entries = ("consecutive", "bad_steps")
+    fit_attributes = ("_buffers",)
+    prints_always = True
     supports_sparse = supports_fsdp1 = True
 
     def __init__(
@@ -127,8 +128,8 @@ class NonFiniteGradientGuard(GradientProcessing):
         self.policy = policy
         self.patience = check_integer("NonFiniteGradientGuard: patience", patience, 1)
         super().__init__(params, name)
-        self._buffers: BufferHistory | None = None
-        self._moment: Moment | None = None
+        self._buffers: GoodBuffers | None = None
+        self._judged = True  # whether there was a step since the last batch
         self._bad_step: tuple[int, int] | None = None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -143,27 +144,28 @@ class NonFiniteGradientGuard(GradientProcessing):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters and the buffers."""
         super().attach(trainer, pl_module)
-        self._buffers = None if self.policy == "raise" else BufferHistory(pl_module)
+        self._buffers = None if self.policy == "raise" else GoodBuffers(pl_module)
+        self._judged = True
 
     def detach(self) -> None:
         """Release the tensors."""
         super().detach()
-        self._buffers = self._moment = None
+        self._buffers = None
 
-    def update(self, moment: Moment) -> None:
-        """Remember the buffers before each batch. The batches of one step have the same moment."""
-        super().update(moment)
+    def before_batch(self) -> None:
+        """Record the buffers, which the batch may change."""
         if self._buffers is not None:
-            self._buffers.record(begins_step=moment != self._moment)
-        self._moment = moment
+            self._buffers.record(trusted=self._judged and len(self._optimizers) == 1)
+        self._judged = False
 
     def should_step(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
         """Return whether the step may happen. With the policy ``"zero"``, set the bad entries to 0 first."""
         assert self._trainer is not None, "attached"
         bad = _lightning.any_rank(self._trainer, nonfinite_gradients(params))
         is_bad, index = bool(bad.any()), self.optimizer_index(optimizer)
+        self._judged = True
         if is_bad and self._buffers is not None:
-            self._buffers.restore_nonfinite()
+            self._buffers.restore()
         if is_bad and _lightning.is_searching_scale(self._trainer):
             return False
         self._count(index, is_bad, step)

@@ -124,6 +124,7 @@ class _StatisticalClipping(GradientClipping):
     phase = Phase.NORM_CLIPPING
     supports_complex = True
     state_entries = ("memory",)
+    fit_attributes = ("_bounds",)
 
     def __init__(self, params: Params, name: str | None) -> None:
         super().__init__(params, name)

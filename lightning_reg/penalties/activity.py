@@ -56,6 +56,7 @@ class ActivityPenalty(ModuleRegularizer):
     h is the output of a module for one sample. With several modules, their penalties are added.
     For recurrent modules and ``nn.MultiheadAttention``, only the output is penalized, not the states or the attention weights;
     samples are where ``batch_first`` says. A ``PackedSequence`` is penalized without padding.
+    A copy of h is kept until the backward pass, so the model may change h in place afterwards.
     The penalty depends on the data, so it acts on each accumulated batch, divided by ``accumulate_grad_batches`` like the loss.
     Under DDP, each rank penalizes the outputs for its own samples.
     The loss that the module logs does not contain the penalty.
@@ -84,6 +85,7 @@ class ActivityPenalty(ModuleRegularizer):
 
     phase = Phase.PENALTY
     valid_ranges = {"strength": NON_NEGATIVE}
+    fit_attributes = ("_handles", "_values", "_last_term", "_trainer")
     selector = "modules"
     effect = "be penalized"
     deepspeed_alternative = "add functional.activity_penalty to the loss in training_step, or use DDP or FSDP2"
@@ -148,10 +150,11 @@ class ActivityPenalty(ModuleRegularizer):
             if not is_float(main):
                 raise TypeError(
                     f"ActivityPenalty: {name!r} ({type(module).__name__}) returns {describe_output(main)}, expected one float "
-                    "tensor; select a module inside it"
+                    f"tensor; select a module inside it, or exclude it with '!{name}'"
                 )
             data = main.data if isinstance(main, PackedSequence) else main
-            self._values.append(activity_penalty(data, self.p, batch_size(module, main)))
+            # a copy, since the model may change the output in place, as nn.ReLU(inplace=True) does
+            self._values.append(activity_penalty(data.clone(), self.p, batch_size(module, main)))
 
         return ForwardHook(record)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class Penalty(ParameterRegularizer):
 
     phase = Phase.PENALTY
     valid_ranges = {"strength": NON_NEGATIVE}
+    fit_attributes: ClassVar[tuple[str, ...]] = ("_logged",)
     deepspeed_alternative = "add the penalty to the loss in training_step, or use DDP or FSDP2"
 
     def __init__(

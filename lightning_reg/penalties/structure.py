@@ -172,6 +172,7 @@ class StartingPointPenalty(Penalty):
 
     supports_complex = True
     state_entries = ("start",)
+    fit_attributes = ("_references",)
     resets_each_fit = False
 
     def __init__(self, strength: Value, *, params: Params = "weights", inject: Route = "auto", name: str | None = None) -> None:

@@ -110,6 +110,7 @@ class WeightPruning(ParameterRegularizer):
     supports_fsdp1 = False
     resets_each_fit = False
     valid_ranges = {"sparsity": Interval(0.0, 1.0, open_high=True)}
+    fit_attributes = ("_local_masks", "_optimizer_states")
 
     def __init__(
         self,

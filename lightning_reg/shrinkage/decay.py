@@ -124,6 +124,7 @@ class WeightDecay(ParameterRegularizer):
     deepspeed_alternative = "set the optimizer's own weight_decay"
 
     needs_learning_rate = True
+    fit_attributes = ("_before",)
     rate_alternative = "the optimizer's own weight_decay, which WeightDecayScheduler can schedule"
 
     def __init__(self, weight_decay: Value, *, params: Params = "weights", name: str | None = None) -> None:
@@ -202,6 +203,7 @@ class WeightDecayScheduler(Regularizer):
     phase = Phase.DECAY
     valid_ranges = {"weight_decay": NON_NEGATIVE}
     state_entries = ("original",)
+    fit_attributes = ("_trainer",)
     deepspeed_alternative = "set the optimizer's own weight_decay"
 
     def __init__(self, weight_decay: Value, *, name: str | None = None) -> None:
