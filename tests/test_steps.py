@@ -716,6 +716,17 @@ def test_unknown_learning_rate_raises(message):
     fit([L2Penalty(0.1), WeightClipping(0.2)], with_optimizer(RATES[message]), max_epochs=1)
 
 
+def test_decay_with_adafactor_of_torch():
+    """Its d is no factor of the learning rate."""
+
+    def make(decay):
+        return with_optimizer(lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=decay), training_step=no_gradient)
+
+    ours = fit([WeightDecay(0.5, params="all")], make(0.0))
+    assert_close(weights(ours), weights(fit(model=make(0.5))), rtol=1e-5, atol=1e-6)
+    assert_close(ours.net[4].weight, Classifier().net[4].weight * 0.995**8)
+
+
 # What else people do -------------------------------------------------------------------------------------------------
 
 
