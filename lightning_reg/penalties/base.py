@@ -53,8 +53,9 @@ class Penalty(ParameterRegularizer):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
-            loss wherever that is exact, and the gradients in manual optimization, for sharded parameters, and under DDP with
-            ``find_unused_parameters`` or ``static_graph``.
+            loss wherever that is exact, and the gradients in manual optimization, in modules that override ``optimizer_step``
+            and ``optimizer_zero_grad``, for sharded parameters, and under DDP with ``find_unused_parameters`` or
+            ``static_graph``.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
