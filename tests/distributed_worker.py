@@ -15,6 +15,7 @@ from digits import DigitsClassifier
 from helpers import QUIET, Memory, digits, seed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from optimizers import CopyingSam
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -249,6 +250,31 @@ def buffers_after_bad_batch(norm: type[nn.BatchNorm1d], ranks: list[int]) -> dic
     return {"before": model.before, "after": dict(model.named_buffers()), "finite": finite}
 
 
+class PoisonedSam(Poisoned):
+    """With an optimizer that evaluates its closure twice in each step."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return CopyingSam(self.parameters(), lr=self.lr)
+
+
+class OwnStep(torch.optim.SGD):
+    """An optimizer whose step is not torch's own code, and may read the value of its closure."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        return super().step(closure)
+
+
+class PoisonedOwnStep(Poisoned):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return OwnStep(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def around_the_step() -> list[Callback]:
+    """Return techniques that act before, in, and after a step, of which one skips some."""
+    penalties = [L2Penalty(1e-2), LogPenalty(0.1)]
+    return [NonFiniteGradientGuard(), *penalties, GradientNormClipping(0.5), WeightDecay(0.5), WeightClipping(0.1)]
+
+
 def ddp(**kwargs: bool) -> dict[str, object]:
     """Return trainer arguments for one rank of DDP. Each trainer needs a new strategy."""
     return {"strategy": DDPStrategy(process_group_backend="gloo", **kwargs), "devices": RANKS}
@@ -407,6 +433,8 @@ def main(folder: Path) -> None:
         "guarded, sharded": train([NonFiniteGradientGuard(), WeightDecay(0.1)], Poisoned(), [rank], **sharded()),
         "batch norm": buffers_after_bad_batch(nn.BatchNorm1d, [rank]),
         "synchronized batch norm": buffers_after_bad_batch(SyncedNorm, [rank]),
+        "SAM, DDP": train(around_the_step(), PoisonedSam(), [rank], **ddp(find_unused_parameters=True)),
+        "own step, sharded": train(around_the_step(), PoisonedOwnStep(), [rank], **sharded()),
         "sharded": train(sharded_techniques(), Sharded(), [rank], **sharded()),
     }
     results["values"] = values_of_large_shards()  # uses the process group of the last run

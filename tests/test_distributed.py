@@ -8,8 +8,10 @@ from distributed_worker import (
     PRUNING,
     Digits,
     Poisoned,
+    PoisonedOwnStep,
     Sharded,
     Unused,
+    around_the_step,
     masks_of,
     mean_scores,
     random_scores,
@@ -111,6 +113,22 @@ def test_bad_gradient_on_one_rank_skips_step_on_all(ranks, run):
     assert_close(ranks[0][run], one_process, **TOLERANCE)
     with pytest.raises(AssertionError):
         assert_close(ranks[0][run], train([WeightDecay(0.1)], Sharded(), [0, 1], accumulate_grad_batches=2), **TOLERANCE)
+
+
+def test_replicas_with_sam_are_identical_and_skip_the_same_steps(ranks):
+    assert identical(ranks[0]["SAM, DDP"], ranks[1]["SAM, DDP"])
+    assert all(p.isfinite().all() for p in ranks[0]["SAM, DDP"].values())
+    assert ranks[0]["SAM, DDP"]["net.1.weight"].abs().max() <= 0.1
+
+
+@pytest.mark.filterwarnings("ignore:NonFiniteGradientGuard.*infinite or NaN gradients")
+def test_sharded_training_with_an_own_step_equals_one_process(ranks):
+    one_process = train(around_the_step(), PoisonedOwnStep(), [0, 1], accumulate_grad_batches=2)
+    assert_close(ranks[0]["own step, sharded"], one_process, **TOLERANCE)
+    without_decay = [callback for callback in around_the_step() if not isinstance(callback, WeightDecay)]
+    other = train(without_decay, PoisonedOwnStep(), [0, 1], accumulate_grad_batches=2)
+    with pytest.raises(AssertionError):
+        assert_close(ranks[0]["own step, sharded"], other, **TOLERANCE)
 
 
 def test_a_bad_batch_of_one_rank_leaves_finite_buffers_on_all(ranks):

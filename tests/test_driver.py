@@ -276,7 +276,7 @@ def test_unwrapped_optimizer_step_warns():
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
 
-    with pytest.warns(UserWarning, match="SGD stepped without Lightning's knowledge, so no penalty was added"):
+    with pytest.warns(UserWarning, match="L2Penalty did not act in a step of SGD that Lightning did not take"):
         fit([L2Penalty(0.1)], Unwrapped())
 
 

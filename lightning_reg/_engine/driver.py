@@ -74,7 +74,7 @@ class Driver:
         self._clock: Clock | None = None
         self._epoch = self._batch = -1  # the current epoch, and the number of the current batch in the fit
         self._steps: StepFollower | None = None
-        self._unseen = UnseenSteps([], [])
+        self._unseen = UnseenSteps([], [], [])
         self._undo: list[Callable[[], None]] = []
         self._logging = False
         self._penalized = False  # whether the loss of this step contains its terms
@@ -95,7 +95,7 @@ class Driver:
         for technique in self.techniques:
             technique.attach(self.trainer, self.pl_module)
         self._adding = [technique for technique in self.techniques if technique.adds_to_loss]
-        self._unseen = UnseenSteps(self._names_that_need_steps(), _lightning.batches_per_step(self.trainer).values())
+        self._unseen = self._unseen_steps()
         self._scaler = _lightning.grad_scaler(self.trainer)
         self._warn_of_other_weights()
         self._steps = StepFollower(self.trainer, self)
@@ -111,13 +111,22 @@ class Driver:
         others = [type(optimizer).__name__ for optimizer in self.trainer.optimizers if evaluates_other_weights(optimizer)]
         if names and others:
             rank_zero_warn(
-                f"{', '.join(others)} evaluates other weights than it trains. {names} changes those that it trains, so the "
-                "weights that are validated and saved after optimizer.eval() may not satisfy the constraint"
+                f"{', '.join(others)} evaluates other weights than it trains. {names} changes only those that it trains, so "
+                "constraints may not hold in the others, which optimizer.eval() leaves to be validated and saved"
             )
 
-    def _names_that_need_steps(self) -> list[str]:
-        needs = [cb for cb in self.techniques if not cb.adds_to_loss and any(map(cb.overrides, _STEP_METHODS))]
-        return [cb.name for cb in needs]
+    def _unseen_steps(self) -> UnseenSteps:
+        """Watch for steps that are not seen, or have no gradients. Penalties of the loss need neither."""
+        need_steps = [cb for cb in self.techniques if not cb.adds_to_loss and any(map(cb.overrides, _STEP_METHODS))]
+        need_gradients = [
+            cb
+            for cb in need_steps
+            if cb.overrides("should_step")
+            or cb.overrides("before_update")
+            or (cb.overrides("gradients") and not cb.overrides("weights"))
+        ]
+        accumulated = _lightning.batches_per_step(self.trainer).values()
+        return UnseenSteps([cb.name for cb in need_steps], [cb.name for cb in need_gradients], accumulated)
 
     def stop(self) -> None:
         """Leave no trace in the module, the optimizers and the strategy, even if undoing one thing fails."""
@@ -244,6 +253,16 @@ class Driver:
     # The optimizer step ---------------------------------------------------------------------------------------------
 
     @property
+    def is_active(self) -> bool:
+        """Whether the trainer has its callbacks; a learning-rate finder removes them for a while."""
+        return self.techniques[0] in self.trainer.callbacks  # type: ignore[attr-defined]
+
+    @property
+    def acts_on_weights(self) -> bool:
+        """Whether some technique acts only if there is an update."""
+        return bool(self._acting["before_update"] or self._acting["weights"])
+
+    @property
     def _current_optimizer(self) -> Optimizer | None:
         return self._steps.current if self._steps is not None else None
 
@@ -294,11 +313,11 @@ class Driver:
     def _skip(self, optimizer: Optimizer) -> None:
         """Skip a step without a trace: remove the gradients, or end a step of other code before it has changed anything."""
         assert self._steps is not None, "the fit has started"
-        if self._steps.evaluations > 1:
+        if self._steps.evaluations > 1 or self._steps.moved_early:
             names = ", ".join(cb.name for cb in self._acting["should_step"])
             raise RuntimeError(
-                f"{names} cannot skip a step of {type(optimizer).__name__} at evaluation {self._steps.evaluations} of its "
-                "closure, because the weights have moved since the first one: use policy='zero' or 'raise'"
+                f"{names} cannot skip this step of {type(optimizer).__name__} at evaluation {self._steps.evaluations} of its "
+                "closure, because the weights have moved since the step began: use policy='zero' or 'raise'"
             )
         self._skipped.add(optimizer)
         remove_gradients(optimizer)
@@ -329,12 +348,8 @@ class Driver:
                         technique.weights(params, optimizer, step)
         self._steps_in_batch += 1
         if not known:
-            self._unseen.stop()
+            self._unseen.unknown_step(optimizer)
             self.end_step()
-            rank_zero_warn(
-                f"{type(optimizer).__name__} stepped without Lightning's knowledge, so no penalty was added to its gradients "
-                "and nothing clipped them: use self.optimizers() without use_pl_optimizer=False, and optimizer.step()"
-            )
 
     def end_step(self) -> None:
         """Change the weights for a forward pass again: another one may follow in this training step."""

@@ -23,6 +23,7 @@ from lightning_reg._engine.selection import (
     selection_mask,
     uses_weights,
 )
+from lightning_reg._engine.steps import is_torchs_own
 from lightning_reg._tensors.layers import checked_units
 from lightning_reg._tensors.shards import local_tensor, shard_like
 from lightning_reg._tensors.units import Units
@@ -289,7 +290,7 @@ class ParameterRegularizer(Regularizer):
             ValueError: If the rate with which the optimizer steps is not in the group.
         """
         rate = group.get("lr")
-        if rate is None or "d" in group:
+        if rate is None or ("d" in group and not is_torchs_own(optimizer)):  # torch's Adafactor has another d
             why = "multiplies the learning rate by a factor d of its own" if rate is not None else "has no learning rate (lr)"
             raise ValueError(
                 f"{self.name} acts in proportion to the learning rate, but {type(optimizer).__name__} {why}: use "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import LBFGS
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_reg._engine import _lightning
 
@@ -28,6 +28,14 @@ class SkippedStep(Exception):  # noqa: N818 - like StopIteration, it is no error
 
 class StepListener(Protocol):
     """What happens around the steps that are followed."""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether steps matter now. In the course of a fit, a learning-rate finder takes some without callbacks."""
+
+    @property
+    def acts_on_weights(self) -> bool:
+        """Whether it matters if an update happens."""
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Act before a step, and before the optimizer evaluates its closure."""
@@ -69,8 +77,9 @@ def held_by(optimizer: Optimizer) -> list[Tensor]:
 class StepFollower:
     """Tells a listener about the steps of a trainer's optimizers, of each that the trainer has at the time.
 
-    Lightning takes a step in ``strategy.optimizer_step``, and torch's global step hooks run in the step. An optimizer whose
-    class does not run step hooks, such as some wrappers, has updated its weights when the strategy's method returns.
+    Lightning takes a step in ``strategy.optimizer_step``, whatever the class of the optimizer, and however often it evaluates
+    its closure. Steps that Lightning does not take are seen by torch's global step hooks, if the class of the optimizer, or of
+    one that it wraps, runs step hooks.
 
     Args:
         trainer: The trainer of the fit.
@@ -80,14 +89,14 @@ class StepFollower:
     def __init__(self, trainer: Trainer, listener: StepListener) -> None:
         self.current: Optimizer | None = None  # the optimizer whose step Lightning takes now
         self.evaluations = 0  # of its closure in this step
+        self.moved_early = False  # whether it changed weights before it first evaluated its closure
         self._trainer = trainer
         self._listener = listener
         self._scaler = _lightning.grad_scaler(trainer)
-        self._updated = self._wrapped_updated = self._prepared = False
+        self._is_updated = False
         self._undo = [
             _lightning.wrap_optimizer_step(trainer, self._step),
-            register_optimizer_step_pre_hook(self._before).remove,
-            register_optimizer_step_post_hook(self._after).remove,
+            register_optimizer_step_post_hook(self._after_unknown_step).remove,
         ]
 
     def stop(self) -> None:
@@ -96,54 +105,64 @@ class StepFollower:
             undo()
 
     def _step(self, take_step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any], **options: Any) -> Any:
-        self.current, self.evaluations = optimizer, 0
-        self._updated = self._wrapped_updated = self._prepared = False
+        if not self._listener.is_active:
+            return take_step(optimizer, closure, **options)
+        self.current, self.evaluations, self.moved_early = optimizer, 0, False
+        stop_asking = self._ask_scaler(optimizer)
         try:
             self._listener.begin_step(optimizer)
             output = take_step(optimizer, self._with_objective(optimizer, closure), **options)
-            if not self._updated and (self._scaler is None or self._wrapped_updated):
+            if self._is_updated:
                 self._listener.after_update(optimizer, known=True)
         except SkippedStep:
             output = None
             if self._scaler is not None:
                 self._scaler.update()
         finally:
+            stop_asking()
             self.current = None
             self._listener.end_step()
         return output
+
+    def _ask_scaler(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Learn from a loss scaler whether there is an update, right before it; return a function to stop that.
+
+        The scaler calls ``optimizer.step`` only then. A fused optimizer is always called, and told to change nothing.
+        """
+        self._is_updated = self._scaler is None
+        if self._scaler is None:
+            return lambda: None
+
+        def wrapper(step: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                found_inf = getattr(optimizer, "found_inf", None)
+                self._is_updated = found_inf is None or not self._listener.acts_on_weights or not found_inf.item()
+                if self._is_updated:
+                    self._listener.before_update(optimizer)
+                return step(*args, **kwargs)
+
+            return wrapped
+
+        return _lightning.wrap_method(optimizer, "step", wrapper)
 
     def _with_objective(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Let an optimizer that uses the value of its closure see the whole objective, to which its gradients belong."""
         if evaluates_once(optimizer):
             return closure
+        versions = _versions(optimizer)
 
         def evaluate() -> Any:
+            if not self.evaluations:
+                self.moved_early = versions != _versions(optimizer)
             value = closure()
             return value if value is None else sum(self._listener.objective_terms(optimizer), value)
 
         return evaluate
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Prepare an update after a loss scaler, which calls the optimizer only if the update is to happen."""
-        if self.current is not None and self._scaler is not None and not self._prepared and self._belongs(optimizer):
-            self._prepared = True
-            self._listener.before_update(self.current)
-
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.current is None:
-            self._after_unknown_step(optimizer)
-        elif optimizer is self.current:
-            self._updated = True
-            self._listener.after_update(optimizer, known=True)
-        elif shares_parameters(optimizer, self.current):  # the wrapper's own step may still change the weights
-            self._wrapped_updated = True
-
-    def _belongs(self, optimizer: Optimizer) -> bool:
-        assert self.current is not None, "a step is taken"
-        return optimizer is self.current or shares_parameters(optimizer, self.current)
-
-    def _after_unknown_step(self, optimizer: Optimizer) -> None:
+    def _after_unknown_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Act after a step without Lightning: by one of the trainer's optimizers, or by one that such a wrapper holds."""
+        if self.current is not None or not self._listener.is_active:
+            return
         mine = self._trainer.optimizers
         owner = next((other for other in mine if other is optimizer), None)
         owner = owner or next((other for other in mine if shares_parameters(optimizer, other)), None)
@@ -151,54 +170,70 @@ class StepFollower:
             self._listener.after_update(owner, known=False)
 
 
+def _versions(optimizer: Optimizer) -> list[int]:
+    """Return torch's counts of the in-place changes of each parameter."""
+    return [p._version for p in held_by(optimizer)]
+
+
 class UnseenSteps:
-    """Warns once if a stretch of training has backward passes, but no step or no gradients that could be seen.
+    """Warns once of callbacks that cannot act, because they see no step, or no gradients before it.
 
     Args:
-        names: The callbacks that need to see the gradients or the steps.
+        need_steps: The names of the callbacks that act at a step.
+        need_gradients: The names of those among them that do nothing without gradients.
         accumulated: The number of batches of one step, as far as Lightning knows.
     """
 
-    def __init__(self, names: Sequence[str], accumulated: Iterable[int]) -> None:
-        self._names = ", ".join(names)
+    def __init__(self, need_steps: Sequence[str], need_gradients: Sequence[str], accumulated: Iterable[int]) -> None:
+        self._need_steps, self._need_gradients = need_steps, need_gradients
         self._many = max(_MANY_BATCHES, *accumulated, 1)
-        self._watching = bool(names)
-        self._batches = self._backward_passes = 0
-        self._seen_step = False
+        self._batches = 0
+        self._is_backward_seen = self._is_step_seen = self._is_done = self._is_warned_of_unknown = False
 
     def backward(self) -> None:
-        """Count a backward pass."""
-        self._backward_passes += 1
-
-    def stop(self) -> None:
-        """Stop watching."""
-        self._watching = False
+        """Note a backward pass."""
+        self._is_backward_seen = True
 
     def step(self, params: Iterable[Tensor]) -> None:
         """Note a step, and stop watching if it has gradients."""
-        self._seen_step = True
-        if self._watching and any(p.grad is not None for p in params):
-            self._watching = False
+        self._is_step_seen = True
+        if not self._is_done:
+            self._is_done = any(p.grad is not None for p in params)
+
+    def unknown_step(self, optimizer: Optimizer) -> None:
+        """Warn of a step that Lightning does not take."""
+        if not self._is_warned_of_unknown:
+            self._is_warned_of_unknown = self._is_done = True
+            self._warn(
+                self._need_gradients,
+                f"a step of {type(optimizer).__name__} that Lightning did not take: step with self.optimizers(), without "
+                "use_pl_optimizer=False, and optimizer.step(). If the optimizer has steps of its own, pass a closure to step()",
+            )
 
     def end_batch(self, *, ends_epoch: bool) -> None:
         """Warn at the end of an epoch, or of many batches."""
         self._batches += 1
-        if not self._watching or not (ends_epoch or self._batches >= self._many):
+        if self._is_done or not (ends_epoch or self._batches >= self._many):
             return
-        if self._backward_passes:
-            self._watching = False
-            self._warn()
-        self._batches = 0
+        batches, self._batches = f"{self._batches} batch{'es' * (self._batches > 1)}", 0
+        if self._is_backward_seen:
+            self._is_done = True
+            if self._is_step_seen:
+                self._warn(
+                    self._need_gradients,
+                    f"{batches}, because no step had gradients: something uses them up before on_before_optimizer_step, as an "
+                    "optimizer that is fused into the backward pass does",
+                )
+            else:
+                self._warn(
+                    self._need_steps,
+                    f"{batches}, because Lightning took no step: use self.optimizers(), without use_pl_optimizer=False, and "
+                    "optimizer.step()",
+                )
 
-    def _warn(self) -> None:
-        seen = (
-            "in none of the optimizer steps was there a gradient: something uses the gradients up before "
-            "on_before_optimizer_step, as an optimizer that is fused into the backward pass does"
-            if self._seen_step
-            else "there were backward passes, but no optimizer step that Lightning knows of: step with self.optimizers() and "
-            "optimizer.step(), without use_pl_optimizer=False"
-        )
-        rank_zero_warn(f"{self._names} did not act in {self._batches} batches: {seen}")
+    def _warn(self, names: Sequence[str], where: str) -> None:
+        if names:
+            rank_zero_warn(f"{', '.join(names)} did not act in {where}")
 
 
 def remove_gradients(optimizer: Optimizer) -> None:

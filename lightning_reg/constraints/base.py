@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Constraint(ParameterRegularizer):
     """Base class of callbacks that project the weights after each optimizer step: θ ← argmin_{w ∈ C} ‖w − θ‖.
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
     skips. Also at the end of an epoch, if pruning or shrinkage may have changed the weights.
 
     A subclass overrides ``reproject``, which changes the parameters in place. It also overrides ``weights`` if it logs metrics,

@@ -63,7 +63,7 @@ def clip_negative_weights_(params: Sequence[Tensor]) -> None:
 class WeightClipping(Constraint):
     """Keep each weight in [−c, c]: θ ← max(−c, min(c, θ)).
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
     skips.
 
     Random shrinkage is sometimes called weight clipping too. For that, use ``RandomShrinkage``.
@@ -107,7 +107,7 @@ class WeightClipping(Constraint):
 class NonNegative(Constraint):
     """Keep each weight nonnegative: θ ← max(0, θ).
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
     skips.
 
     It acts before constraints on norms, so it can be combined with them.

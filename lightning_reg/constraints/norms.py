@@ -86,7 +86,7 @@ class _NormConstraint(Constraint):
 class MaxNorm(_NormConstraint):
     """Keep the norm of each output unit at most c: w_u ← w_u · min(1, c / ‖w_u‖₂).
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
     skips.
 
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), the vector of a token in an
@@ -126,7 +126,7 @@ class MaxNorm(_NormConstraint):
 class UnitNorm(_NormConstraint):
     """Keep the norm of each output unit at 1: w_u ← w_u / ‖w_u‖₂.
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
     skips.
 
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), the vector of a token in an
@@ -161,7 +161,7 @@ class UnitNorm(_NormConstraint):
 class MinMaxNorm(_NormConstraint):
     """Keep the norm of each output unit in an interval: l ≤ ‖w_u‖₂ ≤ h.
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
     skips.
 
     A unit outside the interval moves the fraction ``rate`` of the way in each step: w_u ← w_u · ((1 − r) + r · n / ‖w_u‖₂),

@@ -53,8 +53,9 @@ class Penalty(ParameterRegularizer):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
-            loss wherever that is exact, and the gradients in manual optimization, for sharded parameters, and under DDP with
-            ``find_unused_parameters`` or ``static_graph``.
+            loss wherever that is exact, and the gradients in manual optimization, in modules that override ``optimizer_step``
+            and ``optimizer_zero_grad``, for sharded parameters, and under DDP with ``find_unused_parameters`` or
+            ``static_graph``.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
@@ -125,6 +126,8 @@ class Penalty(ParameterRegularizer):
         """Return the reason why adding the penalty to the loss is not exact in this fit, or ``None`` if it is exact."""
         if not pl_module.automatic_optimization:
             return "in manual optimization, where a loss may belong to any of the optimizers and may not allow in-place changes"
+        if all(_lightning.overrides(pl_module, hook) for hook in ("optimizer_step", "optimizer_zero_grad")):
+            return "in a module that overrides optimizer_step and optimizer_zero_grad, and so may accumulate gradients itself"
         if any(math.isnan(sign_of_penalties(optimizer)) for optimizer in trainer.optimizers):
             return "with an optimizer that maximizes only some of its parameter groups"
         changing = next((cb.name for cb in regularizers_of(trainer) if cb.overrides("before_forward")), None)
@@ -153,7 +156,8 @@ class Penalty(ParameterRegularizer):
     def objective(self, optimizer: Optimizer) -> Tensor | None:
         """Return λ R(θ)."""
         params = self.parameters_of(optimizer) if self.scale else []
-        return sign_of_penalties(optimizer) * self.scale * self.value(params) if params else None
+        values = [sign * full_tensor(self.value(signed)) for sign, signed in by_sign(optimizer, params).items() if signed]
+        return self.scale * sum_scalars(values) if values else None
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Add λ ∇R(θ) to the gradients. Not called if the loss of this step contains the penalty."""

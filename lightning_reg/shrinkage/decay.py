@@ -90,9 +90,9 @@ class WeightDecay(ParameterRegularizer):
     """Decoupled weight decay for any optimizer: θ ← θ − η·λ·θ, where η is the learning rate of the parameter group.
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after all gradient processing. With a float16 loss scaler,
-    ``register_step_pre_hook`` of the optimizer. Not in a step that a loss scaler or a guard skips.
-    For LBFGS, and for optimizers whose step is not torch's own code, ``register_step_post_hook``: θ ← θ' − η·λ·θ, where θ are
-    the weights before the step and θ' those after it. Such an optimizer may evaluate the loss several times in a step, and
+    right before ``optimizer.step()``. Not in a step that a loss scaler or a guard skips.
+    For LBFGS, and for optimizers whose step is not torch's own code, right after ``optimizer.step()``: θ ← θ' − η·λ·θ, where θ
+    are the weights before the step and θ' those after it. Such an optimizer may evaluate the loss several times in a step, and
     restore weights itself. This takes a copy of the selected weights.
 
     With Adam it equals AdamW, to the last bit. With SGD it is SGDW.

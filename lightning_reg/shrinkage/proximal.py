@@ -80,7 +80,7 @@ def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Seq
 class SoftThresholding(ParameterRegularizer):
     """Proximal L1, with exact zeros: θ ← sign(θ) · max(|θ| − ηλ, 0), where η is the learning rate of the parameter group.
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
     skips.
 
     With plain SGD, this is proximal gradient descent (ISTA) for the lasso, J = L + λ Σ|θ|.
@@ -138,7 +138,7 @@ class SoftThresholding(ParameterRegularizer):
 class GroupSoftThresholding(SoftThresholding):
     """Proximal group lasso, which zeroes whole units: w_u ← w_u · max(1 − ηλ √n / ‖w_u‖₂, 0) for a unit u of n entries.
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
     skips.
 
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), or the vector of a token in

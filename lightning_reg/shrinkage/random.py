@@ -46,8 +46,8 @@ def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.
 class RandomShrinkage(ParameterRegularizer):
     """Shrink each weight by a random fraction of itself: θ ← θ − ε·U(0, 1)·θ, with an independent U for each weight.
 
-    Runs in: ``register_step_post_hook`` of the optimizer, after each step, but not after one that a loss scaler or a guard
-    skips. With ``every="epoch"``, the end of each epoch, before its validation.
+    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard skips. With
+    ``every="epoch"``, the end of each epoch, before its validation.
 
     On average, this is a decay by ε/2. It is sometimes called weight clipping. See ``WeightClipping`` for bounds on weights.
     The random numbers depend only on ``seed``, ``name``, and the step. They are the same on every rank and after a resume. The
