@@ -61,10 +61,6 @@ class Regularizer(Technique, Callback):
         """The key of its state in a checkpoint."""
         return self._state_key if self._was_set_up else _NewStateKey(self._state_key, self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies share: all but the driver of the fit, which serves this trainer only."""
-        return {**vars(self), "_driver": None}
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the configuration against the run."""
         self._was_set_up, self._evaluating = True, stage != "fit"
