@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_reg._tensors.reductions import accumulation_dtype
+from lightning_reg._tensors.reductions import accumulation_dtype, in_accumulation_dtype
 from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like
 
 
@@ -53,6 +53,22 @@ def unit_norms(tensor: Tensor, units: Units) -> Tensor:
         return view.abs().to(dtype)
     norms: Tensor = torch.linalg.vector_norm(view, dim=reduced, keepdim=True, dtype=dtype)
     return norms
+
+
+def smooth_unit_norms(tensor: Tensor, units: Units) -> Tensor:
+    """Return the L2 norm of each unit by operations that can be differentiated any number of times.
+
+    All derivatives are 0 for a unit of zeros.
+    """
+    view, reduced = _reduction(in_accumulation_dtype(tensor), units)
+    if not reduced or not tensor.numel():
+        return view.abs().sum(reduced, keepdim=True) if reduced else view.abs()
+    largest = view.detach().abs().amax(reduced, keepdim=True)
+    is_zero = largest == 0
+    scale = torch.where(is_zero, 1.0, largest)  # a constant, so that squares neither overflow nor underflow
+    scaled = view / scale
+    squares = scaled.real.square() + scaled.imag.square() if view.is_complex() else scaled.square()
+    return scale * torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squares.sum(reduced, keepdim=True)).sqrt())
 
 
 def local_unit_norms(tensor: Tensor, units: Units) -> Tensor:

@@ -17,7 +17,7 @@ from lightning_reg._engine.steps import by_sign, sign_of_penalties
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import is_cpu, sum_scalars
-from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like
+from lightning_reg._tensors.shards import full_tensor, is_sharded, local_tensor, shard_like
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +44,8 @@ class Penalty(ParameterRegularizer):
     ``inject="gradient"`` needs no autograd graph.
     Selected parameters that took no part in the forward pass are penalized too.
     With gradient accumulation, the penalty counts once per step, not once per batch.
+    After ``backward(create_graph=True)``, second derivatives of the loss or of ``.grad`` contain the penalty. If it is added to
+    the gradients, they do so from ``on_before_optimizer_step`` on, as for an optimizer that computes them in its step.
     An optimizer that uses the value of its closure, such as LBFGS, sees the objective with the penalty.
     Where an optimizer maximizes (``maximize=True``), the penalty is subtracted, so that weights still shrink.
     The loss that the module logs does not contain the penalty.
@@ -105,6 +107,15 @@ class Penalty(ParameterRegularizer):
             if addend is not None:
                 gradient.add_(local_tensor(shard_like(addend, p)))
 
+    def _add_gradient_with_graph_(self, params: Sequence[Tensor], strength: float) -> None:
+        """Add λ ∇R(θ) to gradients that can be differentiated again, so that second derivatives contain the penalty too."""
+        with torch.enable_grad():
+            value = strength * self._checked_value(params)
+            addends = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
+            for p, addend in zip(params, addends, strict=True):
+                if addend is not None:
+                    p.grad = addend if p.grad is None else p.grad + addend
+
     @property
     def scale(self) -> float:
         """The factor λ of ``value``."""
@@ -160,7 +171,8 @@ class Penalty(ParameterRegularizer):
         if not self.scale:
             return
         for sign, signed in by_sign(optimizer, params).items():
-            self.add_gradient_(signed, sign * self.scale)
+            add = self._add_gradient_with_graph_ if _have_graph(signed) else self.add_gradient_
+            add(signed, sign * self.scale)
         if self.logging:
             self._log(optimizer, self.value(params))
 
@@ -189,3 +201,8 @@ class Penalty(ParameterRegularizer):
         if self.inject == "auto" and not self.tensors:
             return "loss or gradient"  # known when a fit starts
         return "loss" if self._uses_loss else "gradient"
+
+
+def _have_graph(params: Sequence[Tensor]) -> bool:
+    """Return whether some gradients can be differentiated again, as after ``backward(create_graph=True)``."""
+    return not is_sharded(params) and any(p.grad is not None and p.grad.requires_grad for p in params)

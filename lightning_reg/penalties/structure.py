@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
         params: Tensors with two or more dimensions.
 
     Returns:
-        A scalar, computed in float32 or better. Only first derivatives are supported.
+        A scalar, computed in float32 or better. Higher derivatives, ``torch.func``, and ``torch.compile`` work too.
 
     Raises:
         ValueError: If a tensor has fewer than two dimensions.
@@ -49,7 +48,7 @@ def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
         A. Brock et al., "Neural Photo Editing with Introspective Adversarial Networks", 2017; N. Bansal et al., "Can We Gain
         More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
     """
-    return fused(_orthogonality_value, _orthogonality_gradients, params)
+    return fused(_plain_orthogonality, _orthogonality_value, _orthogonality_gradients, params)
 
 
 def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
@@ -60,14 +59,14 @@ def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> 
         references: Tensors w⁰ of the same shapes.
 
     Returns:
-        A scalar. Its gradient is w − w⁰. Only first derivatives are supported.
+        A scalar. Its gradient with respect to w is w − w⁰. No gradient reaches w⁰. Higher derivatives, ``torch.func``, and
+        ``torch.compile`` work too.
 
     Example:
         >>> distance_penalty([torch.tensor([3.0, 4.0])], [torch.zeros(2)])
         tensor(12.5000)
     """
-    fixed = list(references)
-    return fused(partial(_distance_value, references=fixed), partial(_distance_gradients, references=fixed), params)
+    return fused(_plain_distance, _distance_value, _distance_gradients, params, references=list(references))
 
 
 @torch.no_grad()
@@ -245,6 +244,10 @@ def _residual(matrix: Tensor) -> Tensor:
     return gram
 
 
+def _plain_orthogonality(params: Sequence[Tensor]) -> Tensor:
+    return sum_scalars([_residual(_matrix(p)).square().sum() for p in params]) / 2
+
+
 def _orthogonality_value(params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     residuals = [_residual(_matrix(p)) for p in params]
     return sum_scalars([residual.square().sum() for residual in residuals]) / 2, residuals
@@ -256,6 +259,10 @@ def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor, residuals
         gradient = (2 * factor) * residual @ _matrix(p)
         gradients.append((gradient if len(gradient) == len(p) else gradient.t()).reshape(p.shape).to(p.dtype))
     return gradients
+
+
+def _plain_distance(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    return l2_penalty([p - reference.detach() for p, reference in zip(params, references, strict=True)])
 
 
 def _distance_value(params: Sequence[Tensor], references: Sequence[Tensor]) -> tuple[Tensor, None]:
