@@ -257,6 +257,59 @@ class Skips(Classifier):
         return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
 
 
+class AccumulatesByHand(Classifier):
+    """A model that takes a step after every second batch, in automatic optimization."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.net[3].p = 0.0
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) / 2
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        if batch_idx % 2:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+def test_module_that_accumulates_by_hand_is_penalized_once_per_step():
+    reference = weights(fit([L2Penalty(0.1)], without_dropout(), loader(64, batch_size=32)))
+    assert_close(weights(fit([L2Penalty(0.1)], AccumulatesByHand())), reference)
+    with pytest.warns(UserWarning, match=r"L2Penalty is added to the loss of each batch, but AccumulatesByHand overrides"):
+        by_loss = fit([L2Penalty(0.1, inject="loss")], AccumulatesByHand())
+    with pytest.raises(AssertionError):
+        assert_close(weights(by_loss), reference)
+
+
+def test_overridden_step_keeps_the_loss_where_gradients_come_too_late():
+    class Warms(Fused):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    penalty = L2Penalty(0.1)
+    with pytest.warns(UserWarning, match=r"L2Penalty is added .* use fused=False in the optimizer"):
+        fit([penalty], Warms(), plugins=[precision], max_epochs=1)
+    assert penalty.adds_to_loss
+
+
+@pytest.mark.parametrize("make", [lambda: L1Penalty(0.1), lambda: ActivityPenalty(0.1, modules="ReLU")], ids=["L1", "activity"])
+def test_loss_without_graph_raises(make):
+    class Detaches(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx).detach()
+
+    for callbacks in ([], [make()]):
+        with pytest.raises(RuntimeError, match="element 0 of tensors does not require grad"):
+            fit(callbacks, Detaches())
+
+
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 @pytest.mark.parametrize("route", ["loss", "gradient"])
 def test_step_with_skipped_last_batch_is_penalized(route):

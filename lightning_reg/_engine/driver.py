@@ -234,7 +234,7 @@ class Driver:
         """Add to the loss what belongs there."""
         self._has_gradients = True
         self._unseen.backward()
-        if self._adding:
+        if self._adding and loss.requires_grad:  # else torch's own error must come, that the loss has no graph
             optimizer = self._current_optimizer or self.trainer.optimizers[0]
             self._penalized = not _lightning.accumulates(self.trainer)
             for technique in self._adding:

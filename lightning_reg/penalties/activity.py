@@ -61,6 +61,7 @@ class ActivityPenalty(ModuleRegularizer):
     samples are where ``batch_first`` says. A ``PackedSequence`` is penalized without padding.
     A copy of h is kept until the backward pass, so the model may change h in place afterwards.
     The penalty depends on the data, so it acts on each accumulated batch, divided by ``accumulate_grad_batches`` like the loss.
+    If your module accumulates gradients by itself, divide λ as your module divides its loss.
     Under DDP, each rank penalizes the outputs for its own samples.
     Forward passes under ``torch.no_grad`` are not penalized. Compiled models work. Activation checkpointing works with
     ``use_reentrant=False``.

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_reg._engine import _lightning
@@ -55,8 +56,9 @@ class Penalty(ParameterRegularizer):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
-            loss wherever that is exact, and the gradients in manual optimization, for sharded parameters, and under DDP with
-            ``find_unused_parameters`` or ``static_graph``.
+            loss wherever that is exact, and the gradients in manual optimization, if the module overrides ``optimizer_step``
+            (it may accumulate gradients by itself), for sharded parameters, and under DDP with ``find_unused_parameters`` or
+            ``static_graph``.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
@@ -129,8 +131,23 @@ class Penalty(ParameterRegularizer):
         if self.inject == "loss" and obstacle:
             raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
         self._uses_loss = self.inject != "gradient" and obstacle is None
+        if self._uses_loss and _lightning.overrides(pl_module, "optimizer_step"):
+            self._uses_loss = self.inject == "loss" or self._needs_loss(trainer)
+            if self._uses_loss:
+                self._warn_of_accumulation_by_hand(pl_module)
         if not self._uses_loss:
             self.require_unscaled_gradients(trainer)
+
+    def _needs_loss(self, trainer: Trainer) -> bool:
+        """Return whether an optimizer unscales gradients so late that nothing can be added to them."""
+        return any(_lightning.unscales_in_step(trainer, optimizer) for optimizer in trainer.optimizers)
+
+    def _warn_of_accumulation_by_hand(self, pl_module: LightningModule) -> None:
+        alternative = "inject='gradient'" if self.inject == "loss" else "fused=False in the optimizer"
+        rank_zero_warn(
+            f"{self.name} is added to the loss of each batch, but {type(pl_module).__name__} overrides optimizer_step. If that "
+            f"skips steps to accumulate gradients, the penalty counts several times per step: use {alternative}"
+        )
 
     def _loss_obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Return the reason why adding the penalty to the loss is not exact in this fit, or ``None`` if it is exact."""
