@@ -7,6 +7,7 @@ import torch
 from helpers import fit, same
 from laws import (
     check_overlap,
+    check_padding,
     check_random_numbers,
     check_routes,
     check_same_name,
@@ -54,6 +55,11 @@ def test_global_random_generators_are_left_alone(row):
     if "random_numbers" in row.exempt:
         pytest.skip(row.exempt["random_numbers"])
     check_random_numbers(row)
+
+
+@every_callback
+def test_padding_rows_do_not_move(row):
+    check_padding(row)
 
 
 @every_callback
