@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, fit, same, weights
+from helpers import Classifier, Memory, fit, same, weights
 from observed import Observed, optimizer_alone_moves
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -105,6 +105,27 @@ def check_padding(row: Row) -> None:
     for value in values:
         model = fit([row.active()], Padded(value, **row.options))
         assert all(torch.equal(padding, torch.full_like(padding, value)) for padding in model.padding_rows)
+
+
+class Sparse(Classifier):
+    """The model with a table of embeddings with sparse gradients, which contain each index several times."""
+
+    def __init__(self, **options: float) -> None:
+        super().__init__(**{"momentum": 0.0, **options})
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.table = nn.Embedding(10, 64, sparse=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        return super().training_step((images + self.table(labels % 3), labels), batch_idx)
+
+
+def check_sparse_gradients(row: Row) -> None:
+    """An inactive callback changes no bit of a model with sparse gradients, with and without a logger."""
+    plain = fit(model=Sparse(**row.options))
+    for options in ({}, {"logger": Memory(), "log_every_n_steps": 1}):
+        assert same(fit([row.inactive()], Sparse(**row.options), **options), plain)
 
 
 def random_states(row: Row, callbacks: list[Regularizer]) -> tuple[Any, ...]:

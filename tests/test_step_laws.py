@@ -12,6 +12,7 @@ from laws import (
     check_routes,
     check_same_name,
     check_schedule,
+    check_sparse_gradients,
     check_what_holds,
     is_penalty_with_routes,
 )
@@ -60,6 +61,14 @@ def test_global_random_generators_are_left_alone(row):
 @every_callback
 def test_padding_rows_do_not_move(row):
     check_padding(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=name) for name, row in ROWS.items() if row.inactive and "sparse_gradients" not in row.exempt],
+)
+def test_inactive_callback_keeps_sparse_gradients(row):
+    check_sparse_gradients(row)
 
 
 @every_callback
