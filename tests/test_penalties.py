@@ -495,6 +495,18 @@ def test_group_lasso_of_tiny_weights(dtype):
     assert_close(single.grad, torch.tensor([1.0, -1.0], dtype=dtype))
 
 
+def test_group_lasso_at_both_ends_of_the_range():
+    start = torch.tensor([[3e19, 4e19], [3e-24, 4e-24], [0.0, 0.0]])
+    fused, added = (start.clone().requires_grad_() for _ in range(2))
+    value = group_lasso_penalty([fused])
+    value.backward()
+    add_group_lasso_gradient_([added], 1.0)
+    expected = 2**0.5 * torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]])
+    assert_close(value, torch.tensor(2**0.5 * 5e19))
+    assert_close(fused.grad, expected)
+    assert_close(added.grad, expected)
+
+
 def test_group_lasso_of_tiny_half_precision_weights():
     """Their factor, 1 / ‖w‖, is beyond the range of float16."""
     start = torch.tensor([[0.0, 0.0], [6e-8, 6e-8]], dtype=torch.float16)

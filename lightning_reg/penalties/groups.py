@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_reg._tensors.gradients import dense_gradients
-from lightning_reg._tensors.reductions import sum_scalars
+from lightning_reg._tensors.reductions import accumulation_dtype, is_cpu, sum_scalars
 from lightning_reg._tensors.shards import full_tensor
-from lightning_reg._tensors.units import Units, local_unit_norms, smooth_unit_norms, unit_norms, unit_size, unit_view
+from lightning_reg._tensors.units import Units, local_unit_norms, smooth_unit_norms, unit_size, unit_view, wide_unit_norms
 from lightning_reg.penalties.base import Penalty
 from lightning_reg.penalties.fused import fused
 
@@ -116,15 +116,17 @@ def _plain_group_lasso(params: Sequence[Tensor], layouts: Sequence[Units]) -> Te
 
 
 def _group_lasso_value(params: Sequence[Tensor], layouts: Sequence[Units]) -> tuple[Tensor, list[Tensor]]:
-    norms = [unit_norms(p, layout) for p, layout in zip(params, layouts, strict=True)]
+    norms = [wide_unit_norms(p, layout) for p, layout in zip(params, layouts, strict=True)]
     sums = [
         full_tensor(norm.sum()) * unit_size(p, layout) ** 0.5 for norm, p, layout in zip(norms, params, layouts, strict=True)
     ]
-    return sum_scalars(sums), norms
+    return sum_scalars(sums).to(accumulation_dtype(params[0].dtype).to_real()), norms
 
 
 def _group_lasso_factors(norms: Tensor, p: Tensor, layout: Units) -> Tensor:
     """Return √n / ‖w_u‖ for each unit, in float32 or better, and 0 for a unit of zeros."""
+    if not is_cpu(norms):  # where float64 is slow, weights below the normal range of float32 need not be exact
+        norms = norms.to(accumulation_dtype(p.dtype).to_real())
     inverse = norms.clamp(min=torch.finfo(norms.dtype).tiny).reciprocal_()
     return inverse.mul_(unit_size(p, layout) ** 0.5).masked_fill_(norms == 0, 0.0)
 
