@@ -128,6 +128,22 @@ def check_sparse_gradients(row: Row) -> None:
         assert same(fit([row.inactive()], Sparse(**row.options), **options), plain)
 
 
+def check_new_model(row: Row) -> None:
+    """A callback that has trained one model trains another as a new callback does, also if both have the same shapes."""
+    callback = row.active()
+    fit([callback], Classifier(**row.options))
+    assert same(fit([callback], Classifier(**row.options)), fit([row.active()], Classifier(**row.options)))
+
+    def other() -> Classifier:
+        model = Classifier(**row.options)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        return model
+
+    assert same(fit([callback], other()), fit([row.active()], other()))
+
+
 def random_states(row: Row, callbacks: list[Regularizer]) -> tuple[Any, ...]:
     """Return the states of all global random generators after a fit."""
     random.seed(0)

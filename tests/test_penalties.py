@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import UNITS, Classifier, Fused, Gan, Memory, fit, loader, parameter, same, weights
+from helpers import UNITS, Classifier, Fused, Gan, Memory, fit, identical, loader, parameter, same, weights
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -675,13 +675,60 @@ def test_invalid_penalty_value_raises(make, error, message, route):
         fit([Wrong(0.1, make=make, inject=route)])
 
 
-def test_starting_point_of_other_model_raises():
-    callback = StartingPointPenalty(0.1)
-    fit([callback])
-    other = Classifier()
-    other.net[4] = nn.Linear(16, 11)
+def test_starting_point_of_changed_model_raises():
+    callback, model = StartingPointPenalty(0.1), Classifier()
+    fit([callback], model)
+    model.net[4] = nn.Linear(16, 11)
     with pytest.raises(ValueError, match=r"the starting point has shape \(10, 16\) for 'net.4.weight' of shape \(11, 16\)"):
+        fit([callback], model)
+
+
+def moved_from(model, start):
+    return max((p - start[name]).abs().max().item() for name, p in weights(model).items())
+
+
+def test_each_model_has_its_own_starting_point():
+    """With a strong penalty, a model stays where it started."""
+    callback = StartingPointPenalty(10.0, params="all")
+    for factor in (1.0, -3.0):
+        model = Classifier()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(factor)
+        start = weights(model)
+        fit([callback], model)
+        assert moved_from(model, start) < 0.3
+
+
+def test_later_fits_of_a_model_keep_its_starting_point(tmp_path):
+    """Also after a resume. A copy, and a model from a checkpoint without its callbacks, start anew."""
+
+    def start_of(callback):
+        return {name: value.clone() for name, value in callback.state["start"].items()}
+
+    model, callback = Classifier(), StartingPointPenalty(0.1, params="all")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, callbacks=[callback])
+    first = weights(model)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    second = weights(model)
+    fit([callback], model)
+    assert identical(start_of(callback), first)
+    resumed = StartingPointPenalty(0.1, params="all")
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 2}
+    for used in (resumed, callback):
+        Trainer(**options, callbacks=[used]).fit(Classifier(), loader(), ckpt_path=tmp_path / "model.ckpt")
+        assert identical(start_of(used), first)
+    for other in (copy.deepcopy(model), Classifier.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")):
+        expected = weights(other)
         fit([callback], other)
+        assert identical(start_of(callback), expected)
+    assert identical(weights(other), second) is False
+    fit([copy.deepcopy(callback)], other)
+    callback.reset()
+    expected = weights(other)
+    fit([callback], other)
+    assert identical(start_of(callback), expected)
 
 
 @pytest.mark.parametrize(

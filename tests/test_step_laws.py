@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import fit, same
 from laws import (
+    check_new_model,
     check_overlap,
     check_padding,
     check_random_numbers,
@@ -56,6 +57,11 @@ def test_global_random_generators_are_left_alone(row):
     if "random_numbers" in row.exempt:
         pytest.skip(row.exempt["random_numbers"])
     check_random_numbers(row)
+
+
+@every_callback
+def test_new_model_starts_anew(row):
+    check_new_model(row)
 
 
 @every_callback

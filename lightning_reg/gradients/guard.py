@@ -145,7 +145,7 @@ class NonFiniteGradientGuard(GradientProcessing):
         """Look up the parameters and the buffers."""
         super().attach(trainer, pl_module)
         self._buffers = None if self.policy == "raise" else GoodBuffers(pl_module)
-        self._judged = True
+        self._judged, self._bad_step = True, None
 
     def detach(self) -> None:
         """Release the tensors."""

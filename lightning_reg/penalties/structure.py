@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_reg._engine.identity import WeakIdentity
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
 from lightning_reg._tensors.shards import full_tensor, local_tensors, shard_like
@@ -144,8 +145,11 @@ class StartingPointPenalty(Penalty):
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
     optimizer step.
 
-    For fine-tuning: w⁰ are the weights when the first fit starts. Later fits with the same callback keep them.
-    The copy w⁰ takes as much memory as the selected weights. Checkpoints contain it, so that a resumed run uses the same w⁰.
+    For fine-tuning: w⁰ are the weights when the first fit of a model starts. Later fits of the same ``LightningModule`` object
+    with the same callback keep them. A fit of any other object starts anew, also of a copy, or of one from
+    ``load_from_checkpoint``. So does a fit after ``reset()``.
+    The copy w⁰ takes as much memory as the selected weights. Checkpoints contain it, so that a run that is resumed with
+    ``ckpt_path`` uses the same w⁰.
     Works with sharded parameters, and with complex ones.
 
     Args:
@@ -177,6 +181,14 @@ class StartingPointPenalty(Penalty):
     def __init__(self, strength: Value, *, params: Params = "weights", inject: Route = "auto", name: str | None = None) -> None:
         super().__init__(strength, params=params, inject=inject, name=name)
         self._references: dict[int, Tensor] = {}
+        self._model = WeakIdentity()  # whose starting point it is
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the starting point of another model."""
+        super().prepare(trainer, pl_module)
+        if not self._model.is_of(pl_module):
+            self.reset()
+            self._model = WeakIdentity(pl_module)
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return ½ Σ‖w − w⁰‖²."""
