@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, Fused, Memory, fit, parameter, same
+from helpers import Classifier, Fused, Gan, Memory, fit, parameter, same
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.testing import assert_close
@@ -154,6 +154,21 @@ def test_repeated_indices_are_bounded_by_their_sum():
     assert nonfinite_gradients([p]).tolist() == [True]
     zero_nonfinite_gradients_([p])
     assert_close(p.grad.to_dense().flatten(), torch.tensor([0.0, 0.0, 0.0, 0.7]))
+
+
+def test_each_optimizer_has_its_own_norm():
+    class Unequal(Gan):
+        """The first optimizer steps while there are far larger gradients for the second one."""
+
+        def training_step(self, batch, batch_idx):
+            self.net[4].weight.grad = torch.full_like(self.net[4].weight, 1e3)
+            super().training_step(batch, batch_idx)
+
+        def on_before_optimizer_step(self, optimizer):
+            self.norm, self.other_norm = self.net[0].weight.grad.norm(), self.net[4].weight.grad.norm()
+
+    free, clipped = (fit(cbs, Unequal((0,)), max_epochs=1) for cbs in ([], [GradientNormClipping(50.0)]))
+    assert clipped.norm == free.norm < 50 < clipped.other_norm
 
 
 def test_peak_dropping_of_sparse_gradient_raises():

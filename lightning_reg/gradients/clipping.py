@@ -117,6 +117,7 @@ class GradientNormClipping(GradientClipping):
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
+    The norm is that of the selected parameters of the optimizer that steps. With several optimizers, each has its own norm.
     By default it equals ``Trainer(gradient_clip_val=max_norm)``, to the last bit. It also logs how often it clips.
     If the norm is not finite, the gradients become NaN or 0, as in torch. ``NonFiniteGradientGuard`` prevents that.
     For sharded parameters (FSDP2), the norm is computed over all shards.
@@ -125,7 +126,8 @@ class GradientNormClipping(GradientClipping):
     Args:
         max_norm: c > 0, or a schedule. Infinity leaves finite gradients alone and only logs.
         norm_type: The order of the norm, > 0. Infinity (``.inf`` in YAML) takes the largest magnitude.
-        scope: ``"model"`` for one norm over all selected parameters, ``"tensor"`` to clip each tensor separately.
+        scope: ``"model"`` for one norm over all selected parameters of the optimizer, ``"tensor"`` to clip each tensor
+            separately.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
