@@ -136,6 +136,17 @@ def test_half_precision_matches_float32_in_every_mode(function, plain):
     assert torch.func.grad(function)(w).dtype == torch.bfloat16
 
 
+@every_function
+def test_autocast_does_not_lower_the_precision(function, plain):
+    w = matrix(dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        values = [function(w), compiled(w), torch.func.vmap(function)(w[None])[0]]
+    for value in values:
+        assert_close(value, plain(w), rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("shape", [(1100, 1000), (20, 20)], ids=["large", "small"])
 def test_second_derivatives_of_large_and_complex_tensors(shape):
     generator = torch.Generator().manual_seed(0)

@@ -86,8 +86,9 @@ def in_wide_range(norms: Tensor, view: Tensor, reduced: list[int], *, above: flo
         return norms
     if isinstance(norms, DTensor) or not is_cpu(norms):
         return norms if norms.device.type == "mps" else _norms(view, reduced, torch.float64)
-    overflows = not norms.max().item() < math.inf  # also for NaN
-    underflows = above < _SMALL and norms.min().item() < _SMALL
+    smallest, largest = norms.aminmax() if above < _SMALL else (None, norms.max())
+    overflows = not largest.item() < math.inf  # also for NaN
+    underflows = smallest is not None and smallest.item() < _SMALL
     if not (overflows or underflows):
         return norms
     wide = norms.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -249,9 +250,17 @@ def _matrix(p: Tensor) -> Tensor:
     return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
 
 
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """Return a matrix product in the precision of its factors, under autocast too."""
+    device = first.device.type
+    is_lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if is_lowered else nullcontext():
+        return first @ second
+
+
 def _residual(matrix: Tensor) -> Tensor:
     """Return the Gram matrix of the rows minus the identity."""
-    gram = matrix @ matrix.t()
+    gram = _product(matrix, matrix.t())
     gram.diagonal().sub_(1)
     return gram
 
@@ -268,7 +277,7 @@ def _orthogonality_value(params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]
 def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
     gradients = []
     for p, residual in zip(params, residuals, strict=True):
-        gradient = (2 * factor) * residual @ _matrix(p)
+        gradient = _product((2 * factor) * residual, _matrix(p))
         gradients.append((gradient if len(gradient) == len(p) else gradient.t()).reshape(p.shape).to(p.dtype))
     return gradients
 
