@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, fit, same, weights
+from helpers import Classifier, Memory, fit, same, weights
 from observed import Observed, optimizer_alone_moves
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from lightning_reg import Penalty, Steps
 from lightning_reg._engine.arguments import constructor_arguments
-from lightning_reg.custom import ParameterRegularizer, Regularizer
+from lightning_reg.custom import GradientProcessing, ParameterRegularizer, Regularizer
 from lightning_reg.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -69,6 +70,78 @@ def check_schedule(row: Row) -> None:
     first = trained(**{key: values[0] for key, values in ends.items()})
     assert_close(switched.early, first.early, rtol=0.0, atol=0.0)
     assert not same(switched, first)
+
+
+class Padded(Classifier):
+    """The model with tables of embeddings, whose padding rows never get a gradient.
+
+    Args:
+        padding: The value of the padding rows.
+    """
+
+    def __init__(self, padding: float = 0.0, **options: float) -> None:
+        super().__init__(**options)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.table = nn.Embedding(11, 64, padding_idx=-1)
+            self.bag = nn.EmbeddingBag(11, 64, padding_idx=0)
+        with torch.no_grad():
+            self.table.weight.mul_(0.1)[10] = padding
+            self.bag.weight.mul_(0.1)[0] = padding
+
+    @property
+    def padding_rows(self) -> list[Tensor]:
+        return [self.table.weight[10].detach(), self.bag.weight[0].detach()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        tokens = torch.stack([labels, torch.full_like(labels, 10)], 1)
+        return super().training_step((images + self.table(tokens).sum(1) + self.bag(10 - tokens), labels), batch_idx)
+
+
+def check_padding(row: Row) -> None:
+    """Padding rows of zeros stay zeros. What acts on gradients leaves padding rows alone whatever their values."""
+    values = (0.0, 0.5) if isinstance(row.active(), GradientProcessing) else (0.0,)
+    for value in values:
+        model = fit([row.active()], Padded(value, **row.options))
+        assert all(torch.equal(padding, torch.full_like(padding, value)) for padding in model.padding_rows)
+
+
+class Sparse(Classifier):
+    """The model with a table of embeddings with sparse gradients, which contain each index several times."""
+
+    def __init__(self, **options: float) -> None:
+        super().__init__(**{"momentum": 0.0, **options})
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.table = nn.Embedding(10, 64, sparse=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, labels = batch
+        return super().training_step((images + self.table(labels % 3), labels), batch_idx)
+
+
+def check_sparse_gradients(row: Row) -> None:
+    """An inactive callback changes no bit of a model with sparse gradients, with and without a logger."""
+    plain = fit(model=Sparse(**row.options))
+    for options in ({}, {"logger": Memory(), "log_every_n_steps": 1}):
+        assert same(fit([row.inactive()], Sparse(**row.options), **options), plain)
+
+
+def check_new_model(row: Row) -> None:
+    """A callback that has trained one model trains another as a new callback does, also if both have the same shapes."""
+    callback = row.active()
+    fit([callback], Classifier(**row.options))
+    assert same(fit([callback], Classifier(**row.options)), fit([row.active()], Classifier(**row.options)))
+
+    def other() -> Classifier:
+        model = Classifier(**row.options)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        return model
+
+    assert same(fit([callback], other()), fit([row.active()], other()))
 
 
 def random_states(row: Row, callbacks: list[Regularizer]) -> tuple[Any, ...]:

@@ -10,7 +10,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from lightning_reg import Linear, MaxNorm, MinMaxNorm, NonNegative, UnitNorm, WeightClipping
-from lightning_reg.functional import clip_negative_weights_, clip_weights_, project_unit_norms_, units_of
+from lightning_reg._tensors import units as units_module
+from lightning_reg.functional import (
+    clip_negative_weights_,
+    clip_weights_,
+    group_soft_threshold_,
+    project_unit_norms_,
+    units_of,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,6 +148,70 @@ def test_project_unit_norms_of_extreme_norms(ratio):
     again = w.clone()
     project_unit_norms_([again], 1.0, 1.0)
     assert torch.equal(w, again)
+
+
+WIDE = [[3e19, 4e19], [3e-24, 4e-24], [3e38, 3e38], [1e-38, 0.0], [2e-44, 2e-44], [0.6, 0.8], [0.0, 0.0], [3.0, 4.0]]
+EXTREME = {
+    torch.float32: WIDE,
+    torch.bfloat16: [row for row in WIDE if row != [2e-44, 2e-44]],  # 0 in bfloat16
+    torch.float16: [[6e4, 6e4], [6e-8, 6e-8], [6e-5, 8e-5], [0.6, 0.8], [0.0, 0.0], [3.0, 4.0]],
+}
+"""Units at both ends of the range of a dtype."""
+WIDE_INTERVALS = [(dtype, *interval) for dtype in (torch.float32, torch.bfloat16) for interval in [(0.0, 1e-30), (1e30, 1e31)]]
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU", "as on a device"])
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"), [*((dtype, *interval) for dtype in EXTREME for interval in INTERVALS), *WIDE_INTERVALS]
+)
+def test_norms_do_not_overflow_or_underflow(low, high, dtype, on_cpu, monkeypatch):
+    if not on_cpu:
+        monkeypatch.setattr(units_module, "is_cpu", lambda tensor: False)
+    w = torch.tensor(EXTREME[dtype]).to(dtype)
+    before = w.clone()
+    exact = w.double()
+    norms = exact.norm(dim=1, keepdim=True)
+    expected = torch.where(norms == 0, 0.0, exact * (norms.clamp(low, high) / norms))
+    project_unit_norms_([w], low, high)
+    rounding = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps}
+    assert_close(w.double(), expected, **rounding)
+    feasible = ((norms >= low) & (norms <= high) | (norms == 0)).flatten()
+    assert torch.equal(w[feasible], before[feasible])
+    once = w.clone()
+    project_unit_norms_([w], low, high)
+    assert torch.equal(w, once)
+
+
+@pytest.mark.parametrize(
+    ("layer", "units"), [pytest.param(layer, units, id=type(layer).__name__) for layer, units in UNITS.items()]
+)
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_extreme_units_of_each_layer(layer, units, scale):
+    w = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0)) * scale
+    expected = [unit / unit.norm() for unit in units(w.double())]
+    project_unit_norms_([w], 1.0, 1.0, units=[units_of(layer)])
+    assert_close([unit.double() for unit in units(w)], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_entries_of_a_bias_at_both_ends_of_the_range():
+    w = torch.tensor([3e38, -1e-44, 0.0, 0.5, -1.0])
+    project_unit_norms_([w], 1.0, 1.0)
+    assert w.tolist() == [1.0, -1.0, 0.0, 1.0, -1.0]
+
+
+def test_group_soft_threshold_at_both_ends_of_the_range():
+    w = torch.tensor([[3e19, 4e19], [3e-24, 4e-24], [3e-26, 4e-26]])
+    group_soft_threshold_([w], 1e-25)
+    shrunk = 1 - 1e-25 * math.sqrt(2) / 5e-24
+    assert_close(w, torch.tensor([[3e19, 4e19], [3e-24 * shrunk, 4e-24 * shrunk], [0.0, 0.0]]), rtol=1e-5, atol=0.0)
+
+
+def test_max_norm_in_a_fit_recovers_from_large_weights():
+    model = Classifier(lr=0.0)
+    model.net[4].weight.data.mul_(1e20)
+    direction = torch.nn.functional.normalize(model.net[4].weight.detach().double(), dim=1)
+    fit([MaxNorm(1.0)], model, max_epochs=1, limit_train_batches=1)
+    assert_close(model.net[4].weight.double(), direction, rtol=1e-5, atol=1e-7)
 
 
 def test_zero_and_nan_units_do_not_affect_others():

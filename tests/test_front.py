@@ -10,8 +10,18 @@ import torch
 from helpers import QUIET, Classifier, Memory, fit, loader
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
+from torch.optim import optimizer
 
-from lightning_reg import GradientNoise, L1Penalty, Linear, MaxNorm, WeightDecay, WeightDecayScheduler, WeightPruning
+from lightning_reg import (
+    DropoutInjection,
+    GradientNoise,
+    L1Penalty,
+    Linear,
+    MaxNorm,
+    WeightDecay,
+    WeightDecayScheduler,
+    WeightPruning,
+)
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.front import Front
 
@@ -98,11 +108,14 @@ def test_list_of_callbacks_is_as_before(hook, exception, first):
 def test_list_of_callbacks_is_as_before_if_another_callback_fails_twice():
     fails = Raises("on_train_batch_start", RuntimeError("stop"))
     fails.on_exception = fails.on_train_batch_start
-    trainer = Trainer(**QUIET, max_epochs=1, callbacks=[fails, L1Penalty(0.1)])
-    callbacks = trainer.callbacks
+    trainer = Trainer(**QUIET, max_epochs=1, callbacks=[fails, L1Penalty(0.1), DropoutInjection(0.3, after="ReLU")])
+    callbacks, model = trainer.callbacks, Classifier()
     with pytest.raises(RuntimeError):
-        trainer.fit(Classifier(), loader())
+        trainer.fit(model, loader())
     assert trainer.callbacks is callbacks
+    assert not optimizer._global_optimizer_post_hooks
+    assert not model.net[2]._forward_hooks
+    assert "optimizer_step" not in vars(trainer.strategy)
 
 
 def test_changes_of_the_list_in_a_fit_stay():

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import Classifier, Fused, Memory, fit, parameter, same
+from helpers import Classifier, Fused, Gan, Memory, fit, parameter, same
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.testing import assert_close
@@ -28,6 +28,8 @@ from lightning_reg.functional import (
     clip_gradient_norm_per_tensor_,
     clip_gradient_value_,
     drop_peak_gradients_,
+    nonfinite_gradients,
+    zero_nonfinite_gradients_,
 )
 
 
@@ -116,6 +118,57 @@ def test_peak_dropping_drops_exactly_k_of_tied_peaks():
     theta.grad = theta.grad.t().contiguous().t()
     drop_peak_gradients_([theta], 2)
     assert theta.grad.count_nonzero() == 4
+
+
+def repeated_gradient(values=(0.1, 0.2, 0.3, 0.7)):
+    """Return a parameter with a sparse gradient of three values for one index, and one for another."""
+    p = nn.Parameter(torch.zeros(4, 1))
+    p.grad = torch.sparse_coo_tensor([[1, 1, 1, 3]], torch.tensor(values).view(-1, 1), (4, 1), check_invariants=True)
+    return p
+
+
+def test_idle_bounds_keep_each_value_of_a_sparse_gradient():
+    for act in (
+        lambda p: clip_gradient_norm_([p], math.inf),
+        lambda p: clip_gradient_norm_([p], 10.0),
+        lambda p: clip_gradient_norm_per_tensor_([p], math.inf),
+        lambda p: clip_gradient_value_([p], math.inf),
+        lambda p: clip_gradient_value_([p], 0.8),
+        lambda p: nonfinite_gradients([p]),
+        lambda p: zero_nonfinite_gradients_([p]),
+    ):
+        p = repeated_gradient()
+        act(p)
+        assert not p.grad.is_coalesced()
+        assert torch.equal(p.grad._values(), repeated_gradient().grad._values())
+
+
+def test_repeated_indices_are_bounded_by_their_sum():
+    p = repeated_gradient()
+    clip_gradient_value_([p], 0.5)
+    assert_close(p.grad.to_dense().flatten(), torch.tensor([0.0, 0.5, 0.0, 0.5]))
+    p = repeated_gradient()
+    assert_close(clip_gradient_norm_([p], 0.1), torch.tensor([0.6, 0.7]).norm())
+    assert_close(p.grad.to_dense().norm(), torch.tensor(0.1), rtol=1e-4, atol=0.0)
+    p = repeated_gradient((math.inf, 1.0, 2.0, 0.7))
+    assert nonfinite_gradients([p]).tolist() == [True]
+    zero_nonfinite_gradients_([p])
+    assert_close(p.grad.to_dense().flatten(), torch.tensor([0.0, 0.0, 0.0, 0.7]))
+
+
+def test_each_optimizer_has_its_own_norm():
+    class Unequal(Gan):
+        """The first optimizer steps while there are far larger gradients for the second one."""
+
+        def training_step(self, batch, batch_idx):
+            self.net[4].weight.grad = torch.full_like(self.net[4].weight, 1e3)
+            super().training_step(batch, batch_idx)
+
+        def on_before_optimizer_step(self, optimizer):
+            self.norm, self.other_norm = self.net[0].weight.grad.norm(), self.net[4].weight.grad.norm()
+
+    free, clipped = (fit(cbs, Unequal((0,)), max_epochs=1) for cbs in ([], [GradientNormClipping(50.0)]))
+    assert clipped.norm == free.norm < 50 < clipped.other_norm
 
 
 def test_peak_dropping_of_sparse_gradient_raises():

@@ -61,6 +61,28 @@ def test_noise_skips_parameters_without_gradient():
     assert q.grad != 0
 
 
+def test_noise_of_other_rows_does_not_depend_on_padding():
+    noisy, padded = (parameter([[0.0] * 3] * 4, grad=[[0.0] * 3] * 4) for _ in range(2))
+    add_gradient_noise_([noisy], 1.0, generator_for("cpu", 0))
+    add_gradient_noise_([padded], 1.0, generator_for("cpu", 0), padding=[2])
+    assert not padded.grad[2].any()
+    assert torch.equal(padded.grad[[0, 1, 3]], noisy.grad[[0, 1, 3]])
+
+
+def test_weight_that_a_head_shares_has_no_padding_row():
+    """Its row gets gradients from the head."""
+
+    class Tied(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 16, padding_idx=0)
+            nn.init.zeros_(self.table.weight)
+            self.net[4].weight = self.table.weight
+
+    model = fit([GradientNoise(10.0)], Tied(), max_epochs=1, limit_train_batches=1)
+    assert model.table.weight[0].abs().max() > 0.1
+
+
 def test_sparse_gradient_raises():
     layer = nn.Embedding(4, 2, sparse=True)
     layer(torch.tensor([1])).sum().backward()

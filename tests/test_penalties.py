@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import UNITS, Classifier, Fused, Gan, Memory, fit, loader, parameter, same, weights
+from helpers import UNITS, Classifier, Fused, Gan, Memory, fit, identical, loader, parameter, same, weights
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -257,6 +257,59 @@ class Skips(Classifier):
         return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
 
 
+class AccumulatesByHand(Classifier):
+    """A model that takes a step after every second batch, in automatic optimization."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.net[3].p = 0.0
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) / 2
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        if batch_idx % 2:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+def test_module_that_accumulates_by_hand_is_penalized_once_per_step():
+    reference = weights(fit([L2Penalty(0.1)], without_dropout(), loader(64, batch_size=32)))
+    assert_close(weights(fit([L2Penalty(0.1)], AccumulatesByHand())), reference)
+    with pytest.warns(UserWarning, match=r"L2Penalty is added to the loss of each batch, but AccumulatesByHand overrides"):
+        by_loss = fit([L2Penalty(0.1, inject="loss")], AccumulatesByHand())
+    with pytest.raises(AssertionError):
+        assert_close(weights(by_loss), reference)
+
+
+def test_overridden_step_keeps_the_loss_where_gradients_come_too_late():
+    class Warms(Fused):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    penalty = L2Penalty(0.1)
+    with pytest.warns(UserWarning, match=r"L2Penalty is added .* use fused=False in the optimizer"):
+        fit([penalty], Warms(), plugins=[precision], max_epochs=1)
+    assert penalty.adds_to_loss
+
+
+@pytest.mark.parametrize("make", [lambda: L1Penalty(0.1), lambda: ActivityPenalty(0.1, modules="ReLU")], ids=["L1", "activity"])
+def test_loss_without_graph_raises(make):
+    class Detaches(Classifier):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx).detach()
+
+    for callbacks in ([], [make()]):
+        with pytest.raises(RuntimeError, match="element 0 of tensors does not require grad"):
+            fit(callbacks, Detaches())
+
+
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 @pytest.mark.parametrize("route", ["loss", "gradient"])
 def test_step_with_skipped_last_batch_is_penalized(route):
@@ -442,6 +495,18 @@ def test_group_lasso_of_tiny_weights(dtype):
     assert_close(single.grad, torch.tensor([1.0, -1.0], dtype=dtype))
 
 
+def test_group_lasso_at_both_ends_of_the_range():
+    start = torch.tensor([[3e19, 4e19], [3e-24, 4e-24], [0.0, 0.0]])
+    fused, added = (start.clone().requires_grad_() for _ in range(2))
+    value = group_lasso_penalty([fused])
+    value.backward()
+    add_group_lasso_gradient_([added], 1.0)
+    expected = 2**0.5 * torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0]])
+    assert_close(value, torch.tensor(2**0.5 * 5e19))
+    assert_close(fused.grad, expected)
+    assert_close(added.grad, expected)
+
+
 def test_group_lasso_of_tiny_half_precision_weights():
     """Their factor, 1 / ‖w‖, is beyond the range of float16."""
     start = torch.tensor([[0.0, 0.0], [6e-8, 6e-8]], dtype=torch.float16)
@@ -610,13 +675,60 @@ def test_invalid_penalty_value_raises(make, error, message, route):
         fit([Wrong(0.1, make=make, inject=route)])
 
 
-def test_starting_point_of_other_model_raises():
-    callback = StartingPointPenalty(0.1)
-    fit([callback])
-    other = Classifier()
-    other.net[4] = nn.Linear(16, 11)
+def test_starting_point_of_changed_model_raises():
+    callback, model = StartingPointPenalty(0.1), Classifier()
+    fit([callback], model)
+    model.net[4] = nn.Linear(16, 11)
     with pytest.raises(ValueError, match=r"the starting point has shape \(10, 16\) for 'net.4.weight' of shape \(11, 16\)"):
+        fit([callback], model)
+
+
+def moved_from(model, start):
+    return max((p - start[name]).abs().max().item() for name, p in weights(model).items())
+
+
+def test_each_model_has_its_own_starting_point():
+    """With a strong penalty, a model stays where it started."""
+    callback = StartingPointPenalty(10.0, params="all")
+    for factor in (1.0, -3.0):
+        model = Classifier()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(factor)
+        start = weights(model)
+        fit([callback], model)
+        assert moved_from(model, start) < 0.3
+
+
+def test_later_fits_of_a_model_keep_its_starting_point(tmp_path):
+    """Also after a resume. A copy, and a model from a checkpoint without its callbacks, start anew."""
+
+    def start_of(callback):
+        return {name: value.clone() for name, value in callback.state["start"].items()}
+
+    model, callback = Classifier(), StartingPointPenalty(0.1, params="all")
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, callbacks=[callback])
+    first = weights(model)
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    second = weights(model)
+    fit([callback], model)
+    assert identical(start_of(callback), first)
+    resumed = StartingPointPenalty(0.1, params="all")
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 2}
+    for used in (resumed, callback):
+        Trainer(**options, callbacks=[used]).fit(Classifier(), loader(), ckpt_path=tmp_path / "model.ckpt")
+        assert identical(start_of(used), first)
+    for other in (copy.deepcopy(model), Classifier.load_from_checkpoint(tmp_path / "model.ckpt", map_location="cpu")):
+        expected = weights(other)
         fit([callback], other)
+        assert identical(start_of(callback), expected)
+    assert identical(weights(other), second) is False
+    fit([copy.deepcopy(callback)], other)
+    callback.reset()
+    expected = weights(other)
+    fit([callback], other)
+    assert identical(start_of(callback), expected)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,14 @@ import pytest
 import torch
 from helpers import fit, same
 from laws import (
+    check_new_model,
     check_overlap,
+    check_padding,
     check_random_numbers,
     check_routes,
     check_same_name,
     check_schedule,
+    check_sparse_gradients,
     check_what_holds,
     is_penalty_with_routes,
 )
@@ -54,6 +57,24 @@ def test_global_random_generators_are_left_alone(row):
     if "random_numbers" in row.exempt:
         pytest.skip(row.exempt["random_numbers"])
     check_random_numbers(row)
+
+
+@every_callback
+def test_new_model_starts_anew(row):
+    check_new_model(row)
+
+
+@every_callback
+def test_padding_rows_do_not_move(row):
+    check_padding(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, id=name) for name, row in ROWS.items() if row.inactive and "sparse_gradients" not in row.exempt],
+)
+def test_inactive_callback_keeps_sparse_gradients(row):
+    check_sparse_gradients(row)
 
 
 @every_callback

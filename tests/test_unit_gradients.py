@@ -78,6 +78,16 @@ def test_nonfinite_unit_does_not_affect_others():
     assert clip_unit_gradients_([q], 0.1) == 0
 
 
+def test_norms_of_units_do_not_overflow_or_underflow():
+    """Large gradients are clipped and not lost, and large weights allow large gradients."""
+    p = parameter([[0.3, 0.4], [3e30, 4e30], [0.3, 0.4]], grad=[[3e30, 4e30], [0.3, 0.4], [3e-30, 4e-30]])
+    clip_unit_gradients_([p], 0.1)
+    assert_close(p.grad, torch.tensor([[0.03, 0.04], [0.3, 0.4], [3e-30, 4e-30]]))
+    vector = parameter([0.3, 0.4], grad=[3e30, 4e30])
+    clip_unit_gradients_([vector], 0.1)
+    assert_close(vector.grad, torch.tensor([0.03, 0.04]))
+
+
 def test_half_precision_uses_float32_norms():
     half, full = parameter([[1.0] * 4096], [[0.01] * 4096], torch.bfloat16), parameter([[1.0] * 4096], [[0.01] * 4096])
     for p in (half, full):

@@ -76,6 +76,7 @@ class Driver:
         self._steps: StepFollower | None = None
         self._unseen = UnseenSteps([], [], [])
         self._undo: list[Callable[[], None]] = []
+        self._stopped = False
         self._logging = False
         self._penalized = False  # whether the loss of this step contains its terms
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
@@ -130,6 +131,9 @@ class Driver:
 
     def stop(self) -> None:
         """Leave no trace in the module, the optimizers and the strategy, even if undoing one thing fails."""
+        if self._stopped:
+            return
+        self._stopped = True
         with ExitStack() as stack:
             for undo in (*(technique.detach for technique in self.techniques[::-1]), *self._undo[::-1], self._undo_forward):
                 stack.callback(undo)  # called in reverse order, each of them, whatever the others raise
@@ -243,7 +247,7 @@ class Driver:
         """Add to the loss what belongs there."""
         self._has_gradients = True
         self._unseen.backward()
-        if self._adding:
+        if self._adding and loss.requires_grad:  # else torch's own error must come, that the loss has no graph
             optimizer = self._current_optimizer or self.trainer.optimizers[0]
             self._penalized = not _lightning.accumulates(self.trainer)
             for technique in self._adding:

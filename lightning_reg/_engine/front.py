@@ -55,7 +55,9 @@ class Front(Callback):
             self.driver.after_epoch()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the list of callbacks as it was, whatever other callbacks raise later."""
+        """Leave the list of callbacks and the model as they were, whatever other callbacks raise later."""
+        if self.driver:
+            self.driver.stop()
         self._remove(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

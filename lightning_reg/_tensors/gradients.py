@@ -10,7 +10,7 @@ import torch
 from lightning_reg._tensors.shards import local_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -26,12 +26,31 @@ def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def existing_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients that exist and have entries; for a sparse one, the dense tensor of its values, sharing memory."""
-    gradients = []
-    for p in params:
-        if p.grad is not None and p.grad.is_sparse:
-            p.grad = p.grad.coalesce()
-            gradients.append(p.grad._values())
-        elif p.grad is not None:
-            gradients.append(p.grad)
+    """Return the gradients that exist and have entries, to read: of a sparse one the values, those of equal indices summed."""
+    gradients = [p.grad.coalesce()._values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
     return [gradient for gradient in gradients if gradient.numel()]
+
+
+def scalable_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the same gradients to scale in place: of a sparse one the values as they are, so that a factor of 1 is a no-op.
+
+    Summing the values of equal indices would change the last bits of what an optimizer does with them.
+    """
+    gradients = [p.grad._values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
+    return [gradient for gradient in gradients if gradient.numel()]
+
+
+def changeable_gradients(params: Sequence[Tensor], changes: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return those gradients that a function of single entries may change, to do so in place.
+
+    The values of equal indices of a sparse gradient are summed first, but only if that gradient will change.
+
+    Args:
+        params: Tensors.
+        changes: Returns for each entry of a gradient whether it will change. Only sparse gradients are asked.
+    """
+    for p in params:
+        if p.grad is not None and p.grad.is_sparse and bool(changes((total := p.grad.coalesce())._values()).any()):
+            p.grad = total
+    kept = [p for p in params if p.grad is not None and not (p.grad.is_sparse and not p.grad.is_coalesced())]
+    return scalable_gradients(kept)

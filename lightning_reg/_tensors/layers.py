@@ -90,6 +90,28 @@ def checked_units(name: str, p: Tensor, owner: nn.Module) -> Units:
     return units
 
 
+def padding_rows(module: nn.Module) -> dict[int, int]:
+    """Return the rows of embeddings that never get a gradient (``padding_idx``), by the ``id`` of the weight.
+
+    A weight that other modules use too may get gradients there, so it has no such row.
+
+    Args:
+        module: The model.
+
+    Example:
+        >>> embedding = nn.Embedding(4, 2, padding_idx=3)
+        >>> padding_rows(embedding) == {id(embedding.weight): 3}
+        True
+    """
+    found: dict[int, set[int | None]] = {}
+    for owner in module.modules():
+        for name, p in owner._parameters.items():
+            if p is not None:
+                is_table = isinstance(owner, nn.Embedding | nn.EmbeddingBag) and name == "weight"
+                found.setdefault(id(p), set()).add(owner.padding_idx if is_table else None)  # type: ignore[arg-type]
+    return {key: row for key, rows in found.items() if len(rows) == 1 and (row := next(iter(rows))) is not None}
+
+
 def check_layers() -> None:
     """Raise an error for an entry of ``WEIGHT_LAYERS`` that no module could have.
 

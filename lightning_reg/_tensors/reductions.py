@@ -31,6 +31,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def in_accumulation_dtype(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype to accumulate in; differentiable."""
+    return tensor.to(accumulation_dtype(tensor.dtype))
+
+
 def is_cpu(tensor: Tensor) -> bool:
     """Return whether a tensor is on the CPU, so that its values can be read without waiting for a device."""
     return tensor.device.type == "cpu"
@@ -70,6 +75,11 @@ def magnitudes(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.abs() if tensor.is_complex() else tensor for tensor in tensors]
 
 
+def real_pairs(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return a view of each complex tensor as pairs of real numbers, and each real tensor as it is; |z| for a sharded one."""
+    return [_real_pairs(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+
+
 def sum_scalars(scalars: Sequence[Tensor]) -> Tensor:
     """Return the sum of one or more scalar tensors."""
     if len(scalars) > _FEW:
@@ -81,6 +91,10 @@ def fraction_above(tensors: Sequence[Tensor], bound: float) -> Tensor:
     """Return the fraction of entries whose magnitude exceeds a bound, over all shards."""
     counts = [full_tensor((tensor.abs() > bound).sum()) for tensor in tensors]
     return torch.stack(counts).sum() / sum(tensor.numel() for tensor in tensors) if tensors else torch.zeros(())
+
+
+def _real_pairs(tensor: Tensor) -> Tensor:
+    return tensor.abs() if isinstance(tensor, DTensor) else torch.view_as_real(tensor.resolve_conj())
 
 
 def _norm(tensor: Tensor, order: float) -> Tensor:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_reg._tensors.reductions import accumulation_dtype
+from lightning_reg._tensors.reductions import accumulation_dtype, in_accumulation_dtype, is_cpu
 from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like
+
+_SMALL, _SCALE = 2.0**-50, 2.0**100
+"""The norm below which squares may underflow in float32, and a factor that prevents it; its inverse prevents overflow."""
 
 
 class Units(NamedTuple):
@@ -47,16 +51,87 @@ def unit_norms(tensor: Tensor, units: Units) -> Tensor:
         tensor([[5.],
                 [0.]])
     """
-    dtype = accumulation_dtype(tensor.dtype)
+    return _norms(*_reduction(tensor, units))
+
+
+def wide_unit_norms(tensor: Tensor, units: Units, *, above: float = 0.0) -> Tensor:
+    """Return the same norms, without overflow and underflow in their squares: in float64 where float32 does not suffice.
+
+    Args:
+        tensor: The tensor.
+        units: Where it has its output units.
+        above: The norms at and below this number need not be exact, only no larger than it.
+
+    Example:
+        >>> weight = torch.tensor([[3e30, 4e30], [3e-30, 4e-30]])
+        >>> unit_norms(weight, Units()).flatten(), wide_unit_norms(weight, Units()).flatten()
+        (tensor([inf, 0.]), tensor([5.0000e+30, 5.0000e-30], dtype=torch.float64))
+    """
     view, reduced = _reduction(tensor, units)
+    return in_wide_range(_norms(view, reduced), view, reduced, above=above)
+
+
+def in_wide_range(norms: Tensor, view: Tensor, reduced: list[int], *, above: float = 0.0) -> Tensor:
+    """Return L2 norms that may have overflown or underflown, in float64 where float32 does not suffice.
+
+    On the CPU, where the norms can be read without waiting, the second computation runs only if there are such norms.
+
+    Args:
+        norms: The norms, with reduced dimensions kept.
+        view: The tensor whose norms they are.
+        reduced: The dimensions that were reduced.
+        above: The norms at and below this number need not be exact, only no larger than it.
+    """
+    if norms.dtype != torch.float32 or view.dtype == torch.float16 or not norms.numel():
+        return norms
+    if isinstance(norms, DTensor) or not is_cpu(norms):
+        return norms if norms.device.type == "mps" else _norms(view, reduced, torch.float64)
+    smallest, largest = norms.aminmax() if above < _SMALL else (None, norms.max())
+    overflows = not largest.item() < math.inf  # also for NaN
+    underflows = smallest is not None and smallest.item() < _SMALL
+    if not (overflows or underflows):
+        return norms
+    wide = norms.double()
+    if underflows:
+        wide = torch.where(norms < _SMALL, _norms(view * _SCALE, reduced).double() / _SCALE, wide)
+    if overflows:
+        wide = torch.where(norms == math.inf, _norms(view / _SCALE, reduced).double() * _SCALE, wide)
+    zeros_only = not (overflows or bool(((wide > 0) & (wide < _SMALL)).any()))
+    return norms if zeros_only else wide
+
+
+def _norms(view: Tensor, reduced: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return norms in at least this dtype, with reduced dimensions kept."""
+    dtype = torch.promote_types(view.dtype, dtype)
     if not reduced:
-        return view.abs().to(dtype)
+        return view.abs().to(dtype.to_real())
     norms: Tensor = torch.linalg.vector_norm(view, dim=reduced, keepdim=True, dtype=dtype)
     return norms
 
 
-def local_unit_norms(tensor: Tensor, units: Units) -> Tensor:
-    """Return the norms over all shards of the units of which this rank holds a part, for :func:`unit_view`."""
+def smooth_unit_norms(tensor: Tensor, units: Units) -> Tensor:
+    """Return the L2 norm of each unit by operations that can be differentiated any number of times.
+
+    All derivatives are 0 for a unit of zeros.
+    """
+    view, reduced = _reduction(in_accumulation_dtype(tensor), units)
+    if not reduced or not tensor.numel():
+        return view.abs().sum(reduced, keepdim=True) if reduced else view.abs()
+    largest = view.detach().abs().amax(reduced, keepdim=True)
+    is_zero = largest == 0
+    scale = torch.where(is_zero, 1.0, largest)  # a constant, so that squares neither overflow nor underflow
+    scaled = view / scale
+    squares = scaled.real.square() + scaled.imag.square() if view.is_complex() else scaled.square()
+    return scale * torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, squares.sum(reduced, keepdim=True)).sqrt())
+
+
+def local_unit_norms(tensor: Tensor, units: Units, *, above: float = 0.0) -> Tensor:
+    """Return the wide norms over all shards of the units of which this rank holds a part, for :func:`unit_view`."""
+    return _aligned(wide_unit_norms(tensor, units, above=above), tensor, units)
+
+
+def narrow_local_unit_norms(tensor: Tensor, units: Units) -> Tensor:
+    """Return the same norms, whose squares may overflow or underflow in float32; they are cheaper on a GPU."""
     return _aligned(unit_norms(tensor, units), tensor, units)
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_reg._engine.arguments import NON_NEGATIVE, POSITIVE, PROBABILITY
+from lightning_reg._tensors.reductions import accumulation_dtype
 from lightning_reg._tensors.shards import full_tensor
-from lightning_reg._tensors.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
+from lightning_reg._tensors.units import Units, local_unit_norms, unit_size, unit_view, wide_unit_norms
 from lightning_reg.constraints.base import Constraint
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ def project_unit_norms_(
     """Scale each output unit u so that l ≤ ‖w_u‖ ≤ h: w_u ← w_u · ((1 − r) + r · max(l, min(h, ‖w_u‖)) / ‖w_u‖).
 
     For r = 1, this is the projection argmin ‖v − w_u‖ over all v with l ≤ ‖v‖ ≤ h. A unit whose norm is in the interval, up to
-    the rounding of its dtype, does not change by a single bit. Neither does a unit of zeros, which has no direction.
+    the rounding of its dtype, does not change by a single bit. Neither does a unit of zeros, which has no direction. Norms do
+    not overflow or underflow in float32.
 
     Args:
         params: Tensors, which are changed in place.
@@ -49,7 +51,7 @@ def project_unit_norms_(
                 [0.3000, 0.4000]])
     """
     for p, layout in zip(params, units or [Units()] * len(params), strict=True):
-        norms = local_unit_norms(p, layout)
+        norms = local_unit_norms(p, layout, above=0.0 if low else high)
         ratios = norms.clamp(low, high).div_(norms)
         factors = ratios if rate == 1 else ratios.mul_(rate).add_(1 - rate)
         unit_view(p, layout).mul_(factors.masked_fill_(_is_unchanged(norms, low, high, p, layout), 1.0))
@@ -220,13 +222,16 @@ class MinMaxNorm(_NormConstraint):
 def _is_unchanged(norms: Tensor, low: float, high: float, p: Tensor, layout: Units) -> Tensor:
     """Return which units a projection must not change: those in the interval up to rounding, and those of zeros."""
     # how far rounding can move a norm beyond its bound: half an epsilon of the entries, and the error of summing their squares
-    slack = torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, layout))) * torch.finfo(norms.dtype).eps
+    precise = torch.finfo(accumulation_dtype(p.dtype)).eps
+    slack = torch.finfo(p.dtype).eps / 2 + (4 + math.sqrt(unit_size(p, layout))) * precise
     unchanged = norms <= high * (1 + slack)
     return unchanged.logical_and_(norms >= low * (1 - slack)).logical_or_(norms == 0) if low > 0 else unchanged
 
 
 def _infeasible_fraction(params: Sequence[Tensor], low: float, high: float, layouts: Sequence[Units]) -> Tensor:
     """Return the fraction of units, over all shards, that a projection will change."""
-    norms = [full_tensor(unit_norms(p, layout)) for p, layout in zip(params, layouts, strict=True)]
+    norms = [
+        full_tensor(wide_unit_norms(p, layout, above=0.0 if low else high)) for p, layout in zip(params, layouts, strict=True)
+    ]
     unchanged = [_is_unchanged(norm, low, high, p, layout) for norm, p, layout in zip(norms, params, layouts, strict=True)]
     return torch.stack([(~mask).sum() for mask in unchanged]).sum() / max(sum(norm.numel() for norm in norms), 1)

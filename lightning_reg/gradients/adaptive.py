@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from lightning_reg._engine.arguments import POSITIVE
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.chunks import CHUNK_ENTRIES
-from lightning_reg._tensors.reductions import tensor_norms
-from lightning_reg._tensors.shards import local_tensor, min_over_shards
-from lightning_reg._tensors.units import Units, local_unit_norms, unit_view
+from lightning_reg._tensors.reductions import is_cpu, tensor_norms
+from lightning_reg._tensors.shards import is_sharded, local_tensor, min_over_shards
+from lightning_reg._tensors.units import Units, in_wide_range, local_unit_norms, narrow_local_unit_norms, unit_view
 from lightning_reg.gradients.base import GradientClipping
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class AdaptiveGradientClipping(GradientClipping):
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), or the vector of a token in
     an embedding. A bias, or any other tensor with fewer than two dimensions, is one unit.
     The paper does not clip the last linear layer, as in ``params=["all", "!head.*"]``.
-    If the gradient of a unit is not finite, its entries become NaN or 0. The other units are clipped as usual.
+    If the gradient of a unit is not finite, its entries become NaN or 0. The other units are clipped as usual. On devices other
+    than the CPU, the same holds if the sum of its squares overflows, above a norm of 1.8 · 10¹⁹ in float32.
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
@@ -142,9 +144,12 @@ def _clip_units_(params: Sequence[Tensor], clip_factor: float, eps: float, layou
         raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: create the embedding with sparse=False")
     for batch in _batches(items):
         factors = [_norms(p, layout) for p, _, layout in batch]
+        norms = [_norms(gradient, layout) for _, gradient, layout in batch]
+        if len({norm.dtype for norm in (*factors, *norms)}) > 1:  # some need the range of float64
+            factors, norms = ([norm.double() for norm in each] for each in (factors, norms))
         torch._foreach_clamp_min_(factors, eps)
         torch._foreach_mul_(factors, clip_factor)
-        torch._foreach_div_(factors, tuple(_norms(gradient, layout) for _, gradient, layout in batch))
+        torch._foreach_div_(factors, tuple(norms))
         torch._foreach_clamp_max_(factors, 1.0)
         torch._foreach_mul_([_view(gradient, layout) for _, gradient, layout in batch], tuple(factors))
         all_factors += factors
@@ -158,7 +163,15 @@ def _smallest_factor(factors: Sequence[Tensor], params: Sequence[Tensor]) -> Ten
 
 
 def _norms(tensor: Tensor, layout: Units) -> Tensor:
-    return local_unit_norms(tensor, layout) if tensor.ndim > 1 else tensor_norms([tensor], 2)[0]
+    """Return the norms of the units, which may underflow: then no factor is below 1."""
+    if tensor.ndim > 1 and is_cpu(tensor):
+        return local_unit_norms(tensor, layout, above=math.inf)
+    if tensor.ndim > 1:
+        return narrow_local_unit_norms(tensor, layout)
+    norm = tensor_norms([tensor], 2)[0]
+    if not is_cpu(tensor) or is_sharded([tensor]):
+        return norm
+    return in_wide_range(norm, tensor.view(-1), [0], above=math.inf).view(())
 
 
 def _view(tensor: Tensor, layout: Units) -> Tensor:

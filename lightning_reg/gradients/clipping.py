@@ -11,7 +11,7 @@ import torch
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import POSITIVE, check_choice
 from lightning_reg._engine.technique import Phase
-from lightning_reg._tensors.gradients import existing_gradients
+from lightning_reg._tensors.gradients import changeable_gradients, existing_gradients, scalable_gradients
 from lightning_reg._tensors.reductions import fraction_above, is_cpu, tensor_norms, total_norm
 from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientClipping
@@ -58,7 +58,7 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
     gradients = existing_gradients(params)
     norm = total_norm(gradients, norm_type)
     if gradients and (factor := _clip_factor(norm, max_norm, gradients)) is not None:
-        torch._foreach_mul_(local_tensors(gradients), factor)
+        torch._foreach_mul_(local_tensors(scalable_gradients(params)), factor)
     return norm
 
 
@@ -87,7 +87,7 @@ def clip_gradient_norm_per_tensor_(params: Sequence[Tensor], max_norm: float, no
         return torch.zeros(0)
     norms = torch.stack(tensor_norms(gradients, norm_type))
     factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(local_tensors(gradients), list(factors.unbind()))
+    torch._foreach_mul_(local_tensors(scalable_gradients(params)), list(factors.unbind()))
     return norms
 
 
@@ -106,7 +106,7 @@ def clip_gradient_value_(params: Sequence[Tensor], clip_value: float) -> None:
         >>> theta.grad
         tensor([-1.0000,  0.5000,  1.0000])
     """
-    gradients = local_tensors(existing_gradients(params))
+    gradients = local_tensors(changeable_gradients(params, lambda values: values.abs() > clip_value))
     if gradients:
         torch._foreach_clamp_min_(gradients, -clip_value)
         torch._foreach_clamp_max_(gradients, clip_value)
@@ -117,6 +117,7 @@ class GradientNormClipping(GradientClipping):
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
+    The norm is that of the selected parameters of the optimizer that steps. With several optimizers, each has its own norm.
     By default it equals ``Trainer(gradient_clip_val=max_norm)``, to the last bit. It also logs how often it clips.
     If the norm is not finite, the gradients become NaN or 0, as in torch. ``NonFiniteGradientGuard`` prevents that.
     For sharded parameters (FSDP2), the norm is computed over all shards.
@@ -125,7 +126,8 @@ class GradientNormClipping(GradientClipping):
     Args:
         max_norm: c > 0, or a schedule. Infinity leaves finite gradients alone and only logs.
         norm_type: The order of the norm, > 0. Infinity (``.inf`` in YAML) takes the largest magnitude.
-        scope: ``"model"`` for one norm over all selected parameters, ``"tensor"`` to clip each tensor separately.
+        scope: ``"model"`` for one norm over all selected parameters of the optimizer, ``"tensor"`` to clip each tensor
+            separately.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.

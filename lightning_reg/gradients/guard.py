@@ -13,7 +13,7 @@ from lightning_reg._engine.arguments import check_choice, check_integer
 from lightning_reg._engine.names import abbreviate, counted
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.buffers import GoodBuffers
-from lightning_reg._tensors.gradients import existing_gradients
+from lightning_reg._tensors.gradients import changeable_gradients, existing_gradients
 from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientProcessing
 
@@ -69,7 +69,7 @@ def zero_nonfinite_gradients_(params: Sequence[Tensor]) -> None:
         >>> theta.grad
         tensor([1., 0., 0.])
     """
-    for part in local_tensors(existing_gradients(params)):
+    for part in local_tensors(changeable_gradients(params, lambda values: ~values.isfinite())):
         real = torch.view_as_real(part) if part.is_complex() else part
         real.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -145,7 +145,7 @@ class NonFiniteGradientGuard(GradientProcessing):
         """Look up the parameters and the buffers."""
         super().attach(trainer, pl_module)
         self._buffers = None if self.policy == "raise" else GoodBuffers(pl_module)
-        self._judged = True
+        self._judged, self._bad_step = True, None
 
     def detach(self) -> None:
         """Release the tensors."""

@@ -8,6 +8,7 @@ import torch
 
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_seed
 from lightning_reg._engine.technique import Phase
+from lightning_reg._tensors.layers import padding_rows
 from lightning_reg._tensors.random import generator_for
 from lightning_reg._tensors.shards import local_tensor, shard_like
 from lightning_reg.gradients.base import GradientProcessing
@@ -15,6 +16,7 @@ from lightning_reg.gradients.base import GradientProcessing
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
@@ -25,7 +27,12 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def add_gradient_noise_(params: Sequence[Tensor], std: float, generator: torch.Generator | None = None) -> None:
+def add_gradient_noise_(
+    params: Sequence[Tensor],
+    std: float,
+    generator: torch.Generator | None = None,
+    padding: Sequence[int | None] | None = None,
+) -> None:
     """Add independent Gaussian noise to each entry of the gradients: g ← g + N(0, σ²).
 
     Args:
@@ -33,6 +40,7 @@ def add_gradient_noise_(params: Sequence[Tensor], std: float, generator: torch.G
         std: σ ≥ 0.
         generator: The random generator, on the device of the tensors and in the same state on every rank; torch's global
             generator by default.
+        padding: For each tensor the row that gets no noise, such as the ``padding_idx`` of an embedding, or ``None``.
 
     Raises:
         ValueError: If a gradient is sparse.
@@ -44,11 +52,13 @@ def add_gradient_noise_(params: Sequence[Tensor], std: float, generator: torch.G
         >>> round(theta.grad.std().item(), 2)
         0.1
     """
-    for p in params:
+    for p, row in zip(params, padding or [None] * len(params), strict=True):
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("gradient noise needs a dense gradient, got a sparse one: create the embedding with sparse=False")
         if p.grad is not None:
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float32, device=p.device)
+            if row is not None:
+                noise[row] = 0.0
             local_tensor(p.grad).add_(local_tensor(shard_like(noise, p.grad)), alpha=std)
 
 
@@ -60,7 +70,7 @@ class GradientNoise(GradientProcessing):
     t counts the optimizer steps done before. In manual optimization, it counts batches.
     The noise depends only on ``seed``, ``name``, and the step. It is the same on every rank, for sharded parameters (FSDP2),
     after a resume, and in all evaluations of an LBFGS step. The global random generators are not used.
-    Every entry gets noise, even the row of an embedding's ``padding_idx``. Exclude such a parameter.
+    Every entry gets noise, except the row of an embedding's ``padding_idx``, which never gets a gradient.
 
     Args:
         std: σ ≥ 0, or a schedule. The paper tries σ² = 0.01, 0.3, and 1.
@@ -84,6 +94,7 @@ class GradientNoise(GradientProcessing):
 
     phase = Phase.NOISE
     valid_ranges = {"std": NON_NEGATIVE}
+    fit_attributes = ("_padding",)
 
     def __init__(
         self, std: Value, *, decay: float = 0.55, seed: int = 0, params: Params = "all", name: str | None = None
@@ -92,6 +103,23 @@ class GradientNoise(GradientProcessing):
         self.decay = NON_NEGATIVE.check("GradientNoise: decay", decay)
         self.seed = check_seed("GradientNoise: seed", seed)
         super().__init__(params, name)
+        self._padding: dict[int, int] = {}  # the padding row of each embedding, by the id of its weight
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look up the parameters, and the padding rows among them."""
+        super().attach(trainer, pl_module)
+        self._padding = padding_rows(pl_module)
+
+    def tensors_changed(self, names: Sequence[str]) -> None:
+        """Look up padding rows again."""
+        super().tensors_changed(names)
+        assert self._trainer is not None, "the fit has started"
+        self._padding = padding_rows(self._trainer.lightning_module)
+
+    def detach(self) -> None:
+        """Release the tensors."""
+        super().detach()
+        self._padding.clear()
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Add the noise of this step."""
@@ -99,6 +127,6 @@ class GradientNoise(GradientProcessing):
         if std:
             generator = generator_for(params[0].device, self.seed, self.name, *step.key)
             with self.logging_norms(params, optimizer):
-                add_gradient_noise_(params, std, generator)
+                add_gradient_noise_(params, std, generator, [self._padding.get(id(p)) for p in params])
         if self.logging:
             self.log_metrics(**{self.label("std_now", optimizer): std})

@@ -10,7 +10,7 @@ import torch
 
 from lightning_reg._engine.arguments import POSITIVE, Interval, check_integer
 from lightning_reg._engine.technique import Phase
-from lightning_reg._tensors.gradients import existing_gradients
+from lightning_reg._tensors.gradients import existing_gradients, scalable_gradients
 from lightning_reg._tensors.reductions import is_cpu, total_norm_fp32
 from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientClipping
@@ -153,7 +153,7 @@ class _StatisticalClipping(GradientClipping):
             self._bounds[index] = bound
         factor = _clip_factor(norm, bound)
         if factor is not None:
-            torch._foreach_mul_(local_tensors(gradients), factor)
+            torch._foreach_mul_(local_tensors(scalable_gradients(params)), factor)
         if self.has_logger:
             self.record_clipping(optimizer, norm, bound)
         if self.logging:

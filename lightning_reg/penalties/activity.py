@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
@@ -12,7 +14,8 @@ from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
 from lightning_reg._engine.outputs import batch_size, describe_output, is_float, main_output
 from lightning_reg._engine.steps import sign_of_penalties
 from lightning_reg._engine.technique import Phase
-from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
+from lightning_reg._tensors.reductions import in_accumulation_dtype, real_pairs, sum_scalars
+from lightning_reg.dropout.rates import restore_class_, swap_class_
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,8 +44,8 @@ def activity_penalty(output: Tensor, p: Literal[1, 2] = 1, samples: int | None =
         >>> activity_penalty(torch.tensor([[1.0, -2.0], [0.0, 3.0]])), activity_penalty(torch.tensor([[3.0, 4.0]]), p=2)
         (tensor(3.), tensor(12.5000))
     """
-    precise = output.to(accumulation_dtype(output.dtype))
-    total = precise.abs().sum() if p == 1 else precise.square().sum() / 2
+    precise = in_accumulation_dtype(output)
+    total = precise.abs().sum() if p == 1 else real_pairs([precise])[0].square().sum() / 2
     if samples is None:
         samples = output.shape[0] if output.ndim else 1
     return total / max(samples, 1)
@@ -58,7 +61,10 @@ class ActivityPenalty(ModuleRegularizer):
     samples are where ``batch_first`` says. A ``PackedSequence`` is penalized without padding.
     A copy of h is kept until the backward pass, so the model may change h in place afterwards.
     The penalty depends on the data, so it acts on each accumulated batch, divided by ``accumulate_grad_batches`` like the loss.
+    If your module accumulates gradients by itself, divide λ as your module divides its loss.
     Under DDP, each rank penalizes the outputs for its own samples.
+    Forward passes under ``torch.no_grad`` are not penalized. Compiled models work. Activation checkpointing works with
+    ``use_reentrant=False``.
     The loss that the module logs does not contain the penalty.
 
     Args:
@@ -74,6 +80,7 @@ class ActivityPenalty(ModuleRegularizer):
             uses manual optimization.
         TypeError: If ``modules`` has a class or a module in place of a name. In the first forward pass, if a module returns
             anything but one float tensor.
+        RuntimeError: In the first backward pass, if a module runs under activation checkpointing with ``use_reentrant=True``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -85,7 +92,7 @@ class ActivityPenalty(ModuleRegularizer):
 
     phase = Phase.PENALTY
     valid_ranges = {"strength": NON_NEGATIVE}
-    fit_attributes = ("_handles", "_values", "_last_term", "_trainer")
+    fit_attributes = ("_handles", "_values", "_recorded", "_last_term", "_trainer")
     selector = "modules"
     effect = "be penalized"
     deepspeed_alternative = "add functional.activity_penalty to the loss in training_step, or use DDP or FSDP2"
@@ -100,6 +107,7 @@ class ActivityPenalty(ModuleRegularizer):
         super().__init__(name)
         self._handles: list[RemovableHandle] = []
         self._values: list[Tensor] = []  # of the forward passes since the last backward pass
+        self._recorded: set[str] = set()  # the modules with a value in this batch
         self._last_term: tuple[Tensor, float] | None = None
         self._trainer: Trainer | None = None
 
@@ -127,24 +135,31 @@ class ActivityPenalty(ModuleRegularizer):
         self._trainer = trainer
         for name, module in self.modules_found.items():
             self._handles.append(module.register_forward_hook(self._forward_hook(name)))
+            swap_class_(module)  # graphs that were compiled before would ignore the hook
 
     def detach(self) -> None:
         """Remove the forward hooks."""
+        for module in list(self.modules_found.values())[: len(self._handles)]:
+            restore_class_(module)
         super().detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._values.clear()
+        self._recorded.clear()
         self._last_term = self._trainer = None
 
     def update(self, moment: Moment) -> None:
         """Update the strength, and discard the values of a batch whose loss was ``None``, so that it had no backward pass."""
         self._values.clear()
+        self._recorded.clear()
         super().update(moment)
 
     def _forward_hook(self, name: str) -> ForwardHook:
         def record(module: nn.Module, args: Any, output: Any) -> None:
             if not module.training or not self.current["strength"]:
+                return
+            if not torch.is_grad_enabled():
                 return
             main = main_output(module, output)
             if not is_float(main):
@@ -154,9 +169,23 @@ class ActivityPenalty(ModuleRegularizer):
                 )
             data = main.data if isinstance(main, PackedSequence) else main
             # a copy, since the model may change the output in place, as nn.ReLU(inplace=True) does
-            self._values.append(activity_penalty(data.clone(), self.p, batch_size(module, main)))
+            value = activity_penalty(data.clone(), self.p, batch_size(module, main))
+            if not is_compiling() and _is_backward():  # checkpointing computes again what it did not save, the value included
+                self._check_recomputed(name, module)
+            else:
+                self._values.append(value)
+                self._recorded.add(name)
 
         return ForwardHook(record)
+
+    def _check_recomputed(self, name: str, module: nn.Module) -> None:
+        """Raise an error if an output has a graph only now, in the backward pass, when it is too late to penalize it."""
+        if name not in self._recorded:
+            raise RuntimeError(
+                f"{self.name}: {name!r} ({type(module).__name__}) runs under activation checkpointing with use_reentrant=True, "
+                "where its output has no gradient when the loss is computed: use use_reentrant=False, or exclude it with "
+                f"'!{name}'"
+            )
 
     @property
     def adds_to_loss(self) -> bool:
@@ -182,3 +211,8 @@ class ActivityPenalty(ModuleRegularizer):
     def route(self) -> str:
         """Return where it acts: always on the loss."""
         return "loss"
+
+
+def _is_backward() -> bool:
+    """Return whether a backward pass runs, in which checkpointed modules run again."""
+    return bool(torch._C._current_graph_task_id() != -1)

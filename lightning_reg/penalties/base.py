@@ -7,6 +7,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_reg._engine import _lightning
@@ -17,7 +18,7 @@ from lightning_reg._engine.steps import by_sign, sign_of_penalties
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import is_cpu, sum_scalars
-from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like
+from lightning_reg._tensors.shards import full_tensor, is_sharded, local_tensor, shard_like
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,8 @@ class Penalty(ParameterRegularizer):
     ``inject="gradient"`` needs no autograd graph.
     Selected parameters that took no part in the forward pass are penalized too.
     With gradient accumulation, the penalty counts once per step, not once per batch.
+    After ``backward(create_graph=True)``, second derivatives of the loss or of ``.grad`` contain the penalty. If it is added to
+    the gradients, they do so from ``on_before_optimizer_step`` on, as for an optimizer that computes them in its step.
     An optimizer that uses the value of its closure, such as LBFGS, sees the objective with the penalty.
     Where an optimizer maximizes (``maximize=True``), the penalty is subtracted, so that weights still shrink.
     The loss that the module logs does not contain the penalty.
@@ -53,8 +56,8 @@ class Penalty(ParameterRegularizer):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
-            loss wherever that is exact, and the gradients in manual optimization, in modules that override ``optimizer_step``
-            and ``optimizer_zero_grad``, for sharded parameters, and under DDP with ``find_unused_parameters`` or
+            loss wherever that is exact, and the gradients in manual optimization, if the module overrides ``optimizer_step``
+            (it may accumulate gradients by itself), for sharded parameters, and under DDP with ``find_unused_parameters`` or
             ``static_graph``.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
@@ -106,6 +109,15 @@ class Penalty(ParameterRegularizer):
             if addend is not None:
                 gradient.add_(local_tensor(shard_like(addend, p)))
 
+    def _add_gradient_with_graph_(self, params: Sequence[Tensor], strength: float) -> None:
+        """Add λ ∇R(θ) to gradients that can be differentiated again, so that second derivatives contain the penalty too."""
+        with torch.enable_grad():
+            value = strength * self._checked_value(params)
+            addends = torch.autograd.grad(value, params, create_graph=True, allow_unused=True)
+            for p, addend in zip(params, addends, strict=True):
+                if addend is not None:
+                    p.grad = addend if p.grad is None else p.grad + addend
+
     @property
     def scale(self) -> float:
         """The factor λ of ``value``."""
@@ -119,15 +131,28 @@ class Penalty(ParameterRegularizer):
         if self.inject == "loss" and obstacle:
             raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
         self._uses_loss = self.inject != "gradient" and obstacle is None
+        if self._uses_loss and _lightning.overrides(pl_module, "optimizer_step"):
+            self._uses_loss = self.inject == "loss" or self._needs_loss(trainer)
+            if self._uses_loss:
+                self._warn_of_accumulation_by_hand(pl_module)
         if not self._uses_loss:
             self.require_unscaled_gradients(trainer)
+
+    def _needs_loss(self, trainer: Trainer) -> bool:
+        """Return whether an optimizer unscales gradients so late that nothing can be added to them."""
+        return any(_lightning.unscales_in_step(trainer, optimizer) for optimizer in trainer.optimizers)
+
+    def _warn_of_accumulation_by_hand(self, pl_module: LightningModule) -> None:
+        alternative = "inject='gradient'" if self.inject == "loss" else "fused=False in the optimizer"
+        rank_zero_warn(
+            f"{self.name} is added to the loss of each batch, but {type(pl_module).__name__} overrides optimizer_step. If that "
+            f"skips steps to accumulate gradients, the penalty counts several times per step: use {alternative}"
+        )
 
     def _loss_obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         """Return the reason why adding the penalty to the loss is not exact in this fit, or ``None`` if it is exact."""
         if not pl_module.automatic_optimization:
             return "in manual optimization, where a loss may belong to any of the optimizers and may not allow in-place changes"
-        if all(_lightning.overrides(pl_module, hook) for hook in ("optimizer_step", "optimizer_zero_grad")):
-            return "in a module that overrides optimizer_step and optimizer_zero_grad, and so may accumulate gradients itself"
         if any(math.isnan(sign_of_penalties(optimizer)) for optimizer in trainer.optimizers):
             return "with an optimizer that maximizes only some of its parameter groups"
         changing = next((cb.name for cb in regularizers_of(trainer) if cb.overrides("before_forward")), None)
@@ -164,7 +189,8 @@ class Penalty(ParameterRegularizer):
         if not self.scale:
             return
         for sign, signed in by_sign(optimizer, params).items():
-            self.add_gradient_(signed, sign * self.scale)
+            add = self._add_gradient_with_graph_ if _have_graph(signed) else self.add_gradient_
+            add(signed, sign * self.scale)
         if self.logging:
             self._log(optimizer, self.value(params))
 
@@ -193,3 +219,8 @@ class Penalty(ParameterRegularizer):
         if self.inject == "auto" and not self.tensors:
             return "loss or gradient"  # known when a fit starts
         return "loss" if self._uses_loss else "gradient"
+
+
+def _have_graph(params: Sequence[Tensor]) -> bool:
+    """Return whether some gradients can be differentiated again, as after ``backward(create_graph=True)``."""
+    return not is_sharded(params) and any(p.grad is not None and p.grad.requires_grad for p in params)

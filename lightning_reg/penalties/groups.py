@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_reg._tensors.gradients import dense_gradients
-from lightning_reg._tensors.reductions import sum_scalars
+from lightning_reg._tensors.reductions import accumulation_dtype, is_cpu, sum_scalars
 from lightning_reg._tensors.shards import full_tensor
-from lightning_reg._tensors.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
+from lightning_reg._tensors.units import Units, local_unit_norms, smooth_unit_norms, unit_size, unit_view, wide_unit_norms
 from lightning_reg.penalties.base import Penalty
 from lightning_reg.penalties.fused import fused
 
@@ -27,8 +26,8 @@ def group_lasso_penalty(params: Sequence[Tensor], units: Sequence[Units] | None 
         units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Returns:
-        A scalar. Its gradient is √n · w_u / ‖w_u‖ for each unit, and 0 for a unit of zeros. Only first derivatives are
-        supported.
+        A scalar. Its gradient is √n · w_u / ‖w_u‖ for each unit. All derivatives are 0 for a unit of zeros. Higher derivatives,
+        ``torch.func``, and ``torch.compile`` work too.
 
     Example:
         >>> group_lasso_penalty([torch.tensor([[3.0, 4.0], [0.0, 0.0]])])
@@ -38,7 +37,7 @@ def group_lasso_penalty(params: Sequence[Tensor], units: Sequence[Units] | None 
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
     layouts = list(units or [Units()] * len(params))
-    return fused(partial(_group_lasso_value, layouts=layouts), partial(_group_lasso_gradients, layouts=layouts), params)
+    return fused(_plain_group_lasso, _group_lasso_value, _group_lasso_gradients, params, layouts=layouts)
 
 
 @torch.no_grad()
@@ -111,16 +110,23 @@ class GroupLassoPenalty(Penalty):
         add_group_lasso_gradient_(params, strength, self.units(params))
 
 
+def _plain_group_lasso(params: Sequence[Tensor], layouts: Sequence[Units]) -> Tensor:
+    pairs = zip(params, layouts, strict=True)
+    return sum_scalars([full_tensor(smooth_unit_norms(p, layout).sum()) * unit_size(p, layout) ** 0.5 for p, layout in pairs])
+
+
 def _group_lasso_value(params: Sequence[Tensor], layouts: Sequence[Units]) -> tuple[Tensor, list[Tensor]]:
-    norms = [unit_norms(p, layout) for p, layout in zip(params, layouts, strict=True)]
+    norms = [wide_unit_norms(p, layout) for p, layout in zip(params, layouts, strict=True)]
     sums = [
         full_tensor(norm.sum()) * unit_size(p, layout) ** 0.5 for norm, p, layout in zip(norms, params, layouts, strict=True)
     ]
-    return sum_scalars(sums), norms
+    return sum_scalars(sums).to(accumulation_dtype(params[0].dtype).to_real()), norms
 
 
 def _group_lasso_factors(norms: Tensor, p: Tensor, layout: Units) -> Tensor:
     """Return √n / ‖w_u‖ for each unit, in float32 or better, and 0 for a unit of zeros."""
+    if not is_cpu(norms):  # where float64 is slow, weights below the normal range of float32 need not be exact
+        norms = norms.to(accumulation_dtype(p.dtype).to_real())
     inverse = norms.clamp(min=torch.finfo(norms.dtype).tiny).reciprocal_()
     return inverse.mul_(unit_size(p, layout) ** 0.5).masked_fill_(norms == 0, 0.0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,8 @@ from torch import Tensor
 from lightning_reg._engine.arguments import NON_NEGATIVE
 from lightning_reg._tensors.chunks import CHUNK_ENTRIES, batched_chunks, chunks, sum_entries
 from lightning_reg._tensors.gradients import dense_gradients
-from lightning_reg._tensors.reductions import magnitudes, sum_scalars, tensor_norms
-from lightning_reg._tensors.shards import local_tensors
+from lightning_reg._tensors.reductions import in_accumulation_dtype, magnitudes, real_pairs, sum_scalars, tensor_norms
+from lightning_reg._tensors.shards import full_tensor, local_tensors
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import fused
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg._engine.selection import Params
-    from lightning_reg.penalties.fused import GradientFunction, ValueFunction
+    from lightning_reg.penalties.fused import GradientFunction, PlainFunction, ValueFunction
     from lightning_reg.schedules import Value
 
 
@@ -31,7 +30,7 @@ def l1_penalty(params: Sequence[Tensor]) -> Tensor:
     """Return R(θ) = Σ|θ| over all entries of all tensors.
 
     The subgradient at 0 is 0. Half-precision tensors are summed in float32. Small tensors share one node of the autograd graph,
-    and each large tensor has its own. Only first derivatives are supported.
+    and each large tensor has its own. Higher derivatives, ``torch.func``, and ``torch.compile`` work too.
 
     Args:
         params: Tensors of any shapes. For complex ones, |θ| is the magnitude.
@@ -48,14 +47,14 @@ def l1_penalty(params: Sequence[Tensor]) -> Tensor:
     Reference:
         R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     """
-    return _fused_by_size(_l1_value, _l1_gradients, params)
+    return _fused_by_size(_plain_l1, _l1_value, _l1_gradients, magnitudes(params))
 
 
 def l2_penalty(params: Sequence[Tensor]) -> Tensor:
     """Return R(θ) = ½ Σθ² over all entries of all tensors.
 
     Half-precision tensors are summed in float32. Small tensors share one node of the autograd graph, and each large tensor has
-    its own. Only first derivatives are supported.
+    its own. Higher derivatives, ``torch.func``, and ``torch.compile`` work too.
 
     Args:
         params: Tensors of any shapes. For complex ones, θ² is |θ|².
@@ -71,7 +70,7 @@ def l2_penalty(params: Sequence[Tensor]) -> Tensor:
     Reference:
         A. E. Hoerl, R. W. Kennard, "Ridge Regression: Biased Estimation for Nonorthogonal Problems", 1970.
     """
-    return _fused_by_size(_l2_value, _l2_gradients, params)
+    return _fused_by_size(_plain_l2, _l2_value, _l2_gradients, real_pairs(params))
 
 
 @torch.no_grad()
@@ -257,8 +256,9 @@ class ElasticNetPenalty(Penalty):
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return λ₁ Σ|θ| + (λ₂/2) Σθ²."""
         l1, l2 = self.current["l1"], self.current["l2"]
-        value, gradients = partial(_elastic_net_value, l1=l1, l2=l2), partial(_elastic_net_gradients, l1=l1, l2=l2)
-        return _fused_by_size(value, gradients, params)
+        if any(p.is_complex() for p in params):
+            return l1 * l1_penalty(params) + l2 * l2_penalty(params)
+        return _fused_by_size(_plain_elastic_net, _elastic_net_value, _elastic_net_gradients, params, l1=l1, l2=l2)
 
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
         """Add λ₁ sign(θ) + λ₂ θ."""
@@ -268,15 +268,16 @@ class ElasticNetPenalty(Penalty):
             add_l2_gradient_(params, strength * self.current["l2"])
 
 
-def _fused_by_size(value: ValueFunction, gradients: GradientFunction, params: Sequence[Tensor]) -> Tensor:
+def _fused_by_size(
+    plain: PlainFunction, value: ValueFunction, gradients: GradientFunction, params: Sequence[Tensor], **constants: float
+) -> Tensor:
     """Return a sum over all tensors, with one autograd node for all small tensors and one for each large tensor.
 
     A shared node saves calls. A node of its own lets autograd free the gradient of a large tensor before it computes the next.
     """
-    real = magnitudes(params)  # the value depends on nothing else
-    small = [p for p in real if p.numel() <= CHUNK_ENTRIES]
-    parts = [*([p] for p in real if p.numel() > CHUNK_ENTRIES), *([small] if small else [])]
-    return sum_scalars([fused(value, gradients, part) for part in parts or [small]])
+    small = [p for p in params if p.numel() <= CHUNK_ENTRIES]
+    parts = [*([p] for p in params if p.numel() > CHUNK_ENTRIES), *([small] if small else [])]
+    return sum_scalars([fused(plain, value, gradients, part, **constants) for part in parts or [small]])
 
 
 _MAX_TENSORS, _MAX_ENTRIES = 8, 1 << 12
@@ -286,6 +287,10 @@ _MAX_TENSORS, _MAX_ENTRIES = 8, 1 << 12
 def _norms_suffice(params: Sequence[Tensor]) -> bool:
     """Return whether torch's norms can compute the sums; on the CPU they lose digits over many entries."""
     return not params[0].is_cpu or (len(params) <= _MAX_TENSORS and all(p.numel() <= _MAX_ENTRIES for p in params))
+
+
+def _plain_l1(params: Sequence[Tensor]) -> Tensor:
+    return sum_scalars([full_tensor(in_accumulation_dtype(p).abs().sum()) for p in params])
 
 
 def _l1_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
@@ -305,6 +310,10 @@ def _l1_gradients(params: Sequence[Tensor], factor: Tensor, saved: None) -> Sequ
     return gradients
 
 
+def _plain_l2(params: Sequence[Tensor]) -> Tensor:
+    return sum_scalars([full_tensor(in_accumulation_dtype(p).square().sum()) for p in params]) / 2
+
+
 def _l2_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
     if _norms_suffice(params):
         return sum_scalars(torch._foreach_pow(tensor_norms(params, 2), 2)) / 2, None
@@ -313,6 +322,10 @@ def _l2_value(params: Sequence[Tensor]) -> tuple[Tensor, None]:
 
 def _l2_gradients(params: Sequence[Tensor], factor: Tensor, saved: None) -> Sequence[Tensor]:
     return list(torch._foreach_mul(list(params), factor))
+
+
+def _plain_elastic_net(params: Sequence[Tensor], l1: float, l2: float) -> Tensor:
+    return l1 * _plain_l1(params) + l2 * _plain_l2(params)
 
 
 def _elastic_net_value(params: Sequence[Tensor], l1: float, l2: float) -> tuple[Tensor, None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_reg._engine.identity import WeakIdentity
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
 from lightning_reg._tensors.shards import full_tensor, local_tensors, shard_like
@@ -36,7 +37,7 @@ def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
         params: Tensors with two or more dimensions.
 
     Returns:
-        A scalar, computed in float32 or better. Only first derivatives are supported.
+        A scalar, computed in float32 or better. Higher derivatives, ``torch.func``, and ``torch.compile`` work too.
 
     Raises:
         ValueError: If a tensor has fewer than two dimensions.
@@ -49,7 +50,7 @@ def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
         A. Brock et al., "Neural Photo Editing with Introspective Adversarial Networks", 2017; N. Bansal et al., "Can We Gain
         More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
     """
-    return fused(_orthogonality_value, _orthogonality_gradients, params)
+    return fused(_plain_orthogonality, _orthogonality_value, _orthogonality_gradients, params)
 
 
 def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
@@ -60,14 +61,14 @@ def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> 
         references: Tensors w⁰ of the same shapes.
 
     Returns:
-        A scalar. Its gradient is w − w⁰. Only first derivatives are supported.
+        A scalar. Its gradient with respect to w is w − w⁰. No gradient reaches w⁰. Higher derivatives, ``torch.func``, and
+        ``torch.compile`` work too.
 
     Example:
         >>> distance_penalty([torch.tensor([3.0, 4.0])], [torch.zeros(2)])
         tensor(12.5000)
     """
-    fixed = list(references)
-    return fused(partial(_distance_value, references=fixed), partial(_distance_gradients, references=fixed), params)
+    return fused(_plain_distance, _distance_value, _distance_gradients, params, references=list(references))
 
 
 @torch.no_grad()
@@ -145,8 +146,11 @@ class StartingPointPenalty(Penalty):
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
     optimizer step.
 
-    For fine-tuning: w⁰ are the weights when the first fit starts. Later fits with the same callback keep them.
-    The copy w⁰ takes as much memory as the selected weights. Checkpoints contain it, so that a resumed run uses the same w⁰.
+    For fine-tuning: w⁰ are the weights when the first fit of a model starts. Later fits of the same ``LightningModule`` object
+    with the same callback keep them. A fit of any other object starts anew, also of a copy, or of one from
+    ``load_from_checkpoint``. So does a fit after ``reset()``.
+    The copy w⁰ takes as much memory as the selected weights. Checkpoints contain it, so that a run that is resumed with
+    ``ckpt_path`` uses the same w⁰.
     Works with sharded parameters, and with complex ones.
 
     Args:
@@ -178,6 +182,14 @@ class StartingPointPenalty(Penalty):
     def __init__(self, strength: Value, *, params: Params = "weights", inject: Route = "auto", name: str | None = None) -> None:
         super().__init__(strength, params=params, inject=inject, name=name)
         self._references: dict[int, Tensor] = {}
+        self._model = WeakIdentity()  # whose starting point it is
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the starting point of another model."""
+        super().prepare(trainer, pl_module)
+        if not self._model.is_of(pl_module):
+            self.reset()
+            self._model = WeakIdentity(pl_module)
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return ½ Σ‖w − w⁰‖²."""
@@ -238,11 +250,23 @@ def _matrix(p: Tensor) -> Tensor:
     return matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
 
 
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """Return a matrix product in the precision of its factors, under autocast too."""
+    device = first.device.type
+    is_lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if is_lowered else nullcontext():
+        return first @ second
+
+
 def _residual(matrix: Tensor) -> Tensor:
     """Return the Gram matrix of the rows minus the identity."""
-    gram = matrix @ matrix.t()
+    gram = _product(matrix, matrix.t())
     gram.diagonal().sub_(1)
     return gram
+
+
+def _plain_orthogonality(params: Sequence[Tensor]) -> Tensor:
+    return sum_scalars([_residual(_matrix(p)).square().sum() for p in params]) / 2
 
 
 def _orthogonality_value(params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -253,9 +277,13 @@ def _orthogonality_value(params: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]
 def _orthogonality_gradients(params: Sequence[Tensor], factor: Tensor, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
     gradients = []
     for p, residual in zip(params, residuals, strict=True):
-        gradient = (2 * factor) * residual @ _matrix(p)
+        gradient = _product((2 * factor) * residual, _matrix(p))
         gradients.append((gradient if len(gradient) == len(p) else gradient.t()).reshape(p.shape).to(p.dtype))
     return gradients
+
+
+def _plain_distance(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    return l2_penalty([p - reference.detach() for p, reference in zip(params, references, strict=True)])
 
 
 def _distance_value(params: Sequence[Tensor], references: Sequence[Tensor]) -> tuple[Tensor, None]:

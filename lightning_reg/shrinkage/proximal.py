@@ -11,7 +11,7 @@ from lightning_reg._engine.arguments import NON_NEGATIVE
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.shards import full_tensor, local_tensor
-from lightning_reg._tensors.units import Units, local_unit_norms, unit_norms, unit_size, unit_view
+from lightning_reg._tensors.units import Units, local_unit_norms, unit_size, unit_view, wide_unit_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,8 +72,9 @@ def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Seq
     if not threshold:
         return
     for p, layout in zip(params, units or [Units()] * len(params), strict=True):
-        inverse = local_unit_norms(p, layout).reciprocal()  # infinite for a unit of zeros, whose factor is then 0
-        factors = inverse.mul_(-threshold * unit_size(p, layout) ** 0.5).add_(1).clamp_(min=0)
+        largest_gone = threshold * unit_size(p, layout) ** 0.5
+        inverse = local_unit_norms(p, layout, above=largest_gone).reciprocal()  # infinite for zeros, whose factor is then 0
+        factors = inverse.mul_(-largest_gone).add_(1).clamp_(min=0)
         unit_view(p, layout).mul_(factors.to(p.dtype))
 
 
@@ -173,7 +174,7 @@ class GroupSoftThresholding(SoftThresholding):
 
     def zeros(self, params: list[Parameter]) -> dict[str, Tensor]:
         """Return the metric to log: the fraction of units that are exactly zero."""
-        norms = [unit_norms(p, layout) for p, layout in zip(params, self.units(params), strict=True)]
+        norms = [wide_unit_norms(p, layout) for p, layout in zip(params, self.units(params), strict=True)]
         return {"zero_units": _zero_fraction(norms)}
 
 
