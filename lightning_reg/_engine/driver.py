@@ -7,7 +7,7 @@ are sorted by class and name, so that even sums of floats are equal to the last 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.clock import Clock
+from lightning_reg._engine.forward import ForwardChanges
 from lightning_reg._engine.plan import Step
 from lightning_reg._engine.steps import (
     SkippedStep,
@@ -81,8 +82,7 @@ class Driver:
         self._penalized = False  # whether the loss of this step contains its terms
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
         self._trained = False  # whether the epoch has had a step, and has not ended yet
-        self._in_training_step = False
-        self._in_forward: list[tuple[Technique, list[Parameter]]] = []  # what was changed for the current forward pass
+        self._forward = ForwardChanges(self._acting["before_forward"], self._all_parameters, self._step, self._automatic)
         self._stepped: set[Optimizer] = set()
         self._about_to_step: set[Optimizer] = set()
         self._skipped: set[Optimizer] = set()
@@ -102,10 +102,10 @@ class Driver:
         self._steps = StepFollower(self.trainer, self)
         self._undo.append(self._steps.stop)
         if self._acting["before_forward"]:
-            enter, leave = self._enter_training_step, self._leave_training_step
+            enter, leave = self._forward.enter_training_step, self._forward.leave_training_step
             self._undo.append(_lightning.wrap_training_step(self.trainer, enter, leave))
             if not self._automatic:
-                self._undo.append(register_optimizer_step_pre_hook(self._before_manual_step).remove)
+                self._undo.append(register_optimizer_step_pre_hook(self._forward.before_manual_step).remove)
 
     def _warn_of_other_weights(self) -> None:
         names = ", ".join(cb.name for cb in self._acting["weights"])
@@ -135,7 +135,7 @@ class Driver:
             return
         self._stopped = True
         with ExitStack() as stack:
-            for undo in (*(technique.detach for technique in self.techniques[::-1]), *self._undo[::-1], self._undo_forward):
+            for undo in (*(technique.detach for technique in self.techniques[::-1]), *self._undo[::-1], self._forward.undo):
                 stack.callback(undo)  # called in reverse order, each of them, whatever the others raise
         self._undo.clear()
 
@@ -182,66 +182,9 @@ class Driver:
         for technique in self.techniques:
             technique.update(moment)
 
-    def _enter_training_step(self) -> None:
-        self._in_training_step = True
-        self._before_forward()
-
-    def _leave_training_step(self, output: Any) -> None:
-        """Undo the changes for the forward pass if no backward pass follows: a skipped batch, manual optimization, an error."""
-        self._in_training_step = False
-        if output is None or not self._automatic:
-            self._undo_forward()
-
-    def _before_forward(self) -> None:
-        """Let techniques change the weights for a forward and backward pass, unless they have done so already."""
-        step, changed = self._step(), [(technique, p) for technique, params in self._in_forward for p in params]
-        for technique in self._acting["before_forward"]:
-            known = {id(p) for other, p in changed if other is technique}
-            params = [p for p in self._all_parameters(technique) if id(p) not in known]
-            if params:
-                with torch.no_grad():
-                    technique.before_forward(params, step)
-                self._in_forward.append((technique, params))
-
     def after_backward(self) -> None:
-        """Undo the changes for the forward pass; in manual optimization only before the step.
-
-        Until then other backward passes may follow, which need the weights of the forward pass.
-        """
-        if self._automatic:
-            self._undo_forward()
-
-    def _undo_forward(self, optimizer: Optimizer | None = None) -> None:
-        """Undo the changes for the forward pass in reverse order: of all parameters, or of those that an optimizer holds.
-
-        The graphs of other optimizers' parameters may still be needed, and must not see them change.
-        """
-        left = []
-        while self._in_forward:
-            technique, params = self._in_forward.pop()
-            held = params if optimizer is None else _those_of(optimizer, params)
-            if len(held) < len(params):
-                done = set(map(id, held))
-                left.append((technique, [p for p in params if id(p) not in done]))
-            if held:
-                with torch.no_grad():
-                    technique.after_backward(held)
-        self._in_forward = left[::-1]
-
-    def _before_manual_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Let each evaluation of a closure see the changes, and the update the true weights."""
-        given = args[1] if len(args) > 1 else kwargs.get("closure")
-        if given is None:
-            self._undo_forward(optimizer)
-            return args, kwargs
-
-        def closure() -> Any:
-            self._before_forward()
-            result = given()
-            self._undo_forward(optimizer)
-            return result
-
-        return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
+        """Undo what was changed for the forward pass."""
+        self._forward.after_backward()
 
     def before_backward(self, loss: Tensor) -> None:
         """Add to the loss what belongs there."""
@@ -293,8 +236,7 @@ class Driver:
             self._set_recording(False)
         self._about_to_step.add(optimizer)
         self._skipped.discard(optimizer)
-        if self._in_forward:
-            self._undo_forward(optimizer)
+        self._forward.undo(optimizer)
         acting = [cb for cb in self._acting["gradients"] if not (self._penalized and cb.adds_to_loss)]
         if acting or self._acting["should_step"]:
             step = self._step()
@@ -356,9 +298,8 @@ class Driver:
             self.end_step()
 
     def end_step(self) -> None:
-        """Change the weights for a forward pass again: another one may follow in this training step."""
-        if self._in_training_step and not self._automatic:
-            self._before_forward()
+        """Change the weights for a forward pass again."""
+        self._forward.end_step()
 
     def _is_step(self, optimizer: Optimizer) -> bool:
         """Return whether there was something to step with, and no guard has skipped the step."""
@@ -422,12 +363,6 @@ class Driver:
 
     def _all_parameters(self, technique: Technique) -> list[Parameter]:
         return list(dict.fromkeys(p for optimizer in self.trainer.optimizers for p in technique.parameters_of(optimizer)))
-
-
-def _those_of(optimizer: Optimizer, params: Sequence[Parameter]) -> list[Parameter]:
-    """Return those parameters that an optimizer holds."""
-    held = set(map(id, held_by(optimizer)))
-    return [p for p in params if id(p) in held]
 
 
 def in_order(techniques: Iterable[AnyTechnique]) -> list[AnyTechnique]:
