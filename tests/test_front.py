@@ -152,8 +152,8 @@ class Duplicates(Callback):
 @pytest.mark.parametrize("pickled", [False, True], ids=["copied", "pickled"])
 def test_callbacks_can_be_duplicated_during_a_fit(pickled):
     penalty, duplicates = WeightDecay(Linear(0.0, 0.1)), Duplicates(pickled)
-    fit([penalty, GradientNoise(0.1), MaxNorm(1.0), WeightPruning(0.5), duplicates])
-    front, again, *others = duplicates.duplicates
+    fit([Callback(), penalty, GradientNoise(0.1), MaxNorm(1.0), WeightPruning(0.5), duplicates])
+    front, _, again, *others = duplicates.duplicates
     assert isinstance(front, Front)
     fit([again, *others])  # they serve another fit
     assert again.current == penalty.current
@@ -193,3 +193,28 @@ def test_callbacks_act_again_after_a_finder_in_mid_fit(tmp_path):
     trainer.fit(Classifier(), loader())
     assert seen == [i / 8 for i in range(8)]
     assert trainer.callbacks is callbacks
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_there_is_a_hidden_callback_only_if_another_one_is_first(first):
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.found = any(isinstance(callback, Front) for callback in trainer.callbacks)
+
+    looks, penalty = Looks(), L1Penalty(0.1)
+    fit([penalty, looks] if first else [looks, penalty], max_epochs=1)
+    assert looks.found is not first
+
+
+def test_a_callback_that_another_one_puts_first_finds_the_value_of_its_step():
+    class PutsFirst(Callback):
+        def setup(self, trainer, pl_module, stage):
+            trainer.callbacks = [looks, *trainer.callbacks]
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(penalty.current["strength"])
+
+    seen, looks, penalty = [], Looks(), L1Penalty(Linear(0.0, 8.0))
+    fit([penalty, PutsFirst()], max_epochs=2)
+    assert seen == [float(step) for step in range(8)]

@@ -23,7 +23,6 @@ from lightning_reg._engine.steps import (
     UnseenSteps,
     evaluates_once,
     evaluates_other_weights,
-    held_by,
     remove_gradients,
 )
 from lightning_reg._tensors.shards import full_tensor
@@ -219,15 +218,15 @@ class Driver:
             return
         if not self._automatic and self._steps_in_batch:
             self._update(self._clock.advance(_lightning.point_of(self.trainer)))
-        with torch.no_grad():
-            for technique in self._acting["begin_step"]:
-                if params := technique.parameters_of(optimizer):
+        for technique in self._acting["begin_step"]:
+            if params := technique.parameters_of(optimizer):
+                with torch.no_grad():
                     technique.begin_step(params, optimizer)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Let every technique change the gradients of the optimizer that is about to step."""
         assert self._steps is not None, "the fit has started"
-        self._unseen.step(held_by(optimizer))
+        self._unseen.step(optimizer)
         if not self._has_gradients:
             return
         self._steps.evaluations += 1

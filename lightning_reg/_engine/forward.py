@@ -69,6 +69,8 @@ class ForwardChanges:
 
         The graphs of other optimizers' parameters may still be needed, and must not see them change.
         """
+        if not self._made:
+            return
         left = []
         while self._made:
             technique, params = self._made.pop()

@@ -65,7 +65,7 @@ class Regularizer(Technique, Callback):
         """Check the configuration against the run."""
         self._was_set_up, self._evaluating = True, stage != "fit"
         if stage == "fit":
-            install_front(trainer)
+            self._act_first(trainer)
             self._check_fit(trainer)
             self.saved_clock = None
             forget = self.reset if self.resets_each_fit else self.running.reset
@@ -82,6 +82,11 @@ class Regularizer(Technique, Callback):
         """Take over the state of the run that is resumed. Evaluation needs none, so it accepts any layout."""
         if not (self._evaluating and state_dict.get("layout") != STATE_LAYOUT):
             super().load_state_dict(state_dict)
+
+    def _act_first(self, trainer: Trainer) -> None:
+        """Put a hidden callback before all others, unless the first one is of this package."""
+        if not isinstance(next(iter(trainer.callbacks), None), Regularizer):  # type: ignore[attr-defined]
+            install_front(trainer)
 
     def _check_fit(self, trainer: Trainer) -> None:
         if self.deepspeed_alternative and _lightning.uses_deepspeed(trainer):
@@ -102,6 +107,7 @@ class Regularizer(Technique, Callback):
         regularizers = regularizers_of(trainer)
         if regularizers[0] is self:
             self._driver = Driver(trainer, pl_module, regularizers)
+            self._act_first(trainer)  # another callback may have changed the list since
             if front := front_of(trainer):
                 front.driver = self._driver
             self._driver.start()
@@ -146,6 +152,16 @@ class Regularizer(Technique, Callback):
         """Log."""
         if self._driver:
             self._driver.after_batch()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End an epoch that is cut short before it is validated."""
+        if self._driver:
+            self._driver.before_validation()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End an epoch whose last batch nobody knew to be the last."""
+        if self._driver:
+            self._driver.after_epoch()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what there is to say about the whole fit."""

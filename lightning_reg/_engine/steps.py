@@ -194,11 +194,11 @@ class UnseenSteps:
         """Note a backward pass."""
         self._is_backward_seen = True
 
-    def step(self, params: Iterable[Tensor]) -> None:
+    def step(self, optimizer: Optimizer) -> None:
         """Note a step, and stop watching if it has gradients."""
         self._is_step_seen = True
         if not self._is_done:
-            self._is_done = any(p.grad is not None for p in params)
+            self._is_done = any(p.grad is not None for p in held_by(optimizer))
 
     def unknown_step(self, optimizer: Optimizer) -> None:
         """Warn of a step that Lightning does not take."""

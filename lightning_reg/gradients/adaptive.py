@@ -145,8 +145,9 @@ def _clip_units_(params: Sequence[Tensor], clip_factor: float, eps: float, layou
     for batch in _batches(items):
         factors = [_norms(p, layout) for p, _, layout in batch]
         norms = [_norms(gradient, layout) for _, gradient, layout in batch]
-        if len({norm.dtype for norm in (*factors, *norms)}) > 1:  # some need the range of float64
-            factors, norms = ([norm.double() for norm in each] for each in (factors, norms))
+        if _overflow([*factors, *norms]):
+            factors = [_wide_norms(p, layout).double() for p, _, layout in batch]
+            norms = [_wide_norms(gradient, layout).double() for _, gradient, layout in batch]
         torch._foreach_clamp_min_(factors, eps)
         torch._foreach_mul_(factors, clip_factor)
         torch._foreach_div_(factors, tuple(norms))
@@ -164,14 +165,20 @@ def _smallest_factor(factors: Sequence[Tensor], params: Sequence[Tensor]) -> Ten
 
 def _norms(tensor: Tensor, layout: Units) -> Tensor:
     """Return the norms of the units, which may underflow: then no factor is below 1."""
-    if tensor.ndim > 1 and is_cpu(tensor):
-        return local_unit_norms(tensor, layout, above=math.inf)
+    return narrow_local_unit_norms(tensor, layout) if tensor.ndim > 1 else tensor_norms([tensor], 2)[0]
+
+
+def _overflow(norms: Sequence[Tensor]) -> bool:
+    """Return whether norms are infinite or NaN on the CPU, where they can be read without waiting."""
+    return is_cpu(norms[0]) and not torch.stack([norm.max() for norm in norms if norm.numel()]).max().item() < math.inf
+
+
+def _wide_norms(tensor: Tensor, layout: Units) -> Tensor:
+    """Return the norms of the units, without overflow in their squares."""
     if tensor.ndim > 1:
-        return narrow_local_unit_norms(tensor, layout)
+        return local_unit_norms(tensor, layout, above=math.inf)
     norm = tensor_norms([tensor], 2)[0]
-    if not is_cpu(tensor) or is_sharded([tensor]):
-        return norm
-    return in_wide_range(norm, tensor.view(-1), [0], above=math.inf).view(())
+    return norm if is_sharded([tensor]) else in_wide_range(norm, tensor.view(-1), [0], above=math.inf).view(())
 
 
 def _view(tensor: Tensor, layout: Units) -> Tensor:
