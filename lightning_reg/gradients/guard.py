@@ -182,7 +182,8 @@ class NonFiniteGradientGuard(GradientProcessing):
                 f"{where} {', '.join(names)}: look for bad data, a division by zero, or a logarithm or square root of zero, or "
                 "lower the learning rate"
             )
-        self._warn_once(f"{where} {abbreviate(names)}")
+        if not (self.policy == "skip" and step.evaluation):  # which is an error
+            self._warn_once(f"{where} {abbreviate(names)}")
         if self.policy == "zero":
             zero_nonfinite_gradients_(params)
         return self.policy == "zero"
