@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, described_value, readable
+from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, described_value, readable, text_keys
 from lightning_reg._engine.class_checks import check_arguments, check_class
+from lightning_reg._engine.command_line import is_function_path
+from lightning_reg._engine.kinds import KEYWORDS
 from lightning_reg._engine.metrics import RunningMetrics
 from lightning_reg._engine.names import abbreviate
 from lightning_reg._tensors.shards import full_tensor
@@ -111,6 +113,9 @@ class Technique(SignatureRepr, ABC):
             raise TypeError(f"{type(self).__name__}: name must be a string, got {described_value(name)}")
         self.name = name or ""
         check_arguments(self)
+        for key in self.accept_mappings:
+            if isinstance(given := getattr(self, key), Mapping):
+                setattr(self, key, text_keys(given))
         self.name = name or self._default_name()
         self.current = {key: self._check_value(key, valid, value) for key, valid, value in self._values_given()}
         self.has_logger = False  # whether the fit has a logger
@@ -385,8 +390,15 @@ class Technique(SignatureRepr, ABC):
         if argument is None or selection == argument.default:
             return type(self).__name__
         is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
-        parts: list[str] = list(selection) if is_list else [getattr(selection, "__name__", str(selection))]  # type: ignore[arg-type]
+        parts: list[str] = list(selection) if is_list else [_short_name(selection)]  # type: ignore[arg-type]
         return "-".join([type(self).__name__, *(re.sub(r"\W+", "_", part).strip("_") for part in parts)])
+
+
+def _short_name(selection: Any) -> str:
+    """Return the name of a function, which may be given by its import path, or the text of another selection."""
+    if isinstance(selection, str) and is_function_path(selection) and selection.partition(":")[0] not in KEYWORDS:
+        return selection.rpartition(":")[2].rpartition(".")[2]
+    return str(getattr(selection, "__name__", type(selection).__name__ if callable(selection) else selection))
 
 
 def _of_progress(function: Callable[[float], float]) -> Callable[[Moment], float]:
