@@ -313,3 +313,90 @@ def test_base_classes_are_not_offered(capsys):
     for cls in bases():
         with pytest.raises((SystemExit, TypeError, ValueError)):
             made(parser().parse_args([f"--callbacks+={cls.__module__}.{cls.__name__}", "--callbacks.params=all"]))
+
+
+# Callables that are no schedule -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (nn.Linear, TypeError, "got the class Linear: create one"),
+        (nn.Linear(1, 1), TypeError, "which cannot be called with the progress 0.0: linear"),
+        (torch.sigmoid, TypeError, "got sigmoid, which cannot be called with the progress 0.0: sigmoid"),
+        (torch.nn.functional.relu, TypeError, "got relu, which cannot be called with the progress 0.0: "),
+        (torch.nn.functional.softmax, TypeError, "got softmax, which cannot be called with the progress 0.0: "),
+        (lambda: 0.1, TypeError, "takes 0 positional arguments but 1 was given"),
+        (lambda progress: None, TypeError, "which returned None of type NoneType for 0.0"),
+        (lambda progress: "0.1", TypeError, "which returned '0.1' of type str for 0.0"),
+        (lambda progress: torch.tensor(0.1), TypeError, r"which returned a tensor of shape \(\) of type Tensor for 0.0"),
+        (lambda progress: progress > 0.5, TypeError, "which returned False of type bool for 0.0"),
+        (lambda progress: progress - 1, ValueError, r"at progress 0 must be a number in \[0, inf\), got -1.0"),
+        (lambda progress: math.nan, ValueError, r"at progress 0 must be a number in \[0, inf\), got nan"),
+    ],
+    ids=[
+        "class",
+        "module",
+        "builtin",
+        "function",
+        "attribute",
+        "arity",
+        "none",
+        "text",
+        "tensor",
+        "bool",
+        "negative",
+        "nan",
+    ],
+)
+def test_a_callable_that_is_no_schedule_is_refused(value, error, message):
+    with pytest.raises(error, match=f"^L2Penalty: strength.*{message}"):
+        L2Penalty(value)
+
+
+def test_a_mapping_of_callables_is_probed():
+    with pytest.raises(TypeError, match=r"^DropoutScheduler: p/net must be a number, a schedule, or a function"):
+        DropoutScheduler({"net": torch.sigmoid})
+
+
+def test_a_schedule_function_is_called_once_with_zero():
+    seen = []
+
+    def recorded(progress):
+        seen.append(progress)
+        return 0.1 + 0.1 * progress
+
+    callback = L2Penalty(recorded)
+    assert seen == [0.0]
+    assert callback.current == {"strength": 0.1}
+    fit([callback], max_epochs=1)
+    assert seen == [0.0, 0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize(
+    "returned", [np.float32(0.5), np.float64(0.5), np.int64(1), 1], ids=lambda number: type(number).__name__
+)
+def test_numbers_that_a_schedule_may_return(returned):
+    assert same(fit([L2Penalty(lambda progress: returned)], max_epochs=1), fit([L2Penalty(float(returned))], max_epochs=1))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyError, NameError, RuntimeError])
+def test_a_function_that_works_only_in_a_fit_is_accepted(error):
+    """It may read what exists only then, or refuse a progress that a resumed fit never has."""
+
+    def later(progress):
+        if not progress:
+            raise error("not yet")
+        return progress
+
+    assert math.isnan(L2Penalty(later).current["strength"])
+    with pytest.raises(error, match="not yet"):
+        fit([L2Penalty(later)])
+
+
+def test_an_attribute_that_is_missing_for_now_is_accepted():
+    holder = types.SimpleNamespace()
+    callback = L2Penalty(lambda progress: holder.scale * progress)
+    holder.scale = 0.1
+    fit([callback], max_epochs=1)
+    assert callback.current == {"strength": pytest.approx(0.075)}

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -371,7 +372,7 @@ class Technique(SignatureRepr, ABC):
             extremes = [valid.check(f"{what}={value!r}", extreme) for extreme in value.extremes]
             return extremes[0]
         if callable(value):
-            return math.nan
+            return _probed(what, valid, value)
         return valid.check(what, value)
 
     # Arguments and names --------------------------------------------------------------------------------------------
@@ -392,6 +393,26 @@ class Technique(SignatureRepr, ABC):
         is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
         parts: list[str] = list(selection) if is_list else [_short_name(selection)]  # type: ignore[arg-type]
         return "-".join([type(self).__name__, *(re.sub(r"\W+", "_", part).strip("_") for part in parts)])
+
+
+def _probed(what: str, valid: Interval, function: Callable[[float], float]) -> float:
+    """Return the value of a function at the start of training, or NaN if it is known only in a fit.
+
+    Raises:
+        TypeError: If the function is no schedule: it takes something else than a number, or returns something else.
+        ValueError: If the number is out of range.
+    """
+    expected = f"{what} must be a number, a schedule, or a function progress -> float, got {readable(function)}"
+    start = 0.0
+    try:
+        number = function(start)
+    except Exception as error:
+        if isinstance(error, TypeError) or (isinstance(error, AttributeError) and error.obj is start):
+            raise TypeError(f"{expected}, which cannot be called with the progress 0.0: {error}") from error
+        return math.nan  # it may need what exists only in a fit
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{expected}, which returned {described_value(number)} of type {type(number).__name__} for 0.0")
+    return valid.check(f"{what}={readable(function)} at progress 0", number)
 
 
 def _short_name(selection: Any) -> str:
