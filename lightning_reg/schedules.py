@@ -25,7 +25,8 @@ _REAL = Interval(-math.inf, math.inf, open_low=True, open_high=True)
 class Schedule(SignatureRepr, ABC):
     """Base class of schedules: a value that depends on the progress of training, with markers where it changes.
 
-    Write your own schedule as a plain function of progress. Subclass this class only if it needs markers in epochs or steps.
+    Write your own schedule as a plain function of progress. Each callback that gets it calls it with 0.0 when it is created.
+    Subclass this class only if it needs markers in epochs or steps.
 
     Example:
         >>> from lightning_reg import L2Penalty
