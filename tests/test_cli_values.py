@@ -169,6 +169,7 @@ def written(folder, callbacks):
     return ["--config", str(path)]
 
 
+@pytest.mark.filterwarnings("ignore")  # as for users: jsonargparse only warns of what it cannot save
 @pytest.mark.parametrize("callback", ROWS)
 def test_every_value_of_every_argument_survives_print_and_save(callback, tmp_path):
     given = cases(callback)

@@ -190,7 +190,7 @@ def _imported(params: Params, names: Sequence[str]) -> Params:
         ValueError: If the function cannot be imported.
         TypeError: If it takes other arguments.
     """
-    if not isinstance(params, str) or not is_function_path(params) or params.partition(":")[0] in KEYWORDS or params in names:
+    if not isinstance(params, str) or not _names_function(params) or params in names:
         return params
     try:
         function: Params = function_at(params)
@@ -333,7 +333,7 @@ def _hint(module: nn.Module, rule: _Rule, text: str, names: Sequence[str]) -> st
     """Return what may be wrong with a rule whose glob matches nothing."""
     if text.startswith("["):
         return quoting_hint("weights")
-    if is_function_path(rule.text):
+    if _names_function(rule.text):
         return f"to select by a function, write its import path alone, as in params={rule.text!r}"
     if ":" in rule.text and rule.keyword == "all" and rule.text.partition(":")[0] not in KEYWORDS:
         return _keyword_hint(rule.text)
@@ -350,6 +350,11 @@ def _hint(module: nn.Module, rule: _Rule, text: str, names: Sequence[str]) -> st
     path = path_suggestion(rule.glob)
     function = f"to import a function, write {path!r}; " if path else ""
     return f"{function}close matches: {close_matches(rule.glob, [*names, *KEYWORDS], shown=names)}"
+
+
+def _names_function(text: str) -> bool:
+    """Return whether a text is the import path of a function, and not a keyword with a glob."""
+    return is_function_path(text) and text.partition(":")[0] not in KEYWORDS
 
 
 def _keyword_hint(text: str) -> str:
