@@ -360,6 +360,21 @@ def test_a_mapping_of_callables_is_probed():
         DropoutScheduler({"net": torch.sigmoid})
 
 
+@pytest.mark.parametrize("callback", [name for name in ROWS if getattr(lightning_reg, name).valid_ranges])
+def test_every_callback_calls_a_schedule_function_once(callback):
+    cls, seen = getattr(lightning_reg, callback), []
+
+    def recorded(progress):
+        seen.append(progress)
+        return 0.5
+
+    arguments = {argument.name for argument in arguments_of(cls)} & set(cls.valid_ranges)
+    needed = {**as_config(ROWS[callback].active())["init_args"], **NEEDED.get(callback, {})}
+    made = cls(**{**needed, **dict.fromkeys(arguments, recorded)})
+    assert seen == [0.0] * len(arguments)
+    assert {made.current[argument] for argument in arguments} == {0.5}
+
+
 def test_a_schedule_function_is_called_once_with_zero():
     seen = []
 
