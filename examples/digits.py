@@ -12,6 +12,7 @@ With arguments, it is an ordinary LightningCLI:
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 import time
@@ -387,13 +388,31 @@ def compare() -> None:
     print(f"Figure: {OUTPUT / 'digits.png'}\nTensorBoard: tensorboard --logdir {OUTPUT}")
 
 
+class BriefCLI(LightningCLI):
+    """A LightningCLI that reports a wrong argument of a callback in three lines, without a traceback."""
+
+    def instantiate_classes(self) -> None:
+        """Create the model, the data, and the trainer with its callbacks."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            reasons = re.findall(r"^  - (?!Expected|Not a valid)(.+)", str(error), re.MULTILINE)
+            if not reasons:  # not from an argument with several types, such as callbacks
+                raise
+            self.parser.error("\n".join(reasons))
+
+
+USAGE = {command: {"usage": "%(prog)s [--config FILE] [--help] [options]"} for command in LightningCLI.subcommands()}
+
+
 def main() -> None:
     """Compare without arguments; with arguments, be a LightningCLI."""
     silence_notices()
     if len(sys.argv) == 1:
         compare()
     else:
-        LightningCLI(DigitsClassifier, Digits, seed_everything_default=0, trainer_defaults={"max_epochs": EPOCHS})
+        defaults = {"max_epochs": EPOCHS}
+        BriefCLI(DigitsClassifier, Digits, seed_everything_default=0, trainer_defaults=defaults, parser_kwargs=USAGE)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from itertools import pairwise
 
 from lightning_reg._engine.arguments import POSITIVE, PROBABILITY, Interval, SignatureRepr
 from lightning_reg._engine.clock import Moment
+from lightning_reg._engine.command_line import Infinity, ScheduleFunction
 from lightning_reg._engine.plan import parse_marker
 
-__all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Steps", "Value"]
+__all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Steps", "Value", "Values"]
 
 _REAL = Interval(-math.inf, math.inf, open_low=True, open_high=True)
 
@@ -25,7 +26,8 @@ _REAL = Interval(-math.inf, math.inf, open_low=True, open_high=True)
 class Schedule(SignatureRepr, ABC):
     """Base class of schedules: a value that depends on the progress of training, with markers where it changes.
 
-    Write your own schedule as a plain function of progress. Subclass this class only if it needs markers in epochs or steps.
+    Write your own schedule as a plain function of progress. Each callback that gets it calls it with 0.0 when it is created.
+    Subclass this class only if it needs markers in epochs or steps.
 
     Example:
         >>> from lightning_reg import L2Penalty
@@ -66,8 +68,11 @@ class Schedule(SignatureRepr, ABC):
         return hash(repr(self))
 
 
-Value = float | Schedule | Callable[[float], float]
-"""A number, a schedule, or any callable ``progress -> float``."""
+Value = float | Infinity | Schedule | Callable[[float], float]
+"""A number, a schedule, or any callable ``progress -> float``, which is called with 0.0 once when a callback is created."""
+
+Values = float | Infinity | Schedule | dict[str, float | Infinity | Schedule | ScheduleFunction] | Callable[[float], float]
+"""A value, or a mapping from glob to value. In this order, jsonargparse saves a mapping as a mapping and a class as a class."""
 
 
 class _Ramp(Schedule):

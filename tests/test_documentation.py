@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import runpy
 import shlex
@@ -10,9 +11,11 @@ import sys
 from collections import defaultdict
 from contextlib import nullcontext
 
+import digits
 import pytest
 from helpers import Classifier, Gan, Memory, fit
 from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningCLI
 from processes import HERE, ROOT
 from table import ROWS
 
@@ -78,14 +81,17 @@ def _scratch(tmp_path, monkeypatch):
         registry.update(entries)
 
 
-@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval", "ignore:LightningCLI's args", "ignore:No seed found")
 @pytest.mark.usefixtures("_scratch")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=WITH_PYTHON)
-def test_python_examples_run(page):
-    """In order, in one namespace."""
+def test_python_examples_run(page, capsys):
+    """In order, in one namespace. On the page about the command line, comments after ``print(…)`` are what it prints."""
     namespace = {"__name__": "documentation"}
     for code in blocks(page, "python"):
+        capsys.readouterr()
         exec(compile(code, page, "exec"), namespace)
+        shown = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+        assert page != "docs/command-line.md" or capsys.readouterr().out.splitlines() == shown
 
 
 NEEDING = [
@@ -134,7 +140,10 @@ def run(_scratch, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("words", WITH_FLAGS, ids=list(map(" ".join, WITH_FLAGS)))
-def test_commands_run(words, run):
+def test_commands_run(words, run, tmp_path, monkeypatch):
+    functions = [code for code in blocks("docs/command-line.md", "python") if code.startswith("def ")]
+    (tmp_path / "choices.py").write_text("\n".join(functions))
+    monkeypatch.syspath_prepend(tmp_path)
     script, *flags = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
     short = [] if "help" in " ".join(flags) else SHORT
     run(script, *flags, *short)
@@ -158,6 +167,58 @@ def test_yaml_examples_run(page, run, tmp_path):
         (tmp_path / f"{number}.yaml").write_text(text)
         flags = ["fit", "--config", f"{number}.yaml", *SHORT]
         run(str(ROOT / "examples" / "digits.py"), *flags)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_files_are_merged(tmp_path, monkeypatch):
+    """The command that the page shows, with its first two files."""
+    shown = next(code for code in blocks("docs/command-line.md", "text") if code.startswith("python train.py"))
+    for name, text in zip(("fit.yaml", "more.yaml"), blocks("docs/command-line.md", "yaml"), strict=False):
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    cli = LightningCLI(digits.DigitsClassifier, digits.Digits, args=shlex.split(shown)[3:], run=False)
+    ours = [callback for callback in cli.trainer.callbacks if type(callback).__module__.startswith("lightning_reg")]
+    assert [callback.name for callback in ours] == [
+        "L2Penalty",
+        "DropoutInjection-ReLU",
+        "GradientNormClipping",
+        "MaxNorm",
+        "second",
+    ]
+    assert ours[-1].strength == 1e-2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_scratch")
+def test_short_errors_are_those_of_the_example(monkeypatch, capsys):
+    """The page shows the lines of ``examples/digits.py``, and what they print."""
+    code = next(code for code in blocks("docs/command-line.md", "python") if "class BriefCLI" in code)
+    lines = {line.strip() for line in code.split("try:")[1].splitlines()}
+    assert lines <= {line.partition("  # ")[0].strip() for line in inspect.getsource(digits).splitlines()}
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["digits.py", "fit", "--trainer.callbacks+=L1Penalty", "--trainer.callbacks.strength=-1"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        digits.main()
+    shown = next(text for text in blocks("docs/command-line.md", "text") if text.startswith("usage: "))
+    printed = capsys.readouterr().err.partition("usage: ")[2].splitlines()
+    assert printed[-1] == shown.splitlines()[-1]
+    assert len(printed) == len(shown.splitlines()) == 3  # the other two depend on the version of jsonargparse
+    monkeypatch.setattr(sys, "argv", ["digits.py", "fit", "--trainer.callbacks+=L1Penalty", "--trainer.callbacks.strength=x"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        digits.main()
+    first, *others = capsys.readouterr().err.partition("usage: ")[2].splitlines()[:3]
+    assert first == "digits.py [options] fit [--config FILE] [--help] [options]"
+    assert any(line.startswith("error: ") for line in others)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_errors_of_the_model_keep_their_traceback():
+    class Broken(digits.DigitsClassifier):
+        def __init__(self):
+            raise ValueError("in the model")
+
+    with pytest.raises(ValueError, match=r"^in the model$"):
+        digits.BriefCLI(Broken, digits.Digits, args=[], run=False)
 
 
 def test_examples_are_found():

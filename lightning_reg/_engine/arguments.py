@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,26 @@ def close_matches(wanted: str, names: Iterable[str], limit: int = 5, shown: Sequ
         return ", ".join(close)
     listed = list(shown) or known
     return ", ".join(listed[:limit]) + (", …" if len(listed) > limit else "")
+
+
+def quoting_hint(example: str) -> str:
+    """Return how to write a list on the command line, where YAML gives ``!`` and ``*`` a meaning of their own.
+
+    Example:
+        >>> print(quoting_hint("ReLU"))
+        quote each entry of the list, as in '["ReLU", "!head.*"]'
+    """
+    return f'quote each entry of the list, as in \'["{example}", "!head.*"]\''
+
+
+def text_keys(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a mapping with texts in place of integer keys: YAML reads the name of the module ``"2"`` as a number.
+
+    Example:
+        >>> text_keys({2: 0.1, "head.*": 0.5})
+        {'2': 0.1, 'head.*': 0.5}
+    """
+    return {str(key) if isinstance(key, int) and not isinstance(key, bool) else key: value for key, value in mapping.items()}
 
 
 def _equal(one: Any, other: Any) -> bool:

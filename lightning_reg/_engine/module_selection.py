@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 from torchmetrics import Metric
 
-from lightning_reg._engine.arguments import close_matches, described_value
+from lightning_reg._engine.arguments import close_matches, described_value, quoting_hint
 from lightning_reg._engine.names import canonical_name, class_name
 from lightning_reg._tensors.layers import layer_units
 
@@ -137,6 +137,8 @@ def _matching(module: nn.Module, named: Mapping[str, nn.Module], pattern: str) -
             )
     else:
         matches = [name for name, m in named.items() if fnmatchcase(name, pattern) or class_name(m) == pattern]
+    if not matches and pattern.startswith("["):
+        raise ValueError(f"no module has a name or class that matches {pattern!r}; {quoting_hint('ReLU')}")
     if not matches:
         close = close_matches(pattern, [*map(class_name, named.values()), *named])
         raise ValueError(f"no module has a name or class that matches {pattern!r}; close matches: {close}")

@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_reg._engine.arguments import check_module, close_matches, described_value, readable
+from lightning_reg._engine.arguments import check_module, close_matches, described_value, quoting_hint, readable
+from lightning_reg._engine.command_line import SelectionFunction, function_at, is_function_path, path_suggestion
 from lightning_reg._engine.kinds import KEYWORDS, NamedParameter, named_kinds, named_parameters
 from lightning_reg._engine.names import abbreviate, canonical_name, class_name
 
-Params = str | Sequence[str] | Callable[[str, nn.Parameter, nn.Module], bool]
-"""A keyword, a glob, a list of these with ``!`` for exclusion, or ``(name, parameter, module) -> bool``."""
+Params = str | Sequence[str] | SelectionFunction | Callable[[str, nn.Parameter, nn.Module], bool]
+"""A keyword, a glob, a list of these with ``!`` for exclusion, or ``(name, parameter, module) -> bool`` or its import path."""
 
 _FUNCTION = "(name, parameter, module) -> bool"
 
@@ -40,7 +41,8 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
         module: The module whose parameters are selected.
         params: ``"weights"``, ``"all"``, ``"biases"``, ``"norms"``, ``"embeddings"``, or a glob on qualified names such as
             ``"encoder.*"`` (``*`` also matches dots). ``"weights:encoder.*"`` selects the weights that match a glob. Or a list
-            of these, in which a leading ``!`` excludes, or a callable ``(name, parameter, module) -> bool``.
+            of these, in which a leading ``!`` excludes, or a callable ``(name, parameter, module) -> bool``, which may be
+            given by its import path, as in ``"package.module:function"``.
 
     Returns:
         The parameters in the module's order, by names without the prefixes of wrappers such as ``_orig_mod.``. Frozen
@@ -78,8 +80,7 @@ def check_params(what: str, params: Any) -> None:
         ValueError: If it includes nothing, or an entry is malformed.
     """
     if callable(params) and not isinstance(params, (nn.Module, type)):
-        if not _takes_three(params):
-            raise TypeError(f"{what}: params={readable(params)} must be a function of three arguments, {_FUNCTION}")
+        _check_function(f"{what}: params={readable(params)}", params)
         return
     rules = [params] if isinstance(params, str) or not isinstance(params, Sequence) else params
     for rule in rules:
@@ -89,6 +90,11 @@ def check_params(what: str, params: Any) -> None:
         _check_texts(_parsed(rules))
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
+
+
+def _check_function(what: str, function: Callable[..., Any]) -> None:
+    if not _takes_three(function):
+        raise TypeError(f"{what} must be a function of three arguments, {_FUNCTION}")
 
 
 def _takes_three(function: Callable[..., Any]) -> bool:
@@ -167,6 +173,7 @@ def effective_tensors(module: nn.Module, params: Params) -> dict[str, Tensor]:
 
 def _selected(module: nn.Module, named: Sequence[NamedParameter], params: Params) -> set[int]:
     """Return the ``id`` of each selected parameter."""
+    params = _imported(params, [p.name for p in named])
     if callable(params):
         return {id(p.parameter) for p in named if _says_yes(params, p)}
     rules = _parsed(params)
@@ -174,6 +181,23 @@ def _selected(module: nn.Module, named: Sequence[NamedParameter], params: Params
     excluded = {id(p.parameter) for p in named if any(rule.excludes and rule.covers(p) for rule in rules)}
     included = {id(p.parameter) for p in named if any(not rule.excludes and rule.covers(p) for rule in rules)}
     return included - excluded
+
+
+def _imported(params: Params, names: Sequence[str]) -> Params:
+    """Return the function in place of its import path; a text with a colon may also name a parameter.
+
+    Raises:
+        ValueError: If the function cannot be imported.
+        TypeError: If it takes other arguments.
+    """
+    if not isinstance(params, str) or not _names_function(params) or params in names:
+        return params
+    try:
+        function: Params = function_at(params)
+    except ValueError as error:
+        raise ValueError(f"params={error}; {_keyword_hint(params)}") from error
+    _check_function(f"params={params!r}", function)  # type: ignore[arg-type]
+    return function
 
 
 def _says_yes(function: Callable[[str, nn.Parameter, nn.Module], bool], p: NamedParameter) -> bool:
@@ -242,6 +266,7 @@ def nothing_selected_message(module: nn.Module, params: Params) -> str:
     """Return the error message for a selection that selects nothing: what it left out, or close names."""
     what = f"params={readable(params)} selects no parameter"
     names = list(_first_names(module))
+    params = _imported(params, names)
     if callable(params) and names:
         return f"{what}: it returned a false value for each of {abbreviate(names)}"
     reasons = left_out(module, params)
@@ -306,11 +331,12 @@ def _check_rules(module: nn.Module, rules: Sequence[_Rule], named: Sequence[Name
 
 def _hint(module: nn.Module, rule: _Rule, text: str, names: Sequence[str]) -> str:
     """Return what may be wrong with a rule whose glob matches nothing."""
-    keyword, colon, glob = rule.text.partition(":")
-    if colon and rule.keyword == "all" and keyword not in KEYWORDS:
-        close = get_close_matches(keyword.lower(), KEYWORDS, n=1)
-        fix = f"write {f'{close[0]}:{glob}'!r}" if close else f"the keywords are {', '.join(map(repr, KEYWORDS))}"
-        return f"{keyword!r} is no keyword: {fix}"
+    if text.startswith("["):
+        return quoting_hint("weights")
+    if _names_function(rule.text):
+        return f"to select by a function, write its import path alone, as in params={rule.text!r}"
+    if ":" in rule.text and rule.keyword == "all" and rule.text.partition(":")[0] not in KEYWORDS:
+        return _keyword_hint(rule.text)
     if (without_spaces := re.sub(r"\s", "", text)) != text and "," not in text and "!" not in text[1:]:
         return f"write {without_spaces!r}, without spaces"
     separate = [part for part in re.split(r"[,\s]+", text) if part.strip("!")]
@@ -321,7 +347,22 @@ def _hint(module: nn.Module, rule: _Rule, text: str, names: Sequence[str]) -> st
         return f"it is a module: write '{text}.*'"
     if any(class_name(m) == rule.glob for m in submodules.values()):
         return f"it is a class of modules: write params={_of_class(rule.glob)}"
-    return f"close matches: {close_matches(rule.glob, [*names, *KEYWORDS], shown=names)}"
+    path = path_suggestion(rule.glob)
+    function = f"to import a function, write {path!r}; " if path else ""
+    return f"{function}close matches: {close_matches(rule.glob, [*names, *KEYWORDS], shown=names)}"
+
+
+def _names_function(text: str) -> bool:
+    """Return whether a text is the import path of a function, and not a keyword with a glob."""
+    return is_function_path(text) and text.partition(":")[0] not in KEYWORDS
+
+
+def _keyword_hint(text: str) -> str:
+    """Return what to write in place of what stands before a colon and is no keyword."""
+    keyword, _, glob = text.partition(":")
+    close = get_close_matches(keyword.lower(), KEYWORDS, n=1)
+    fix = f"write {f'{close[0]}:{glob}'!r}" if close else f"the keywords are {', '.join(map(repr, KEYWORDS))}"
+    return f"{keyword!r} is no keyword: {fix}"
 
 
 def _first_names(module: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Module]]:

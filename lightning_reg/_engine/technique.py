@@ -13,12 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, described_value, readable
+from lightning_reg._engine.arguments import Interval, SignatureRepr, constructor_arguments, described_value, readable, text_keys
 from lightning_reg._engine.class_checks import check_arguments, check_class
+from lightning_reg._engine.command_line import is_function_path
+from lightning_reg._engine.kinds import KEYWORDS
 from lightning_reg._engine.metrics import RunningMetrics
 from lightning_reg._engine.names import abbreviate
 from lightning_reg._tensors.shards import full_tensor
@@ -111,6 +114,9 @@ class Technique(SignatureRepr, ABC):
             raise TypeError(f"{type(self).__name__}: name must be a string, got {described_value(name)}")
         self.name = name or ""
         check_arguments(self)
+        for key in self.accept_mappings:
+            if isinstance(given := getattr(self, key), Mapping):
+                setattr(self, key, text_keys(given))
         self.name = name or self._default_name()
         self.current = {key: self._check_value(key, valid, value) for key, valid, value in self._values_given()}
         self.has_logger = False  # whether the fit has a logger
@@ -366,7 +372,7 @@ class Technique(SignatureRepr, ABC):
             extremes = [valid.check(f"{what}={value!r}", extreme) for extreme in value.extremes]
             return extremes[0]
         if callable(value):
-            return math.nan
+            return _probed(what, valid, value)
         return valid.check(what, value)
 
     # Arguments and names --------------------------------------------------------------------------------------------
@@ -385,8 +391,35 @@ class Technique(SignatureRepr, ABC):
         if argument is None or selection == argument.default:
             return type(self).__name__
         is_list = isinstance(selection, Sequence) and not isinstance(selection, str)
-        parts: list[str] = list(selection) if is_list else [getattr(selection, "__name__", str(selection))]  # type: ignore[arg-type]
+        parts: list[str] = list(selection) if is_list else [_short_name(selection)]  # type: ignore[arg-type]
         return "-".join([type(self).__name__, *(re.sub(r"\W+", "_", part).strip("_") for part in parts)])
+
+
+def _probed(what: str, valid: Interval, function: Callable[[float], float]) -> float:
+    """Return the value of a function at the start of training, or NaN if it is known only in a fit.
+
+    Raises:
+        TypeError: If the function is no schedule: it takes something else than a number, or returns something else.
+        ValueError: If the number is out of range.
+    """
+    expected = f"{what} must be a number, a schedule, or a function progress -> float, got {readable(function)}"
+    start = 0.0
+    try:
+        number = function(start)
+    except Exception as error:
+        if isinstance(error, TypeError) or (isinstance(error, AttributeError) and error.obj is start):
+            raise TypeError(f"{expected}, which cannot be called with the progress 0.0: {error}") from error
+        return math.nan  # it may need what exists only in a fit
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{expected}, which returned {described_value(number)} of type {type(number).__name__} for 0.0")
+    return valid.check(f"{what}={readable(function)} at progress 0", number)
+
+
+def _short_name(selection: Any) -> str:
+    """Return the name of a function, which may be given by its import path, or the text of another selection."""
+    if isinstance(selection, str) and is_function_path(selection) and selection.partition(":")[0] not in KEYWORDS:
+        return selection.rpartition(":")[2].rpartition(".")[2]
+    return str(getattr(selection, "__name__", type(selection).__name__ if callable(selection) else selection))
 
 
 def _of_progress(function: Callable[[float], float]) -> Callable[[Moment], float]:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_reg._engine import _lightning
-from lightning_reg._engine.arguments import NON_NEGATIVE, PROBABILITY, close_matches
+from lightning_reg._engine.arguments import NON_NEGATIVE, PROBABILITY, close_matches, text_keys
 from lightning_reg._engine.module_selection import check_patterns, split_patterns
 from lightning_reg._engine.modules import ModuleRegularizer
 from lightning_reg._engine.names import abbreviate
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from lightning_reg._engine.module_selection import Patterns
     from lightning_reg._engine.regularizer import Regularizer
     from lightning_reg.dropout.readers import Reader
-    from lightning_reg.schedules import Value
+    from lightning_reg.schedules import Value, Values
 
 
 class DropoutScheduler(ModuleRegularizer):
@@ -107,7 +107,7 @@ class DropoutScheduler(ModuleRegularizer):
 
     def __init__(
         self,
-        p: Value | dict[str, Value],
+        p: Values,
         *,
         modules: Patterns = "*",
         attributes: dict[str, str | list[str]] | None = None,
@@ -117,7 +117,7 @@ class DropoutScheduler(ModuleRegularizer):
         if isinstance(p, Mapping) and not p:
             raise ValueError("DropoutScheduler: p must have at least one glob, as in p={'encoder.*': 0.1}, got {}")
         if isinstance(p, Mapping):
-            check_patterns("DropoutScheduler: the keys of p", list(p))
+            check_patterns("DropoutScheduler: the keys of p", list(text_keys(p)))
         check_attributes("DropoutScheduler", attributes)
         self.p = p
         self.modules = modules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
+
+    from lightning_reg._engine.plan import Step
 
 
 class GradientProcessing(ParameterRegularizer):
@@ -70,6 +73,10 @@ class GradientProcessing(ParameterRegularizer):
         if sparse:
             names = ", ".join(sparse)
             raise ValueError(f"{self.name} needs dense gradients: create {names} with sparse=False, or exclude it from params")
+
+    @abstractmethod
+    def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Change the gradients in place; called after unscaling, before the update."""
 
     @contextmanager
     def logging_norms(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[None]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg._engine.command_line import Infinity
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
@@ -156,7 +157,7 @@ class GradientNormClipping(GradientClipping):
         self,
         max_norm: Value,
         *,
-        norm_type: float = 2.0,
+        norm_type: float | Infinity = 2.0,
         scope: Literal["model", "tensor"] = "model",
         params: Params = "all",
         name: str | None = None,

@@ -188,6 +188,9 @@ class NonFiniteGradientGuard(GradientProcessing):
             zero_nonfinite_gradients_(params)
         return self.policy == "zero"
 
+    def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
+        """Change nothing: ``should_step`` has decided."""
+
     def _count(self, index: int, is_bad: bool, step: Step) -> None:
         """Count bad steps: a step is bad if one of its evaluations is."""
         counts, totals = self.state["consecutive"], self.state["bad_steps"]

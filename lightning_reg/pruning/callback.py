@@ -49,8 +49,11 @@ if TYPE_CHECKING:
     from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
 
-Criterion = Literal["magnitude", "random"] | Callable[[str, Parameter], Tensor]
-"""``"magnitude"``, ``"random"``, or a callable ``(name, parameter) -> scores``. The lowest scores are pruned first."""
+Criterion = Literal["magnitude", "random"] | Callable[[str, Parameter], Any]
+"""``"magnitude"``, ``"random"``, or a callable ``(name, parameter) -> scores``. The lowest scores are pruned first.
+
+The command line refuses a callable whose annotation does not return what this one names, so it names no type.
+"""
 
 
 class WeightPruning(ParameterRegularizer):
