@@ -222,7 +222,7 @@ def test_prunes_every_n_epochs():
 def test_layer_scope_unit_structure_and_two_of_four():
     (layer, _), (unit, _), (pairs, _) = (
         train([WeightPruning(0.5, **options)], max_epochs=2)
-        for options in ({"scope": "layer"}, {"structure": "unit", "scope": "layer"}, {"structure": "2:4"})
+        for options in ({"scope": "layer"}, {"structure": "unit", "scope": "layer", "params": "weights"}, {"structure": "2:4"})
     )
     assert [zeros for zeros, _ in sparsity(layer).parameters.values()] == [512, 80]
     assert [int((p == 0).all(1).sum()) for p in (unit.net[0].weight, unit.net[4].weight)] == [8, 5]
@@ -461,10 +461,19 @@ def test_every_tensor_survives_and_total_is_exact(kind, gradual):
         model, _ = train(
             [WeightPruning(Cubic(0.0, target, until="3ep") if gradual else target)], architecture(kind), max_epochs=3
         )
-        counts = sparsity(model)
+        counts = sparsity(model, ["weights", "!embeddings"])
         assert counts.total.zeros == round(target * counts.total.total), target
         for name, count in counts.parameters.items():
             assert count.total - count.zeros >= min(0.01, 1 - target) * count.total, (target, name)
+
+
+@pytest.mark.filterwarnings("ignore:WeightPruning.* at a sparsity of")
+def test_embeddings_are_left_out_by_default():
+    """Their entries are far larger than those of other weights, or far smaller."""
+    model, _ = train([WeightPruning(0.9)], architecture("encoder"), max_epochs=1)
+    assert sparsity(model, "embeddings").total.zeros == 0
+    with_embeddings, _ = train([WeightPruning(0.9, params="weights")], architecture("encoder"), max_epochs=1)
+    assert sparsity(with_embeddings, "embeddings").total.zeros > 0
 
 
 def test_without_minimum_layers_would_die():
@@ -512,7 +521,7 @@ def test_total_is_exact_with_ties_and_protected_tensors():
 def test_each_layer_keeps_a_unit(scope):
     model = small_first_layer()
     with pytest.warns(UserWarning, match=r"keep weights that would be pruned without min_kept=0\.01: net\.0\.weight"):
-        train([WeightPruning(0.97, structure="unit", scope=scope)], model, max_epochs=1)
+        train([WeightPruning(0.97, structure="unit", scope=scope, params="weights")], model, max_epochs=1)
     for name in ("net.0.weight", "net.4.weight"):
         alive = dict(model.named_parameters())[name].detach().ne(0).any(1)
         assert int(alive.sum()) >= 1
@@ -623,6 +632,7 @@ def test_invalid_scores_raise(scores, message):
         ({"scope": "model"}, "scope must be 'global' or 'layer', got 'model'"),
         ({"structure": "1:2"}, "structure must be 'element', 'unit' or '2:4', got '1:2'"),
         ({"every_n_epochs": 0}, "every_n_epochs must be an integer ≥ 1, got 0"),
+        ({"structure": "unit"}, r"structure='unit' needs params that leave out the output layer"),
         ({"min_kept": 1.0}, r"min_kept must be a number in \[0, 1\), got 1\.0"),
         ({"rewind_to_step": -1}, "rewind_to_step must be an integer ≥ 0, got -1"),
         ({"rewind_to_step": True}, "rewind_to_step must be an integer ≥ 0, got True"),
@@ -759,7 +769,9 @@ def test_masks_of_other_structure_raise(tmp_path):
     trainer = Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[WeightPruning(0.5)])
     trainer.fit(Classifier(), loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    again = Trainer(**{**QUIET, "max_epochs": 2}, callbacks=[WeightPruning(0.5, structure="unit")])
+    again = Trainer(
+        **{**QUIET, "max_epochs": 2}, callbacks=[WeightPruning(0.5, structure="unit", params="weights", name="WeightPruning")]
+    )
     with pytest.raises(ValueError, match="masks have structure='element', got structure='unit': resume with the same"):
         again.fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
 

@@ -15,7 +15,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import Interval, check_choice, check_integer
 from lightning_reg._engine.clock import END
 from lightning_reg._engine.parameters import ParameterRegularizer
-from lightning_reg._engine.selection import owners
+from lightning_reg._engine.selection import Params, owners
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.layers import layer_units
 from lightning_reg._tensors.random import hashed
@@ -53,11 +53,12 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.clock import Clock, Moment
     from lightning_reg._engine.plan import Step
-    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
 
 Criterion = Literal["magnitude", "random"] | Callable[[str, Parameter], Tensor]
 """``"magnitude"``, ``"random"``, or a callable ``(name, parameter) -> scores``. The lowest scores are pruned first."""
+
+DEFAULT_PARAMS: Params = ["weights", "!embeddings"]
 
 
 class WeightPruning(ParameterRegularizer):
@@ -88,7 +89,9 @@ class WeightPruning(ParameterRegularizer):
             sparsity. ``"2:4"`` for two of every four weights along the inputs of a linear layer, or the input channels of a
             convolution.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
-            these, or a callable ``(name, parameter, module) -> bool``.
+            these, or a callable ``(name, parameter, module) -> bool``. The default leaves out embeddings, because their
+            magnitudes do not compare with those of other weights. For ``structure="unit"``, name the layers: in an output
+            layer, a pruned unit is a class that is gone.
         every_n_epochs: Prune at the end of each n-th epoch, n ≥ 1.
         min_kept: The fraction of its weights, or units, that each tensor keeps, in [0, 1), and at least one. With scope
             ``"global"``, more of the other tensors is pruned instead. A warning names the tensors. The default becomes
@@ -101,8 +104,8 @@ class WeightPruning(ParameterRegularizer):
 
     Raises:
         ValueError: If the sparsity is outside [0, 1), falls, or cannot be reached because of ``min_kept``; if scores have the
-            wrong shape or are not finite; if ``"2:4"`` cannot divide the inputs; if a checkpoint has masks of another model; or
-            under FSDP1.
+            wrong shape or are not finite; if ``"2:4"`` cannot divide the inputs; for units without ``params``; if a checkpoint
+            has masks of another model; or under FSDP1.
         TypeError: If the criterion does not return a tensor.
 
     Example:
@@ -130,7 +133,7 @@ class WeightPruning(ParameterRegularizer):
         criterion: Criterion = "magnitude",
         scope: Scope = "global",
         structure: Structure = "element",
-        params: Params = "weights",
+        params: Params = DEFAULT_PARAMS,
         every_n_epochs: int = 1,
         min_kept: float = DEFAULT_MIN_KEPT,
         rewind_to_step: int | None = None,
@@ -141,6 +144,11 @@ class WeightPruning(ParameterRegularizer):
         check_choice("WeightPruning: scope", scope, ("global", "layer"))
         check_choice("WeightPruning: structure", structure, ("element", "unit", "2:4"))
         check_integer("WeightPruning: every_n_epochs", every_n_epochs, 1)
+        if structure == "unit" and params == DEFAULT_PARAMS:
+            raise ValueError(
+                "WeightPruning: structure='unit' needs params that leave out the output layer, where a pruned unit is a class "
+                "that is gone: use, for example, params=['weights', '!embeddings', '!head.*']"
+            )
         if rewind_to_step is not None:
             check_integer("WeightPruning: rewind_to_step", rewind_to_step, 0)
         self.sparsity = sparsity
