@@ -15,7 +15,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from lightning_reg import WEIGHT_LAYERS, Cubic, Linear, MaxNorm, NonNegative, Steps, UnitNorm, WeightPruning, sparsity
+from lightning_reg import (
+    WEIGHT_LAYERS,
+    Cubic,
+    Linear,
+    MaxNorm,
+    MinMaxNorm,
+    NonNegative,
+    Steps,
+    UnitNorm,
+    WeightPruning,
+    sparsity,
+)
 from lightning_reg._engine import _lightning
 from lightning_reg.functional import Units, pruning_masks
 from lightning_reg.pruning.masks import unpack_bits
@@ -737,6 +748,26 @@ def test_constraints_hold_in_validation_after_pruning(callbacks, holds):
     for net in model.seen[1:]:  # the first is Lightning's sanity check
         assert holds(SimpleNamespace(net=net))
     assert sparsity(model).total.zeros >= round(callbacks[1].current["sparsity"] * TOTAL)
+
+
+class Orthogonalized(Recorder):
+    """Trained by an optimizer that moves pruned weights too, since it orthogonalizes the whole update."""
+
+    def configure_optimizers(self):
+        weights_only = [p for p in self.parameters() if p.ndim == 2]
+        return torch.optim.Muon(weights_only, lr=0.02, weight_decay=0.0)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.norms.append(norms_of(self).clone())
+
+
+@pytest.mark.parametrize("bound", [UnitNorm(), MinMaxNorm(1.0, 1.0)], ids=["UnitNorm", "MinMaxNorm"])
+def test_norms_are_those_of_the_weights_that_remain(bound):
+    model, _ = train([bound, WeightPruning(0.5)], Orthogonalized(), max_epochs=3)
+    norms = torch.stack(model.norms)
+    assert_close(norms, torch.ones_like(norms), rtol=0.0, atol=1e-6)
+    assert sparsity(model).total.zeros == TOTAL // 2
 
 
 @pytest.mark.parametrize("name", ["a", "z"])
