@@ -217,13 +217,14 @@ def _unit_masks(
     protected = set(owner[wanted[~allowed[wanted]]].tolist())
     parts = torch.split(chosen, [len(r) for r in ranked])
     flags = [part.view(s.shape).to(s.device) for part, s in zip(parts, unit_scores, strict=True)]
-    return Limited(list(map(_entry_mask, flags, tensors, units)), protected)
+    masks = map(_entry_mask, flags, tensors, units)
+    return Limited([mask if old is None else mask | old for mask, old in zip(masks, pruned, strict=True)], protected)
 
 
 def _pruned_units(tensor: Tensor, units: Units, pruned: Tensor | None) -> Tensor:
-    """Return which units of the full tensor have a pruned entry, in the shape of ``unit_norms``."""
-    mask = torch.zeros(local_tensor(tensor).shape, device=tensor.device) if pruned is None else pruned.float()
-    return full_tensor(unit_norms(as_shard_of(mask, tensor), units)) > 0
+    """Return which units of the full tensor are pruned as a whole, in the shape of ``unit_norms``."""
+    kept = torch.ones(local_tensor(tensor).shape, device=tensor.device) if pruned is None else pruned.logical_not().float()
+    return full_tensor(unit_norms(as_shard_of(kept, tensor), units)) == 0
 
 
 def _entry_mask(flags: Tensor, tensor: Tensor, units: Units) -> Tensor:
