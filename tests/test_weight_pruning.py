@@ -478,6 +478,20 @@ def test_every_tensor_survives_and_total_is_exact(kind, gradual):
             assert count.total - count.zeros >= min(0.01, 1 - target) * count.total, (target, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scores_of_criterion_are_reduced_in_a_float32_copy(dtype, monkeypatch):
+    """The reduction over ranks works in place."""
+    seen = []
+    monkeypatch.setattr(_lightning, "mean_over_ranks", lambda trainer, scores: seen.append(scores.dtype) or scores.mul_(0.5))
+    model = Recorder()
+    model.lr = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    train([WeightPruning(0.5, criterion=lambda name, p: p.to(dtype))], model, max_epochs=1)
+    assert set(seen) == {torch.float32}
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p[p != 0], old[p != 0])
+
+
 @pytest.mark.filterwarnings("ignore:WeightPruning.* at a sparsity of")
 def test_embeddings_are_left_out_by_default():
     """Their entries are far larger than those of other weights, or far smaller."""

@@ -260,7 +260,8 @@ class WeightPruning(ParameterRegularizer):
         if not isinstance(scores, Tensor):
             raise TypeError(f"{what} {scores!r:.80} of type {type(scores).__name__}")
         if not isinstance(scores, DTensor):
-            scores = _lightning.mean_over_ranks(self._trainer, scores)
+            summed = scores.detach().to(torch.float32, copy=True)  # they may be the weights themselves, or of half precision
+            scores = _lightning.mean_over_ranks(self._trainer, summed)
         try:
             return GivenScores(p, scores)
         except ValueError as error:
