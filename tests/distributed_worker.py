@@ -374,7 +374,7 @@ PRUNING: dict[str, dict[str, Any]] = {
     "magnitude": {},
     "per layer": {"scope": "layer", "params": "net.*.weight"},
     "random": {"criterion": "random", "params": "net.*.weight"},
-    "units": {"structure": "unit"},
+    "units": {"structure": "unit", "params": "weights"},
     "units per layer": {"structure": "unit", "scope": "layer", "params": "net.*.weight"},
     "random units": {"structure": "unit", "criterion": "random", "params": "net.*.weight"},
     "2:4": {"sparsity": 0.5, "structure": "2:4", "params": "net.*.weight"},

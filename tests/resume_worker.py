@@ -30,7 +30,7 @@ EPOCHS = 3
 STEPS = (4, 6)  # at the end of an epoch of 4 steps, and mid-epoch
 VARIANTS: dict[str, Callable[[], Regularizer]] = {
     "lottery ticket": lambda: WeightPruning(Linear(0.0, 0.6), rewind_to_step=3),
-    "random units": lambda: WeightPruning(Linear(0.0, 0.6), criterion="random", structure="unit"),
+    "random units": lambda: WeightPruning(Linear(0.0, 0.6), criterion="random", structure="unit", params="weights"),
     "every second epoch": lambda: WeightPruning(0.5, every_n_epochs=2, rewind_to_step=5),
 }
 MIXED = {" + ".join(names): names for names in SETS}

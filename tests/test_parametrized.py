@@ -206,7 +206,7 @@ def test_pruned_units_are_those_with_the_smallest_effective_norms():
     model = Pruned()
     expected = [weight.norm(dim=1).argsort()[: len(weight) // 2].sort().values for weight in model.effective]
     model.lr = 0.0
-    fit([WeightPruning(0.5, structure="unit", scope="layer")], model, max_epochs=1)
+    fit([WeightPruning(0.5, structure="unit", scope="layer", params="weights")], model, max_epochs=1)
     for weight, units in zip(model.effective, expected, strict=True):
         assert torch.equal((weight == 0).all(dim=1).nonzero().flatten(), units)
 

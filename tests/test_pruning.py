@@ -109,6 +109,15 @@ def test_pruned_weights_stay_pruned_without_compounding(criterion, structure, sc
     assert_close(less, pruned)
 
 
+def test_unit_with_some_pruned_entries_is_no_pruned_unit():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    pruned = pruning_masks([weight], 0.05)
+    (mask,) = pruning_masks([weight], 0.25, structure="unit", pruned=pruned)
+    assert int(mask.all(1).sum()) == 16
+    assert not bool((pruned[0] & ~mask).any())
+
+
 LAYERS = [
     nn.Linear(6, 5),
     nn.Conv2d(4, 6, 3, groups=2),

@@ -15,7 +15,18 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from lightning_reg import WEIGHT_LAYERS, Cubic, Linear, MaxNorm, NonNegative, Steps, UnitNorm, WeightPruning, sparsity
+from lightning_reg import (
+    WEIGHT_LAYERS,
+    Cubic,
+    Linear,
+    MaxNorm,
+    MinMaxNorm,
+    NonNegative,
+    Steps,
+    UnitNorm,
+    WeightPruning,
+    sparsity,
+)
 from lightning_reg._engine import _lightning
 from lightning_reg.functional import Units, pruning_masks
 from lightning_reg.pruning.masks import unpack_bits
@@ -222,7 +233,7 @@ def test_prunes_every_n_epochs():
 def test_layer_scope_unit_structure_and_two_of_four():
     (layer, _), (unit, _), (pairs, _) = (
         train([WeightPruning(0.5, **options)], max_epochs=2)
-        for options in ({"scope": "layer"}, {"structure": "unit", "scope": "layer"}, {"structure": "2:4"})
+        for options in ({"scope": "layer"}, {"structure": "unit", "scope": "layer", "params": "weights"}, {"structure": "2:4"})
     )
     assert [zeros for zeros, _ in sparsity(layer).parameters.values()] == [512, 80]
     assert [int((p == 0).all(1).sum()) for p in (unit.net[0].weight, unit.net[4].weight)] == [8, 5]
@@ -389,17 +400,174 @@ def test_decreasing_function_raises_under_unknown_length():
     assert len(model.after_step) == 7
 
 
-def test_pruning_all_weights_of_layer_raises():
-    message = r"sparsity=0\.97 would prune every unit of net\.0\.weight, net\.4\.weight: lower the sparsity, or exclude"
-    with pytest.raises(ValueError, match=message):
-        train([WeightPruning(Linear(0.0, 0.97), structure="unit", scope="layer")])
+# What each tensor keeps ---------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block of an inverted bottleneck, or of two plain convolutions."""
+
+    def __init__(self, width, wide=0):
+        super().__init__()
+        convs = [(width, wide, 1, 1), (wide, wide, 3, wide), (wide, width, 1, 1)] if wide else [(width, width, 3, 1)] * 2
+        layers = [
+            nn.Sequential(nn.Conv2d(i, o, k, padding=k // 2, groups=g, bias=False), nn.BatchNorm2d(o)) for i, o, k, g in convs
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return (x + self.layers(x)).relu()
+
+
+def convolutional(wide):
+    blocks = [Block(8, wide) for _ in range(3)]
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3), *blocks, nn.Flatten(), nn.LazyLinear(10))
+
+
+class Tokens(nn.Module):
+    """Predicts from embedded tokens, through a transformer or an LSTM."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.embedding, self.causal = nn.Embedding(200, 16), kind == "gpt"
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.body = (
+            nn.LSTM(16, 16, batch_first=True) if kind == "lstm" else nn.ModuleList(copy.deepcopy(layer) for _ in range(2))
+        )
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x):
+        hidden = self.embedding((x.abs() * 50).long().clamp(max=199))
+        if isinstance(self.body, nn.LSTM):
+            hidden, _ = self.body(hidden)
+        else:
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if self.causal else None
+            for layer in self.body:
+                hidden = layer(hidden, src_mask=mask)
+        return self.head(hidden.mean(1))
+
+
+ARCHITECTURES = {
+    "MLP": lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)),
+    "ResNet": lambda: convolutional(0),
+    "MobileNet": lambda: convolutional(24),
+    "encoder": lambda: Tokens("encoder"),
+    "LSTM": lambda: Tokens("lstm"),
+    "GPT": lambda: Tokens("gpt"),
+}
+
+
+def architecture(kind, seed=0):
+    torch.manual_seed(seed)
     model = Recorder()
-    nn.init.constant_(model.net[0].weight, 1e-6)
-    before = weights(model)
+    model.net = ARCHITECTURES[kind]()
+    model.net(loader().dataset[:2][0])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:WeightPruning. at a sparsity of")
+@pytest.mark.parametrize("gradual", [False, True], ids=["one-shot", "gradual"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_tensor_survives_and_total_is_exact(kind, gradual):
+    for target in (0.8, 0.9, 0.95, 0.98):
+        model, _ = train(
+            [WeightPruning(Cubic(0.0, target, until="3ep") if gradual else target)], architecture(kind), max_epochs=3
+        )
+        counts = sparsity(model, ["weights", "!embeddings"])
+        assert counts.total.zeros == round(target * counts.total.total), target
+        for name, count in counts.parameters.items():
+            assert count.total - count.zeros >= min(0.01, 1 - target) * count.total, (target, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scores_of_criterion_are_reduced_in_a_float32_copy(dtype, monkeypatch):
+    """The reduction over ranks works in place."""
+    seen = []
+    monkeypatch.setattr(_lightning, "mean_over_ranks", lambda trainer, scores: seen.append(scores.dtype) or scores.mul_(0.5))
+    model = Recorder()
     model.lr = 0.0
-    with pytest.raises(ValueError, match=r"sparsity=0\.9 would prune every weight of net\.0\.weight"):
-        train([WeightPruning(0.9)], model)
-    assert_close(weights(model), before, rtol=0.0, atol=0.0)  # raised before any change
+    before = [p.detach().clone() for p in model.parameters()]
+    train([WeightPruning(0.5, criterion=lambda name, p: p.to(dtype))], model, max_epochs=1)
+    assert set(seen) == {torch.float32}
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p[p != 0], old[p != 0])
+
+
+@pytest.mark.filterwarnings("ignore:WeightPruning.* at a sparsity of")
+def test_embeddings_are_left_out_by_default():
+    """Their entries are far larger than those of other weights, or far smaller."""
+    model, _ = train([WeightPruning(0.9)], architecture("encoder"), max_epochs=1)
+    assert sparsity(model, "embeddings").total.zeros == 0
+    with_embeddings, _ = train([WeightPruning(0.9, params="weights")], architecture("encoder"), max_epochs=1)
+    assert sparsity(with_embeddings, "embeddings").total.zeros > 0
+
+
+def test_without_minimum_layers_would_die():
+    """The negative control: the lowest magnitudes of all tensors together include all of some."""
+    model = architecture("encoder")
+    counts = sparsity(model, "weights")
+    masks = pruning_masks([dict(model.named_parameters())[name] for name in counts.parameters], 0.9)
+    assert any(bool(mask.all()) for mask in masks)
+
+
+def small_first_layer():
+    model = Recorder()
+    nn.init.uniform_(model.net[0].weight, 1e-6, 2e-6)
+    model.lr = 0.0
+    return model
+
+
+@pytest.mark.parametrize(("min_kept", "kept"), [(0.01, 11), (0.05, 52), (0.0, 1)])
+def test_protected_tensor_keeps_its_largest_weights(min_kept, kept):
+    """With 1,024 of 1,184 weights tiny, 90% would take all of them."""
+    model = small_first_layer()
+    largest = model.net[0].weight.detach().abs().flatten().topk(kept).indices
+    with pytest.warns(
+        UserWarning, match=r"keep weights that would be pruned without min_kept=.*: net\.0\.weight\. More of"
+    ) as seen:
+        train([WeightPruning(Linear(0.9, 0.901), min_kept=min_kept)], model, max_epochs=3)
+    assert len([w for w in seen if "min_kept" in str(w.message)]) == 1
+    alive = model.net[0].weight.detach().flatten().nonzero().flatten()
+    assert set(alive.tolist()) == set(largest.tolist())
+    assert sparsity(model).total.zeros == round(0.901 * TOTAL)
+
+
+def test_total_is_exact_with_ties_and_protected_tensors():
+    model = Recorder()
+    model.lr = 0.0
+    nn.init.constant_(model.net[0].weight, 0.5)
+    nn.init.constant_(model.net[4].weight, 0.5)
+    with pytest.warns(UserWarning, match=r"min_kept=0\.02: net\.0\.weight"):
+        train([WeightPruning(0.95, min_kept=0.02)], model, max_epochs=1)
+    zeros = [count.zeros for count in sparsity(model).parameters.values()]
+    assert zeros == [1024 - 21, round(0.95 * TOTAL) - (1024 - 21)]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_each_layer_keeps_a_unit(scope):
+    model = small_first_layer()
+    with pytest.warns(UserWarning, match=r"keep weights that would be pruned without min_kept=0\.01: net\.0\.weight"):
+        train([WeightPruning(0.97, structure="unit", scope=scope, params="weights")], model, max_epochs=1)
+    for name in ("net.0.weight", "net.4.weight"):
+        alive = dict(model.named_parameters())[name].detach().ne(0).any(1)
+        assert int(alive.sum()) >= 1
+    counts = sparsity(model).parameters["net.0.weight"]
+    assert counts.total - counts.zeros == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 0.95, "min_kept": 0.1}, r"sparsity=0\.95 leaves 0\.05 of the weights, fewer than min_kept=0\.1 keeps"),
+        ({"sparsity": 0.95, "min_kept": 0.1, "scope": "layer"}, r"fewer than min_kept=0\.1 keeps: lower one of the two"),
+        ({"sparsity": 0.5, "min_kept": 0.6, "structure": "2:4"}, r"fewer than min_kept=0\.6 keeps: lower one of the two"),
+        ({"sparsity": 0.9995}, r"sparsity=0\.9995 cannot be reached, .* leaves 1,182 of 1,184 weights to prune"),
+    ],
+)
+def test_unreachable_sparsity_raises_before_training(options, message):
+    model = Recorder()
+    with pytest.raises(ValueError, match=message):
+        train([WeightPruning(**options)], model)
+    assert not model.after_step
 
 
 class TransposedLinear(nn.Module):
@@ -489,6 +657,8 @@ def test_invalid_scores_raise(scores, message):
         ({"scope": "model"}, "scope must be 'global' or 'layer', got 'model'"),
         ({"structure": "1:2"}, "structure must be 'element', 'unit' or '2:4', got '1:2'"),
         ({"every_n_epochs": 0}, "every_n_epochs must be an integer ≥ 1, got 0"),
+        ({"structure": "unit"}, r"structure='unit' needs params that leave out the output layer"),
+        ({"min_kept": 1.0}, r"min_kept must be a number in \[0, 1\), got 1\.0"),
         ({"rewind_to_step": -1}, "rewind_to_step must be an integer ≥ 0, got -1"),
         ({"rewind_to_step": True}, "rewind_to_step must be an integer ≥ 0, got True"),
     ],
@@ -594,6 +764,26 @@ def test_constraints_hold_in_validation_after_pruning(callbacks, holds):
     assert sparsity(model).total.zeros >= round(callbacks[1].current["sparsity"] * TOTAL)
 
 
+class Orthogonalized(Recorder):
+    """Trained by an optimizer that moves pruned weights too, since it orthogonalizes the whole update."""
+
+    def configure_optimizers(self):
+        weights_only = [p for p in self.parameters() if p.ndim == 2]
+        return torch.optim.Muon(weights_only, lr=0.02, weight_decay=0.0)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.norms.append(norms_of(self).clone())
+
+
+@pytest.mark.parametrize("bound", [UnitNorm(), MinMaxNorm(1.0, 1.0)], ids=["UnitNorm", "MinMaxNorm"])
+def test_norms_are_those_of_the_weights_that_remain(bound):
+    model, _ = train([bound, WeightPruning(0.5)], Orthogonalized(), max_epochs=3)
+    norms = torch.stack(model.norms)
+    assert_close(norms, torch.ones_like(norms), rtol=0.0, atol=1e-6)
+    assert sparsity(model).total.zeros == TOTAL // 2
+
+
 @pytest.mark.parametrize("name", ["a", "z"])
 def test_rewinding_keeps_weights_pruned_by_other_callback(name):
     callbacks = [
@@ -624,7 +814,9 @@ def test_masks_of_other_structure_raise(tmp_path):
     trainer = Trainer(**{**QUIET, "max_epochs": 1}, callbacks=[WeightPruning(0.5)])
     trainer.fit(Classifier(), loader())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    again = Trainer(**{**QUIET, "max_epochs": 2}, callbacks=[WeightPruning(0.5, structure="unit")])
+    again = Trainer(
+        **{**QUIET, "max_epochs": 2}, callbacks=[WeightPruning(0.5, structure="unit", params="weights", name="WeightPruning")]
+    )
     with pytest.raises(ValueError, match="masks have structure='element', got structure='unit': resume with the same"):
         again.fit(Classifier(), loader(), ckpt_path=tmp_path / "a.ckpt")
 

@@ -62,9 +62,9 @@ class Phase(IntEnum):
     DECAY = 9
     SOFT_THRESHOLD = 10
     SHRINKAGE = 11
-    NON_NEGATIVE = 12
-    CONSTRAINT = 13
-    PRUNING = 14
+    PRUNING = 12
+    NON_NEGATIVE = 13
+    CONSTRAINT = 14
 
 
 class Technique(SignatureRepr, ABC):

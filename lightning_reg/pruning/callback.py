@@ -15,7 +15,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import Interval, check_choice, check_integer
 from lightning_reg._engine.clock import END
 from lightning_reg._engine.parameters import ParameterRegularizer
-from lightning_reg._engine.selection import owners
+from lightning_reg._engine.selection import Params, owners
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.layers import layer_units
 from lightning_reg._tensors.random import hashed
@@ -24,10 +24,17 @@ from lightning_reg.pruning import rewinding
 from lightning_reg.pruning.masks import clear_state_, mask_, mask_copy_, mask_gradients_
 from lightning_reg.pruning.scores import GivenScores, MagnitudeScores, RandomScores, Score, as_shard_of
 from lightning_reg.pruning.state import PruningState
-from lightning_reg.pruning.structures import Scope, Structure, count_true, masks_of_scores
+from lightning_reg.pruning.structures import (
+    DEFAULT_MIN_KEPT,
+    Scope,
+    Structure,
+    count_true,
+    count_units,
+    masks_of_scores,
+    prunable,
+)
 from lightning_reg.pruning.targets import (
     check_layers,
-    check_not_emptied,
     check_rewinding,
     check_rising,
     check_schedule,
@@ -46,7 +53,6 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.clock import Clock, Moment
     from lightning_reg._engine.plan import Step
-    from lightning_reg._engine.selection import Params
     from lightning_reg.schedules import Value
 
 Criterion = Literal["magnitude", "random"] | Callable[[str, Parameter], Any]
@@ -54,6 +60,8 @@ Criterion = Literal["magnitude", "random"] | Callable[[str, Parameter], Any]
 
 The command line refuses a callable whose annotation does not return what this one names, so it names no type.
 """
+
+DEFAULT_PARAMS: Params = ["weights", "!embeddings"]
 
 
 class WeightPruning(ParameterRegularizer):
@@ -84,8 +92,13 @@ class WeightPruning(ParameterRegularizer):
             sparsity. ``"2:4"`` for two of every four weights along the inputs of a linear layer, or the input channels of a
             convolution.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
-            these, or a callable ``(name, parameter, module) -> bool``.
+            these, or a callable ``(name, parameter, module) -> bool``. The default leaves out embeddings, because their
+            magnitudes do not compare with those of other weights. For ``structure="unit"``, name the layers: in an output
+            layer, a pruned unit is a class that is gone.
         every_n_epochs: Prune at the end of each n-th epoch, n ≥ 1.
+        min_kept: The fraction of its weights, or units, that each tensor keeps, in [0, 1), and at least one. With scope
+            ``"global"``, more of the other tensors is pruned instead. A warning names the tensors. The default becomes
+            1 − sparsity where that is less.
         rewind_to_step: Each time weights are pruned, set all trained parameters and the statistics of batch normalization back
             to their values after this many optimizer steps, and reset the optimizers, to find a winning lottery ticket. 0 is
             the start of the fit. In manual optimization, the steps of all optimizers count. The learning rate schedule
@@ -93,8 +106,9 @@ class WeightPruning(ParameterRegularizer):
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: If the sparsity is outside [0, 1), falls, or would empty a layer; if scores have the wrong shape or are not
-            finite; if ``"2:4"`` cannot divide the inputs; if a checkpoint has masks of another model; or under FSDP1.
+        ValueError: If the sparsity is outside [0, 1), falls, or cannot be reached because of ``min_kept``; if scores have the
+            wrong shape or are not finite; if ``"2:4"`` cannot divide the inputs; for units without ``params``; if a checkpoint
+            has masks of another model; or under FSDP1.
         TypeError: If the criterion does not return a tensor.
 
     Example:
@@ -122,8 +136,9 @@ class WeightPruning(ParameterRegularizer):
         criterion: Criterion = "magnitude",
         scope: Scope = "global",
         structure: Structure = "element",
-        params: Params = "weights",
+        params: Params = DEFAULT_PARAMS,
         every_n_epochs: int = 1,
+        min_kept: float = DEFAULT_MIN_KEPT,
         rewind_to_step: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -132,6 +147,11 @@ class WeightPruning(ParameterRegularizer):
         check_choice("WeightPruning: scope", scope, ("global", "layer"))
         check_choice("WeightPruning: structure", structure, ("element", "unit", "2:4"))
         check_integer("WeightPruning: every_n_epochs", every_n_epochs, 1)
+        if structure == "unit" and params == DEFAULT_PARAMS:
+            raise ValueError(
+                "WeightPruning: structure='unit' needs params that leave out the output layer, where a pruned unit is a class "
+                "that is gone: use, for example, params=['weights', '!embeddings', '!head.*']"
+            )
         if rewind_to_step is not None:
             check_integer("WeightPruning: rewind_to_step", rewind_to_step, 0)
         self.sparsity = sparsity
@@ -139,6 +159,7 @@ class WeightPruning(ParameterRegularizer):
         self.scope = scope
         self.structure = structure
         self.every_n_epochs = every_n_epochs
+        self.min_kept = Interval(0.0, 1.0, open_high=True).check("WeightPruning: min_kept", min_kept)
         self.rewind_to_step = rewind_to_step
         super().__init__(params, name)
         check_schedule("WeightPruning", sparsity, structure)
@@ -147,6 +168,7 @@ class WeightPruning(ParameterRegularizer):
         self._local_masks: dict[int, Tensor] = {}  # this rank's parts of the masks, keyed by the id of the parameter
         self._in_layers: set[int] = set()  # the ids of parameters of known layers
         self._optimizer_states: dict[int, dict[Any, Any]] = {}
+        self._protected: set[str] = set()  # the names of the parameters that kept weights because of min_kept
         self._highest = self._final = 0.0  # the highest sparsity so far, and the last one of the schedule
         self._automatic = True
 
@@ -194,14 +216,27 @@ class WeightPruning(ParameterRegularizer):
         known = [self._pruned(p) for p in params.values()]
         tensors = list(params.values())
         units, inputs = self.units(tensors), self._inputs_of(tensors)
-        masks = masks_of_scores(self._scores(params, step), target, self.scope, self.structure, units, inputs, known)
-        counts = {name: (count_true(mask, p), p.numel()) for (name, p), mask in zip(params.items(), masks, strict=True)}
-        check_not_emptied(self.name, target, counts, self.structure)
+        sizes = [count_units(p, u) if self.structure == "unit" else p.numel() for p, u in zip(tensors, units, strict=True)]
+        limits = [prunable(size, target, self.min_kept) for size in sizes]
+        how = self.scope, self.structure, units, inputs
+        masks, protected = masks_of_scores(self._scores(params, step), target, *how, known, limits)
         before = sum(count_true(mask, p) for mask, p in zip(known, params.values(), strict=True))
         self._state.target, self._state.total, self._state.structure = target, total, self.structure
-        self._state.reached = sum(count for count, _ in counts.values())
+        self._state.reached = sum(count_true(mask, p) for mask, p in zip(masks, tensors, strict=True))
+        self._warn_of_protected([name for index, name in enumerate(params) if index in protected])
         if self._state.reached > before:
             self._apply(dict(zip(params, masks, strict=True)))
+
+    def _warn_of_protected(self, names: Sequence[str]) -> None:
+        """Warn at the first pruning that would take more of a tensor than it may lose."""
+        if names and not self._protected:
+            instead = " More of the others is pruned instead." if self.scope == "global" else ""
+            rank_zero_warn(
+                f"{self.name}: at a sparsity of {self._state.target:.2%}, these tensors keep weights that would be pruned "
+                f"without min_kept={self.min_kept:g}: {', '.join(names)}.{instead} The pruned fraction is "
+                f"{self._state.reached / self._state.total:.2%}"
+            )
+        self._protected.update(names)
 
     def _inputs_of(self, params: Sequence[Tensor]) -> list[int]:
         """Return the dimension of each parameter's inputs: the last one in modules of unknown type."""
@@ -228,7 +263,8 @@ class WeightPruning(ParameterRegularizer):
         if not isinstance(scores, Tensor):
             raise TypeError(f"{what} {scores!r:.80} of type {type(scores).__name__}")
         if not isinstance(scores, DTensor):
-            scores = _lightning.mean_over_ranks(self._trainer, scores)
+            summed = scores.detach().to(torch.float32, copy=True)  # they may be the weights themselves, or of half precision
+            scores = _lightning.mean_over_ranks(self._trainer, summed)
         try:
             return GivenScores(p, scores)
         except ValueError as error:
@@ -297,6 +333,7 @@ class WeightPruning(ParameterRegularizer):
         """Take up the schedule, and start with the masks of a checkpoint or of the same model's last fit, or without masks."""
         super().resolve(clock)
         self._highest = 0.0
+        self._protected = set()
         self._check_plan(clock)
         if not self._restored and not self._state.matches(self.tensors):
             self._state = PruningState()
@@ -310,7 +347,7 @@ class WeightPruning(ParameterRegularizer):
     def _check_layers(self, targets: Sequence[float]) -> None:
         tensors = list(self.tensors.values())
         how = self.scope, self.structure, self.units(tensors), self._inputs_of(tensors)
-        check_layers(self.name, max(targets, default=0.0), self.tensors, *how)
+        check_layers(self.name, max(targets, default=0.0), self.tensors, *how, self.min_kept)
 
     def _check_plan(self, clock: Clock) -> None:
         """Check the sparsity that each pruning of the fit will reach."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
 
 Scope: TypeAlias = Literal["global", "layer"]
 Structure: TypeAlias = Literal["element", "unit", "2:4"]
+
+DEFAULT_MIN_KEPT = 0.01
+_ROUNDING = 1e-9
+
+
+class Limited(NamedTuple):
+    """Masks of the weights to prune, and which tensors kept weights that would have been pruned.
+
+    Args:
+        masks: A mask for each tensor.
+        protected: The indices of the tensors that reached their limits.
+    """
+
+    masks: list[Tensor]
+    protected: set[int]
 
 
 @torch.no_grad()
@@ -71,7 +87,8 @@ def pruning_masks(
     else:
         scores = [GivenScores(p, given) for p, given in zip(params, criterion, strict=True)]
     inputs = [input_dim(p, unit) for p, unit in zip(params, unit_dims, strict=True)]
-    return masks_of_scores(scores, sparsity, scope, structure, unit_dims, inputs, known)
+    limits = [p.numel() for p in params]
+    return masks_of_scores(scores, sparsity, scope, structure, unit_dims, inputs, known, limits).masks
 
 
 def masks_of_scores(
@@ -82,15 +99,39 @@ def masks_of_scores(
     units: Sequence[Units],
     inputs: Sequence[int],
     pruned: Sequence[Tensor | None],
-) -> list[Tensor]:
-    """Return masks of the weights to prune, like ``pruning_masks``. Pruned weights stay pruned, whatever the sparsity."""
+    limits: Sequence[int],
+) -> Limited:
+    """Return masks of the weights to prune, like ``pruning_masks``. Pruned weights stay pruned, whatever the sparsity.
+
+    Of each tensor, at most its limit of weights is pruned, or of units. For single weights over all tensors, the others make up
+    for it, so that the total is exact.
+    """
     if structure == "2:4":
         grouped = zip(scores, units, inputs, pruned, strict=True)
-        return [_two_of_four_mask(score, sparsity, unit, dim, known) for score, unit, dim, known in grouped]
+        return Limited([_two_of_four_mask(score, sparsity, unit, dim, known) for score, unit, dim, known in grouped], set())
     if scope == "global":
-        return _masks(scores, sparsity, scope, structure, units, pruned)
-    tensors = zip(scores, units, pruned, strict=True)
-    return [_masks([score], sparsity, scope, structure, [unit], [known])[0] for score, unit, known in tensors]
+        return _masks(scores, sparsity, scope, structure, units, pruned, limits)
+    tensors = zip(scores, units, pruned, limits, strict=True)
+    results = [_masks([score], sparsity, scope, structure, [unit], [known], [limit]) for score, unit, known, limit in tensors]
+    return Limited([masks[0] for masks, _ in results], {i for i, (_, protected) in enumerate(results) if protected})
+
+
+def prunable(count: int, sparsity: float, min_kept: float) -> int:
+    """Return how many of a tensor's weights, or units, may be pruned. At least one stays.
+
+    Args:
+        count: The number of weights or units.
+        sparsity: The target. The default of ``min_kept`` leaves no more than it asks for.
+        min_kept: The fraction that stays.
+
+    Example:
+        >>> prunable(1000, 0.9, 0.01), prunable(1000, 0.999, 0.01), prunable(1000, 0.9, 0.05), prunable(10, 0.9, 0.0)
+        (990, 999, 950, 9)
+    """
+    kept = math.ceil(min_kept * count - _ROUNDING)
+    if min_kept == DEFAULT_MIN_KEPT:
+        kept = min(kept, math.floor((1.0 - sparsity) * count + _ROUNDING))
+    return max(count - max(kept, 1), 0)
 
 
 def count_units(tensor: Tensor, units: Units) -> int:
@@ -115,43 +156,75 @@ def _masks(
     structure: Structure,
     units: Sequence[Units],
     pruned: Sequence[Tensor | None],
-) -> list[Tensor]:
+    limits: Sequence[int],
+) -> Limited:
     """Return masks for tensors that are pruned together."""
     if structure == "unit":
-        return _unit_masks(scores, sparsity, scope, units, pruned)
-    already_pruned = sum(count_true(known, score.tensor) for score, known in zip(scores, pruned, strict=True))
+        return _unit_masks(scores, sparsity, scope, units, pruned, limits)
+    already_pruned = [count_true(known, score.tensor) for score, known in zip(scores, pruned, strict=True)]
     count = round(sparsity * sum(score.tensor.numel() for score in scores))
-    return lowest_scores(scores, max(count, already_pruned), pruned)
+    return _limited_masks(scores, max(count, sum(already_pruned)), pruned, list(map(max, limits, already_pruned)))
+
+
+def _limited_masks(scores: Sequence[Score], count: int, pruned: Sequence[Tensor | None], limits: Sequence[int]) -> Limited:
+    """Return masks of ``count`` entries, or as many as the limits allow: the lowest scores of all tensors below their limits.
+
+    A tensor above its limit is fixed at its limit, and the others make up for it. This can only raise their numbers, so a
+    tensor that is fixed once stays so.
+    """
+    masks: dict[int, Tensor] = {}
+    free = list(range(len(scores)))
+    while free:
+        chosen = lowest_scores([scores[i] for i in free], count, [pruned[i] for i in free])
+        above = {i for i, mask in zip(free, chosen, strict=True) if count_true(mask, scores[i].tensor) > limits[i]}
+        if not above:
+            masks |= zip(free, chosen, strict=True)
+            break
+        masks |= {i: lowest_scores([scores[i]], limits[i], [pruned[i]])[0] for i in sorted(above)}
+        free = [i for i in free if i not in above]
+        count = min(count - sum(limits[i] for i in above), sum(scores[i].tensor.numel() for i in free))
+    return Limited([masks[i] for i in range(len(scores))], set(range(len(scores))) - set(free))
 
 
 def _unit_masks(
-    scores: Sequence[Score], sparsity: float, scope: Scope, units: Sequence[Units], pruned: Sequence[Tensor | None]
-) -> list[Tensor]:
+    scores: Sequence[Score],
+    sparsity: float,
+    scope: Scope,
+    units: Sequence[Units],
+    pruned: Sequence[Tensor | None],
+    limits: Sequence[int],
+) -> Limited:
     """Return masks of whole units: a fraction of the units of a layer, or as many of all units as fit into the sparsity."""
     if not scores:
-        return []
+        return Limited([], set())
     tensors = [score.tensor for score in scores]
     unit_scores = [score.unit_scores(unit).float() for score, unit in zip(scores, units, strict=True)]
     known = list(map(_pruned_units, tensors, units, pruned))
     ranked = [s.masked_fill(mask, -torch.inf).cpu().view(-1) for s, mask in zip(unit_scores, known, strict=True)]
+    sizes = torch.cat([torch.full((len(r),), t.numel() // max(len(r), 1)) for r, t in zip(ranked, tensors, strict=True)])
+    already_pruned = [int(mask.count_nonzero()) for mask in known]
+    ranks = [r.argsort(stable=True).argsort() for r in ranked]
+    allowed = torch.cat([rank < max(pair) for rank, *pair in zip(ranks, limits, already_pruned, strict=True)])
+    budget = round(sparsity * (len(sizes) if scope == "layer" else int(sizes.sum())))
+    costs = torch.ones_like(sizes) if scope == "layer" else sizes
     order = torch.cat(ranked).argsort(stable=True)
-    if scope == "layer":
-        count = round(sparsity * len(order))
-    else:
-        budget = round(sparsity * sum(tensor.numel() for tensor in tensors))
-        sizes = [torch.full((len(r),), t.numel() // max(len(r), 1)) for r, t in zip(ranked, tensors, strict=True)]
-        count = int((torch.cat(sizes)[order].cumsum(0) <= budget).count_nonzero())
-    chosen = torch.zeros(len(order), dtype=torch.bool)
-    chosen[order[: max(count, sum(int(mask.count_nonzero()) for mask in known))]] = True
+    wanted = order[costs[order].cumsum(0) <= budget]
+    order = order[allowed[order]]
+    count = int((costs[order].cumsum(0) <= budget).count_nonzero())
+    chosen = torch.zeros(len(sizes), dtype=torch.bool)
+    chosen[order[: max(count, sum(already_pruned))]] = True
+    owner = torch.cat([torch.full((len(r),), index) for index, r in enumerate(ranked)])
+    protected = set(owner[wanted[~allowed[wanted]]].tolist())
     parts = torch.split(chosen, [len(r) for r in ranked])
     flags = [part.view(s.shape).to(s.device) for part, s in zip(parts, unit_scores, strict=True)]
-    return list(map(_entry_mask, flags, tensors, units))
+    masks = map(_entry_mask, flags, tensors, units)
+    return Limited([mask if old is None else mask | old for mask, old in zip(masks, pruned, strict=True)], protected)
 
 
 def _pruned_units(tensor: Tensor, units: Units, pruned: Tensor | None) -> Tensor:
-    """Return which units of the full tensor have a pruned entry, in the shape of ``unit_norms``."""
-    mask = torch.zeros(local_tensor(tensor).shape, device=tensor.device) if pruned is None else pruned.float()
-    return full_tensor(unit_norms(as_shard_of(mask, tensor), units)) > 0
+    """Return which units of the full tensor are pruned as a whole, in the shape of ``unit_norms``."""
+    kept = torch.ones(local_tensor(tensor).shape, device=tensor.device) if pruned is None else pruned.logical_not().float()
+    return full_tensor(unit_norms(as_shard_of(kept, tensor), units)) == 0
 
 
 def _entry_mask(flags: Tensor, tensor: Tensor, units: Units) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.parameter import is_lazy
 
-from lightning_reg.pruning.structures import count_units, divides_into_fours
+from lightning_reg.pruning.structures import DEFAULT_MIN_KEPT, divides_into_fours, prunable
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Schedule, Steps
 
 if TYPE_CHECKING:
@@ -151,8 +151,9 @@ def check_layers(
     structure: Structure,
     units: Sequence[Units],
     inputs: Sequence[int],
+    min_kept: float,
 ) -> None:
-    """Check that a sparsity leaves something of each layer, as far as that is known before the fit.
+    """Check that a sparsity can be reached, as far as that is known before the fit.
 
     Args:
         what: The name of the callback, for the error message.
@@ -162,9 +163,10 @@ def check_layers(
         structure: The structure to prune.
         units: Where each tensor has its output units.
         inputs: The dimension of each tensor's inputs.
+        min_kept: The fraction of its weights that each tensor keeps.
 
     Raises:
-        ValueError: If it would empty a layer. For ``"2:4"``, if a layer cannot be divided into groups of four.
+        ValueError: If it cannot be reached. For ``"2:4"``, if a layer cannot be divided into groups of four.
     """
     layers = {
         name: (p, unit, dim)
@@ -173,29 +175,32 @@ def check_layers(
     }
     if structure == "2:4":
         _check_groups_of_four(what, layers)
-    elif scope == "layer":
-        counts = {name: count_units(p, unit) if structure == "unit" else p.numel() for name, (p, unit, _) in layers.items()}
-        check_not_emptied(what, target, {name: (round(target * count), count) for name, count in counts.items()}, structure)
+    if target and min_kept != DEFAULT_MIN_KEPT and min_kept > 1.0 - target + _ROUNDING:
+        raise ValueError(
+            f"{what}: sparsity={target:g} leaves {1.0 - target:.4g} of the weights, fewer than min_kept={min_kept:g} keeps: "
+            "lower one of the two"
+        )
+    if scope == "global" and structure == "element" and layers and len(layers) == len(tensors):
+        check_reachable(what, target, min_kept, [p.numel() for p, _, _ in layers.values()])
 
 
-def check_not_emptied(what: str, target: float, counts: Mapping[str, tuple[int, int]], structure: Structure) -> None:
-    """Check that no layer is pruned as a whole.
+def check_reachable(what: str, target: float, min_kept: float, sizes: Sequence[int]) -> None:
+    """Check that tensors that keep some of their weights have enough others to prune.
 
     Args:
         what: The name of the callback, for the error message.
         target: The sparsity.
-        counts: The numbers to prune and in total, by name of the layer.
-        structure: What is counted.
+        min_kept: The fraction of its weights that each tensor keeps.
+        sizes: The numbers of weights of all tensors.
 
     Raises:
-        ValueError: If one is.
+        ValueError: If they have not.
     """
-    emptied = [name for name, (pruned, total) in counts.items() if total and pruned >= total]
-    if emptied:
-        kind = "unit" if structure == "unit" else "weight"
+    most = sum(prunable(size, target, min_kept) for size in sizes)
+    if round(target * sum(sizes)) > most:
         raise ValueError(
-            f"{what}: sparsity={target:g} would prune every {kind} of {', '.join(emptied)}: lower the sparsity, or exclude "
-            f"such layers, as in {_excluding(emptied)}"
+            f"{what}: sparsity={target:g} cannot be reached, because each tensor keeps at least one weight and the fraction "
+            f"min_kept={min_kept:g}, which leaves {most:,} of {sum(sizes):,} weights to prune: lower one of the two"
         )
 
 

@@ -357,9 +357,7 @@ CASES = {
     "WeightDecayScheduler": Case(
         lambda x, model: WeightDecayScheduler(x), observed.optimizer_decays, 0.2, options={"weight_decay": 0.01}
     ),
-    "WeightPruning": Case(
-        lambda x, model: WeightPruning(x, scope=model.pruning, params=["weights", "!embeddings"]), pruned, 0.4
-    ),
+    "WeightPruning": Case(lambda x, model: WeightPruning(x, scope=model.pruning), pruned, 0.4),
     "ZScoreGradientClipping": Case(
         lambda x, model: ZScoreGradientClipping(x, warmup=1),
         lambda x: observed.norm_clipped(observed.z_score_so_far(x, decay=0.97)),
@@ -400,7 +398,7 @@ def together(model: Model) -> list[Regularizer]:
         UnitNorm(params=["weights", "!embeddings"]),
         WeightClipping(1.0),
         WeightDecay(0.01),
-        WeightPruning(0.4, scope=model.pruning, params=["weights", "!embeddings"]),
+        WeightPruning(0.4, scope=model.pruning),
         ZScoreGradientClipping(warmup=1),
     ]
 
