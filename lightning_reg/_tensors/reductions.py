@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.nn import Parameter
 from torch.nn.utils import get_total_norm
 
-from lightning_reg._tensors.shards import full_tensor
+from lightning_reg._tensors.shards import divides, full_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,6 +111,6 @@ def _sharded_norm(tensor: DTensor, order: float, dtype: torch.dtype) -> Tensor:
     norm = torch.linalg.vector_norm(part, order, dtype=dtype) if part.numel() else part.new_zeros((), dtype=dtype)
     is_max = math.isinf(order)
     reduction = Partial("max" if is_max else "sum")
-    placements = [reduction if placement.is_shard() else Replicate() for placement in tensor.placements]
+    placements = [reduction if divides(placement) else Replicate() for placement in tensor.placements]
     joint = DTensor.from_local(norm if is_max else norm**order, tensor.device_mesh, placements, run_check=False).full_tensor()
     return joint if is_max else joint ** (1 / order)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
+    from torch.distributed.tensor import Placement
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -32,6 +34,13 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
     return DTensor in set(map(type, tensors))  # one set is cheaper than an isinstance check for each tensor
 
 
+def divides(placement: Placement) -> bool:
+    """Return whether a placement divides a tensor among ranks. FSDP2 over tensor parallelism has one that is no ``Shard``."""
+    if not isinstance(placement, Shard | _StridedShard | Replicate):
+        raise TypeError(f"parameters must be sharded or replicated, got the placement {placement!r}")
+    return not isinstance(placement, Replicate)
+
+
 def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
     """Shard a full tensor, equal on every rank, in the same way as another tensor of its shape."""
     if not isinstance(sharded, DTensor):
@@ -44,7 +53,7 @@ def sum_over_shards(part: Tensor, sharded: Tensor) -> Tensor:
     """Return the sum over ranks of what each computed from its shard of a tensor; ``part`` itself if it is not sharded."""
     if not isinstance(sharded, DTensor):
         return part
-    placements = [Partial("sum") if placement.is_shard() else Replicate() for placement in sharded.placements]
+    placements = [Partial("sum") if divides(placement) else Replicate() for placement in sharded.placements]
     return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False).full_tensor()
 
 
