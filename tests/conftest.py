@@ -35,10 +35,10 @@ LONGEST = [
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """Return a function that gives the Python arguments to launch a test script on two ranks, for ``processes``."""
+    """Return a function that gives the Python arguments to launch a test script on two or more ranks, for ``processes``."""
 
-    def arguments(script):
-        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / script)]
+    def arguments(script, ranks=2):
+        return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(HERE / script)]
 
     return arguments
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from mesh_worker import layer, values
-from processes import HERE, run_script
+from processes import run_script
 from torch.distributed.tensor import Partial
 
 from lightning_reg._tensors.shards import divides
 
 
-def test_norms_and_penalties_count_all_shards(tmp_path):
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", str(HERE / "mesh_worker.py"))
-    run_script(*command, str(tmp_path), timeout=60)
+def test_norms_and_penalties_count_all_shards(two_ranks, tmp_path):
+    run_script(*two_ranks("mesh_worker.py", ranks=4), str(tmp_path), timeout=300)
     expected = values(list(layer().parameters()))
     for rank in range(4):
         placements, found = torch.load(tmp_path / f"{rank}.pt")
