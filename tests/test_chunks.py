@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_reg._tensors import chunks
-from lightning_reg._tensors.chunks import batched_chunks
+from lightning_reg._tensors.chunks import batched_chunks, list_chunks
 
 
 @pytest.fixture
@@ -30,3 +30,16 @@ def test_chunks_cover_each_entry_once(tensors, accumulate, monkeypatch):
         for view, other in zip(views, chunk_others, strict=True):
             other.add_(view)
     assert all(torch.equal(other, 3 * tensor) for other, tensor in zip(others, tensors, strict=True))
+
+
+def test_lists_cover_each_entry_once(tensors, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_ENTRIES", 64)
+    others = [tensor.clone() for tensor in tensors]
+    lists = [[*pair] for pair in list_chunks(tensors, others)]
+    for parts, other_parts in lists:
+        entries = sum(part.numel() for part in parts)
+        assert entries <= 64 or (len(parts) == 1 and not parts[0].is_contiguous())
+        torch._foreach_add_(other_parts, parts, alpha=2)
+    assert len(lists) < len(tensors)
+    assert all(torch.equal(other, 3 * tensor) for other, tensor in zip(others, tensors, strict=True))
+    assert not list(list_chunks([], []))

@@ -98,8 +98,11 @@ def test_large_tensors_have_exact_sums(penalty):
     assert abs(norm - NAIVE[l1_penalty]([large.double()])) > 1e-3 * norm
 
 
-def test_l1_of_many_small_tensors():
+@pytest.mark.parametrize("as_on_gpu", [False, True], ids=["cpu", "as on a GPU"])
+def test_l1_of_many_small_tensors(as_on_gpu, monkeypatch):
     """More tensors of one shape than a batch holds, mixed with other shapes, dtypes, and memory layouts."""
+    if as_on_gpu:
+        monkeypatch.setattr("lightning_reg.penalties.norms.is_cpu", lambda tensor: False)
     torch.manual_seed(0)
     shapes = [(3, 4), (4, 3), (), (0, 2), (5,)] * 150
     start = [torch.randn(shape).to([torch.float32, torch.bfloat16][i % 7 == 0]) for i, shape in enumerate(shapes)]

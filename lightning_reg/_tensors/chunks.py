@@ -1,7 +1,8 @@
 """Work on many tensors in chunks that fit a processor cache.
 
-Large tensors are split, and small tensors of one shape are stacked, so that each call has about ``CHUNK_ENTRIES`` entries: few
-enough that a second operation on them finds them in the cache, many enough that the overhead of a call does not matter.
+On the CPU, large tensors are split, and small tensors of one shape are stacked, so that each call has about ``CHUNK_ENTRIES``
+entries: few enough that a second operation on them finds them in the cache, many enough that the overhead of a call does not
+matter. On other devices a call costs more, and one call takes a list of tensors: chunks there have ``DEVICE_CHUNK_ENTRIES``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 CHUNK_ENTRIES, CHUNK_TENSORS = 1 << 20, 128
 """The most entries, and the most stacked tensors, in a chunk."""
+DEVICE_CHUNK_ENTRIES = 1 << 24
+"""The most entries in a chunk on other devices than the CPU."""
 
 
 class Chunk(NamedTuple):
@@ -53,13 +56,13 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         >>> [tuple(chunk.shape) for chunk, in chunks(torch.zeros(1000, 2000).t())]
         [(1048, 1000), (952, 1000)]
     """
-    entries = tensors[0].numel()
-    if entries <= CHUNK_ENTRIES:
+    entries, most = tensors[0].numel(), chunk_entries(tensors[0].device)
+    if entries <= most:
         return iter([tensors])
     if all(tensor.is_contiguous() for tensor in tensors):
-        tensors, rows = tuple(tensor.view(-1) for tensor in tensors), CHUNK_ENTRIES
+        tensors, rows = tuple(tensor.view(-1) for tensor in tensors), most
     else:
-        rows = max(CHUNK_ENTRIES * len(tensors[0]) // entries, 1)
+        rows = max(most * len(tensors[0]) // entries, 1)
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
@@ -87,8 +90,43 @@ def batched_chunks(
     for grouped_tensors, grouped_others in groups.values():
         first = grouped_tensors[0]
         dtype = accumulation_dtype(first.dtype) if accumulate else first.dtype
-        split = _split if first.numel() > CHUNK_ENTRIES else _stacked
+        split = _split if first.numel() > chunk_entries(first.device) else _stacked
         yield from split(grouped_tensors, grouped_others, dtype)
+
+
+def chunk_entries(device: torch.device) -> int:
+    """Return the most entries in a chunk on a device.
+
+    Example:
+        >>> chunk_entries(torch.device("cpu")), chunk_entries(torch.device("cuda"))
+        (1048576, 16777216)
+    """
+    return CHUNK_ENTRIES if device.type == "cpu" else DEVICE_CHUNK_ENTRIES
+
+
+def list_chunks(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Divide two lists of tensors of equal shapes into matching shorter lists, and split large contiguous tensors.
+
+    Example:
+        >>> tensors = [torch.zeros(2), torch.zeros(3), torch.zeros(2000, 1000)]
+        >>> [[tuple(part.shape) for part in parts] for parts, _ in list_chunks(tensors, tensors)]
+        [[(2,), (3,)], [(1048576,)], [(951424,)]]
+    """
+    first: list[Tensor] = []
+    second: list[Tensor] = []
+    most, room = chunk_entries(tensors[0].device) if tensors else 0, 0
+    for tensor, other in zip(tensors, others, strict=True):
+        for part, other_part in ((tensor, other),) if tensor.numel() <= most else chunks(tensor, other):
+            room -= part.numel()
+            if room < 0 and first:
+                yield first, second
+                first, second = [], []
+            if not first:
+                room = most - part.numel()
+            first.append(part)
+            second.append(other_part)
+    if first:
+        yield first, second
 
 
 def sum_entries(tensors: Sequence[Tensor], function: Callable[..., Tensor]) -> Tensor:
@@ -121,7 +159,7 @@ def _grouping(tensors: Sequence[Tensor]) -> Callable[[Tensor], Any]:
 
 def _split(tensors: list[Tensor], others: list[Tensor], dtype: torch.dtype) -> Iterator[Chunk]:
     """Yield the chunks of large tensors one by one."""
-    buffer = torch.empty(CHUNK_ENTRIES, dtype=dtype, device=tensors[0].device)
+    buffer = torch.empty(chunk_entries(tensors[0].device), dtype=dtype, device=tensors[0].device)
     for source, other in chain.from_iterable(map(chunks, tensors, others)):
         if source.numel() > len(buffer):  # a long row of a tensor that is not contiguous
             buffer = torch.empty(source.numel(), dtype=dtype, device=source.device)
@@ -132,7 +170,7 @@ def _split(tensors: list[Tensor], others: list[Tensor], dtype: torch.dtype) -> I
 def _stacked(tensors: list[Tensor], others: list[Tensor], dtype: torch.dtype) -> Iterator[Chunk]:
     """Yield small tensors, many at a time."""
     first = tensors[0]
-    count = min(max(CHUNK_ENTRIES // max(first.numel(), 1), 1), CHUNK_TENSORS, len(tensors))
+    count = min(max(chunk_entries(first.device) // max(first.numel(), 1), 1), CHUNK_TENSORS, len(tensors))
     buffer = torch.empty((count, *first.shape), dtype=dtype, device=first.device)
     views = tuple(buffer.unbind())
     for begin in range(0, len(tensors), count):

@@ -68,6 +68,8 @@ def wide_unit_norms(tensor: Tensor, units: Units, *, above: float = 0.0) -> Tens
         (tensor([inf, 0.]), tensor([5.0000e+30, 5.0000e-30], dtype=torch.float64))
     """
     view, reduced = _reduction(tensor, units)
+    if _computes_in_float64(view):
+        return _norms(view, reduced, torch.float64)
     return in_wide_range(_norms(view, reduced), view, reduced, above=above)
 
 
@@ -85,7 +87,7 @@ def in_wide_range(norms: Tensor, view: Tensor, reduced: list[int], *, above: flo
     if norms.dtype != torch.float32 or view.dtype == torch.float16 or not norms.numel():
         return norms
     if isinstance(norms, DTensor) or not is_cpu(norms):
-        return norms if norms.device.type == "mps" else _norms(view, reduced, torch.float64)
+        return _norms(view, reduced, torch.float64) if _computes_in_float64(view) else norms
     smallest, largest = norms.aminmax() if above < _SMALL else (None, norms.max())
     overflows = not largest.item() < math.inf  # also for NaN
     underflows = smallest is not None and smallest.item() < _SMALL
@@ -98,6 +100,12 @@ def in_wide_range(norms: Tensor, view: Tensor, reduced: list[int], *, above: flo
         wide = torch.where(norms == math.inf, _norms(view / _SCALE, reduced).double() * _SCALE, wide)
     zeros_only = not (overflows or bool(((wide > 0) & (wide < _SMALL)).any()))
     return norms if zeros_only else wide
+
+
+def _computes_in_float64(view: Tensor) -> bool:
+    """Return whether norms are computed in float64 at once, because reading those in float32 would wait for the device."""
+    is_wide = view.dtype in (torch.float32, torch.bfloat16, torch.complex64)
+    return is_wide and view.device.type != "mps" and (isinstance(view, DTensor) or not is_cpu(view))
 
 
 def _norms(view: Tensor, reduced: list[int], dtype: torch.dtype = torch.float32) -> Tensor:

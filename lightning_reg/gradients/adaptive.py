@@ -122,12 +122,13 @@ _Item: TypeAlias = tuple[Tensor, Tensor, Units]
 def _batches(items: Sequence[_Item]) -> Iterator[list[_Item]]:
     """Yield batches that fit a processor cache: small tensors together, to save calls, and large tensors alone.
 
-    A batch is read for its norms, and is then still in the cache when its gradients are scaled.
+    A batch is read for its norms, and is then still in the cache when its gradients are scaled. On other devices than the CPU,
+    calls cost more than a second read, so all tensors are one batch.
     """
     batch: list[_Item] = []
     entries = 0
     for item in items:
-        if batch and entries + item[0].numel() > CHUNK_ENTRIES:
+        if batch and is_cpu(item[0]) and entries + item[0].numel() > CHUNK_ENTRIES:
             yield batch
             batch, entries = [], 0
         batch.append(item)
@@ -143,8 +144,9 @@ def _clip_units_(params: Sequence[Tensor], clip_factor: float, eps: float, layou
     if any(gradient.is_sparse for _, gradient, _ in items):
         raise ValueError("adaptive clipping needs a dense gradient, got a sparse one: create the embedding with sparse=False")
     for batch in _batches(items):
-        factors = [_norms(p, layout) for p, _, layout in batch]
-        norms = [_norms(gradient, layout) for _, gradient, layout in batch]
+        units = [layout for *_, layout in batch]
+        factors = _norms([p for p, *_ in batch], units)
+        norms = _norms([gradient for _, gradient, _ in batch], units)
         if _overflow([*factors, *norms]):
             factors = [_wide_norms(p, layout).double() for p, _, layout in batch]
             norms = [_wide_norms(gradient, layout).double() for _, gradient, layout in batch]
@@ -163,9 +165,12 @@ def _smallest_factor(factors: Sequence[Tensor], params: Sequence[Tensor]) -> Ten
     return torch.stack([one, *(factor.amin().to(one) for factor in factors if factor.numel())]).amin()
 
 
-def _norms(tensor: Tensor, layout: Units) -> Tensor:
-    """Return the norms of the units, which may underflow: then no factor is below 1."""
-    return narrow_local_unit_norms(tensor, layout) if tensor.ndim > 1 else tensor_norms([tensor], 2)[0]
+def _norms(tensors: Sequence[Tensor], layouts: Sequence[Units]) -> list[Tensor]:
+    """Return the norms of the units of each tensor, which may underflow: then no factor is below 1."""
+    vectors = [tensor for tensor in tensors if tensor.ndim < 2]
+    whole = iter(tensor_norms(vectors, 2) if vectors else [])  # in one call
+    pairs = zip(tensors, layouts, strict=True)
+    return [narrow_local_unit_norms(tensor, layout) if tensor.ndim > 1 else next(whole) for tensor, layout in pairs]
 
 
 def _overflow(norms: Sequence[Tensor]) -> bool:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_reg._engine.arguments import NON_NEGATIVE
-from lightning_reg._tensors.chunks import CHUNK_ENTRIES, batched_chunks, chunks, sum_entries
+from lightning_reg._tensors.chunks import CHUNK_ENTRIES, batched_chunks, chunks, list_chunks, sum_entries
 from lightning_reg._tensors.gradients import dense_gradients
-from lightning_reg._tensors.reductions import in_accumulation_dtype, magnitudes, real_pairs, sum_scalars, tensor_norms
+from lightning_reg._tensors.reductions import in_accumulation_dtype, is_cpu, magnitudes, real_pairs, sum_scalars, tensor_norms
 from lightning_reg._tensors.shards import full_tensor, local_tensors
 from lightning_reg.penalties.base import Penalty, Route
 from lightning_reg.penalties.fused import fused
@@ -87,9 +87,14 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         >>> theta.grad
         tensor([ 0.5000, -0.5000,  0.0000])
     """
-    for source, buffer, signs, chunk_gradients in batched_chunks(local_tensors(params), dense_gradients(params)):
-        torch.sgn(source, out=buffer)  # the sign of a real number, z/|z| of a complex one
-        torch._foreach_add_(chunk_gradients, signs, alpha=strength)
+    tensors, gradients = local_tensors(params), dense_gradients(params)
+    if all(map(is_cpu, tensors)):
+        for source, buffer, signs, chunk_gradients in batched_chunks(tensors, gradients):
+            torch.sgn(source, out=buffer)  # the sign of a real number, z/|z| of a complex one
+            torch._foreach_add_(chunk_gradients, signs, alpha=strength)
+    else:
+        for sources, chunk_gradients in list_chunks(tensors, gradients):
+            torch._foreach_add_(chunk_gradients, _signs(sources), alpha=strength)
 
 
 @torch.no_grad()
@@ -287,6 +292,12 @@ _MAX_TENSORS, _MAX_ENTRIES = 8, 1 << 12
 def _norms_suffice(params: Sequence[Tensor]) -> bool:
     """Return whether torch's norms can compute the sums; on the CPU they lose digits over many entries."""
     return not params[0].is_cpu or (len(params) <= _MAX_TENSORS and all(p.numel() <= _MAX_ENTRIES for p in params))
+
+
+def _signs(tensors: Sequence[Tensor]) -> list[Tensor]:
+    if any(tensor.is_complex() for tensor in tensors):
+        return [torch.sgn(tensor) for tensor in tensors]
+    return list(torch._foreach_sign(list(tensors)))
 
 
 def _plain_l1(params: Sequence[Tensor]) -> Tensor:

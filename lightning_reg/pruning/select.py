@@ -20,7 +20,7 @@ from lightning_reg.pruning.scores import GivenScores, Score, positions
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK = 1 << 19
+_CHUNK, _DEVICE_CHUNK = 1 << 19, 1 << 23  # entries, on the CPU and on other devices, where calls cost more
 _WIDTH = 16  # bits of a digit: two passes over keys of 32 bits
 _POSITION_BITS = 48  # enough for 2.8e14 entries in a tensor
 _LOWEST_KEY = -(2**31)  # below the key of every score
@@ -92,16 +92,21 @@ def lowest_scores(scores: Sequence[Score], count: int, pruned: Sequence[Tensor |
 def _entry_keys(scores: Sequence[Score], pruned: Sequence[Tensor | None]) -> Keys:
     """Return the keys of all entries in chunks; those of pruned entries are the lowest."""
     # One buffer serves all chunks, because allocating memory for each chunk takes longer than the work itself.
-    buffers = {device: torch.empty(_CHUNK, device=device) for device in {score.part.device for score in scores}}
+    buffers = {device: torch.empty(_chunk(device), device=device) for device in {score.part.device for score in scores}}
 
     def keys() -> Iterator[tuple[int, Tensor]]:
         for index, (score, mask) in enumerate(zip(scores, pruned, strict=True)):
-            for begin in range(0, score.flat.numel(), _CHUNK):
-                end = min(begin + _CHUNK, score.flat.numel())
-                chunk = score.keys(begin, end, buffers[score.part.device])
+            buffer = buffers[score.part.device]
+            for begin in range(0, score.flat.numel(), len(buffer)):
+                end = min(begin + len(buffer), score.flat.numel())
+                chunk = score.keys(begin, end, buffer)
                 yield index, chunk if mask is None else chunk.masked_fill_(mask.view(-1)[begin:end], _LOWEST_KEY)
 
     return keys
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _DEVICE_CHUNK
 
 
 def _select_ties_(

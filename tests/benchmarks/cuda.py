@@ -1,4 +1,4 @@
-"""Penalties on the gradients and clipping on a GPU: memory bandwidth, memory, and how often the host waits for the device."""
+"""Penalties on the gradients, clipping, and constraints on a GPU: memory bandwidth, memory, and waiting for the device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_reg.functional import add_l1_gradient_, add_l2_gradient_, clip_gradient_norm_, clip_unit_gradients_
+from lightning_reg.functional import (
+    add_l1_gradient_,
+    add_l2_gradient_,
+    clip_gradient_norm_,
+    clip_unit_gradients_,
+    project_unit_norms_,
+)
 from tests.benchmarks.measuring import measure, peak_growth
 
 if TYPE_CHECKING:
@@ -40,6 +46,7 @@ def measure_bandwidth(device: torch.device | str, millions: int, seconds: float)
         "L2 on the gradients": (3, partial(add_l2_gradient_, params, 1e-4)),
         "global norm clipping": (3, partial(clip_gradient_norm_, params, 1e3)),
         "adaptive clipping": (4, partial(clip_unit_gradients_, params, 0.01)),
+        "max norm": (3, partial(project_unit_norms_, params, 0.0, 1e3)),
     }
     source = torch.empty(size // 4, device=device)
     target = torch.empty_like(source)
