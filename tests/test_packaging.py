@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 
@@ -89,3 +90,10 @@ def test_sdist_contains_files_that_tests_read():
     included = CONFIGURATION["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     assert read - {"pyproject.toml"} <= set(included)  # always included
     assert all((ROOT / name).exists() for name in included)
+
+
+def test_tuning_names_the_extra_where_a_package_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "lightning_reg.tuning", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=re.escape('optuna; install the extra: pip install "lightning-reg[tuning]"')):
+        importlib.import_module("lightning_reg.tuning")

@@ -1,0 +1,15 @@
+"""Choosing: whether a regularizer helps, how strong it should be, and which ones to use.
+
+Needs the extra ``tuning``.
+"""
+
+try:
+    import matplotlib as matplotlib
+    import optuna as optuna
+    import pandas as pandas
+    import scipy as scipy
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'lightning_reg.tuning needs the package {error.name}; install the extra: pip install "lightning-reg[tuning]"',
+        name=error.name,
+    ) from error
