@@ -165,6 +165,7 @@ class WeightPruning(ParameterRegularizer):
         check_schedule("WeightPruning", sparsity, structure)
         self._state = PruningState()
         self._restored: dict[str, Any] = {}  # the state of a checkpoint, until the parameters are known
+        self._is_restored = False  # whether the masks of this fit come from a checkpoint
         self._local_masks: dict[int, Tensor] = {}  # this rank's parts of the masks, keyed by the id of the parameter
         self._in_layers: set[int] = set()  # the ids of parameters of known layers
         self._optimizer_states: dict[int, dict[Any, Any]] = {}
@@ -320,6 +321,11 @@ class WeightPruning(ParameterRegularizer):
 
     # The fit and the checkpoint -------------------------------------------------------------------------------------
 
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Select by name. Whether the fit resumes from a checkpoint is not known yet."""
+        super().prepare(trainer, pl_module)
+        self._is_restored = False
+
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters, check the sparsity as far as it is known, and restore the masks of a checkpoint."""
         super().attach(trainer, pl_module)
@@ -335,9 +341,8 @@ class WeightPruning(ParameterRegularizer):
         self._highest = 0.0
         self._protected = set()
         self._check_plan(clock)
-        if not self._restored and not self._state.matches(self.tensors):
+        if not self._is_restored and not self._state.matches(self.tensors):
             self._state = PruningState()
-        self._restored = {}
         self._local_masks = self._state.local_masks(self.tensors)
         with torch.no_grad():
             mask_(*self._with_masks(list(self.tensors.values())))
@@ -399,10 +404,13 @@ class WeightPruning(ParameterRegularizer):
         return self._restored or (self._state.packed() if self._state.steps or self._state.start else {})
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
-        """Restore the masks of a checkpoint, now or when the fit starts."""
+        """Restore the masks of a checkpoint: when the fit starts, or now if the fit goes on from an earlier point."""
         self._restored = packed
         self._restore()
 
     def _restore(self) -> None:
         if self._restored and self.tensors:
             self._state = PruningState.unpacked(self._restored, self.tensors, self.name, self.structure)
+            self._restored, self._is_restored = {}, True
+            self._local_masks = self._state.local_masks(self.tensors)
+            self._highest = 0.0
