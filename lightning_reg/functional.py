@@ -1,13 +1,14 @@
 """The functions behind the callbacks, for plain PyTorch or Fabric. No Trainer is needed.
 
-Most functions take a list of tensors. Functions that change their arguments in place have names that end in ``_``.
+Most functions take tensors: a list, any other iterable such as ``model.parameters()``, or a single tensor. Anything else is a
+``TypeError``. Functions that change their arguments in place have names that end in ``_``.
 
 Example:
     >>> import torch
     >>> model = torch.nn.Linear(4, 2)
     >>> loss = model(torch.ones(1, 4)).sum() + 1e-3 * l1_penalty([model.weight])
     >>> loss.backward()
-    >>> norm = clip_gradient_norm_(list(model.parameters()), max_norm=1.0)
+    >>> norm = clip_gradient_norm_(model.parameters(), max_norm=1.0)
 """
 
 from lightning_reg._tensors.layers import (

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_reg._engine.arguments import check_module
 from lightning_reg._tensors.units import Units
 
 Layout: TypeAlias = Units | Callable[[Any], Units]
@@ -72,6 +73,7 @@ def units_of(module: nn.Module) -> Units:
         >>> units_of(nn.Linear(2, 3)), units_of(nn.ConvTranspose2d(4, 6, 3, groups=2))
         (Units(dim=0, groups=1), Units(dim=1, groups=2))
     """
+    check_module("units_of", module)
     return layer_units(module) or Units()
 
 

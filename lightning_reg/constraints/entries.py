@@ -8,6 +8,7 @@ import torch
 
 from lightning_reg._engine.arguments import POSITIVE
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.reductions import fraction_above
 from lightning_reg._tensors.shards import full_tensor, local_tensors
 from lightning_reg.constraints.base import Constraint
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
 @torch.no_grad()
-def clip_weights_(params: Sequence[Tensor], clip_value: float) -> None:
+def clip_weights_(params: Tensors, clip_value: float) -> None:
     """Clamp each entry to [−c, c]: θ ← max(−c, min(c, θ)) = argmin ‖w − θ‖ over all w with ‖w‖_∞ ≤ c.
 
     Args:
@@ -38,13 +40,14 @@ def clip_weights_(params: Sequence[Tensor], clip_value: float) -> None:
         >>> theta
         tensor([-1.0000,  0.5000,  1.0000])
     """
+    params = tensor_list("clip_weights_: params", params)
     if params:
         torch._foreach_clamp_min_(local_tensors(params), -clip_value)
         torch._foreach_clamp_max_(local_tensors(params), clip_value)
 
 
 @torch.no_grad()
-def clip_negative_weights_(params: Sequence[Tensor]) -> None:
+def clip_negative_weights_(params: Tensors) -> None:
     """Set each negative entry to 0: θ ← max(0, θ) = argmin ‖w − θ‖ over all w ≥ 0.
 
     Args:
@@ -56,6 +59,7 @@ def clip_negative_weights_(params: Sequence[Tensor]) -> None:
         >>> theta
         tensor([0.0000, 0.5000])
     """
+    params = tensor_list("clip_negative_weights_: params", params)
     if params:
         torch._foreach_clamp_min_(local_tensors(params), 0.0)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_reg._engine.arguments import NON_NEGATIVE, POSITIVE, PROBABILITY
+from lightning_reg._engine.tensor_arguments import tensor_list, units_list
 from lightning_reg._tensors.reductions import accumulation_dtype
 from lightning_reg._tensors.shards import full_tensor
 from lightning_reg._tensors.units import Units, local_unit_norms, unit_size, unit_view, wide_unit_norms
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
 @torch.no_grad()
 def project_unit_norms_(
-    params: Sequence[Tensor], low: float, high: float, rate: float = 1.0, units: Sequence[Units] | None = None
+    params: Tensors, low: float, high: float, rate: float = 1.0, units: Units | Sequence[Units] | None = None
 ) -> None:
     """Scale each output unit u so that l ≤ ‖w_u‖ ≤ h: w_u ← w_u · ((1 − r) + r · max(l, min(h, ‖w_u‖)) / ‖w_u‖).
 
@@ -50,7 +52,8 @@ def project_unit_norms_(
         tensor([[0.6000, 0.8000],
                 [0.3000, 0.4000]])
     """
-    for p, layout in zip(params, units or [Units()] * len(params), strict=True):
+    params = tensor_list("project_unit_norms_: params", params)
+    for p, layout in zip(params, units_list("project_unit_norms_", units, params), strict=True):
         norms = local_unit_norms(p, layout, above=0.0 if low else high)
         ratios = norms.clamp(low, high).div_(norms)
         factors = ratios if rate == 1 else ratios.mul_(rate).add_(1 - rate)

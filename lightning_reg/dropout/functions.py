@@ -8,6 +8,9 @@ import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_reg._engine.arguments import described_value
+from lightning_reg._engine.tensor_arguments import check_tensor
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -57,6 +60,7 @@ def dropout(
         G. Huang et al., "Deep Networks with Stochastic Depth", 2016 (samples).
         Y. Gal, Z. Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016 (time).
     """
+    check_tensor("dropout: x", x)
     if not isinstance(p, torch.Tensor) and p == 0:
         return x
     if isinstance(p, torch.Tensor) or samplewise or shared_dims:
@@ -88,6 +92,8 @@ def packed_dropout(
         >>> torch.equal(first, first[:1].expand(3, -1))
         True
     """
+    if not isinstance(x, PackedSequence):
+        raise TypeError(f"packed_dropout: x must be a PackedSequence, got {described_value(x)}: use dropout for a tensor")
     if not isinstance(p, torch.Tensor) and p == 0:
         return x
     sizes = (int(x.batch_sizes[0]), len(x.batch_sizes)) if batch_first else (len(x.batch_sizes), int(x.batch_sizes[0]))
@@ -121,6 +127,7 @@ def alpha_dropout(x: Tensor, p: float | Tensor, channelwise: bool = False) -> Te
     Reference:
         G. Klambauer et al., "Self-Normalizing Neural Networks", 2017.
     """
+    check_tensor("alpha_dropout: x", x)
     if isinstance(p, torch.Tensor):
         kept = _draw_kept(x, _mask_shape(x.shape, channelwise), p)
         a = _inverse(((1 - p) * (1 + p * _ALPHA**2)).sqrt())

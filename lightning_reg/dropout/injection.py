@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_reg._engine import _lightning
-from lightning_reg._engine.arguments import PROBABILITY
+from lightning_reg._engine.arguments import PROBABILITY, check_module, described_value
 from lightning_reg._engine.module_selection import split_patterns
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
 from lightning_reg._engine.names import abbreviate
@@ -20,7 +21,7 @@ from lightning_reg.dropout.output_check import OutputCheck
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch.utils.hooks import RemovableHandle
@@ -160,7 +161,8 @@ def inject_dropout(
         The injected dropout of each module. Call ``remove()`` on it to remove it.
 
     Raises:
-        TypeError: In the forward pass, if a module returns anything but one float tensor.
+        TypeError: If ``modules`` is not a mapping of modules. In the forward pass, if a module returns anything but one float
+            tensor.
 
     Example:
         >>> import torch
@@ -169,6 +171,11 @@ def inject_dropout(
         >>> layer(torch.ones(2, 4)).count_nonzero().item(), layer.eval()(torch.ones(2, 4)).count_nonzero().item()
         (0, 16)
     """
+    if not isinstance(modules, (Mapping, nn.ModuleDict)):
+        example = "inject_dropout({'layer': model.layer}, 0.5)"
+        raise TypeError(f"inject_dropout: modules must map names to modules, as in {example}, got {described_value(modules)}")
+    for name, module in modules.items():
+        check_module(f"inject_dropout: {name}", module)
     shared = rate if isinstance(rate, Rate) else Rate(rate)
     how = channelwise, samplewise, always, shared_dims
     injected = [InjectedDropout(name, module, shared, *how) for name, module in modules.items()]

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_reg._engine import _lightning
-from lightning_reg._engine.arguments import check_integer
+from lightning_reg._engine.arguments import check_integer, described_value
 from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.regularizer import Regularizer, regularizers_of
 from lightning_reg._engine.technique import Phase
@@ -40,11 +40,19 @@ def sample_predictions(predict: Callable[[], Any], samples: int) -> Any:
     Returns:
         The same structure. Tensors are stacked in a new dimension 0. ``None`` stays ``None``, and anything else becomes a list.
 
+    Raises:
+        TypeError: If ``predict`` is not a function.
+        ValueError: If ``samples`` is not an integer ≥ 1.
+
     Example:
         >>> layer = torch.nn.Dropout(0.5)
         >>> sample_predictions(lambda: {"y": layer(torch.ones(4, 2)), "id": 7}, samples=3)["y"].shape
         torch.Size([3, 4, 2])
     """
+    if not callable(predict):
+        example = "sample_predictions(lambda: model(batch), 10)"
+        raise TypeError(f"sample_predictions: predict must be a function, as in {example}, got {described_value(predict)}")
+    check_integer("sample_predictions: samples", samples, 1)
     flat, structures = zip(*(tree_flatten(predict()) for _ in range(samples)), strict=True)
     return tree_unflatten([_stack(leaves) for leaves in zip(*flat, strict=True)], structures[0])
 

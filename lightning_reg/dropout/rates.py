@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from lightning_reg._engine.arguments import PROBABILITY
 from lightning_reg.dropout.functions import alpha_dropout, dropout
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Rate:
     """
 
     def __init__(self, p: float, device: torch.device | str | None = None) -> None:
-        self.number = p
+        self.number = PROBABILITY.check("Rate: p", p)
         self.to(device)
 
     @property

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -12,9 +12,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_reg._engine.arguments import PROBABILITY, check_module, close_matches, described_value
 from lightning_reg._engine.names import abbreviate, canonical_name, class_name
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 DROPOUT_ATTRIBUTES: dict[type[nn.Module] | str, str | list[str]] = {
     _DropoutNd: "p",  # nn.Dropout, nn.Dropout1d to 3d, nn.AlphaDropout, nn.FeatureAlphaDropout
@@ -153,12 +150,16 @@ def inert_dropout(module: nn.Module) -> str:
     return f"{what}, and the dropout of a recurrent module is between its layers" if names else ""
 
 
-def set_dropout_(sites: Iterable[DropoutSite], p: float) -> None:
+def set_dropout_(sites: DropoutSite | Iterable[DropoutSite], p: float) -> None:
     """Set the dropout rate of sites.
 
     Args:
-        sites: What ``find_dropout`` returned.
+        sites: What ``find_dropout`` returned, or one of these.
         p: The probability of a zero, in [0, 1].
+
+    Raises:
+        TypeError: If ``sites`` is anything else.
+        ValueError: If p is not in [0, 1].
 
     Example:
         >>> layer = nn.Dropout(0.5)
@@ -166,7 +167,11 @@ def set_dropout_(sites: Iterable[DropoutSite], p: float) -> None:
         >>> layer
         Dropout(p=0.1, inplace=False)
     """
-    for site in sites:
+    PROBABILITY.check("set_dropout_: p", p)
+    listed: list[Any] = list(sites) if isinstance(sites, Iterable) and not isinstance(sites, nn.Module) else [sites]
+    if wrong := [site for site in listed if not callable(getattr(site, "set", None))]:
+        raise TypeError(f"set_dropout_: sites must be what find_dropout(model) returns, got {described_value(wrong[0])}")
+    for site in listed:
         site.set(p)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_reg._engine.arguments import POSITIVE
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list, units_list
 from lightning_reg._tensors.chunks import CHUNK_ENTRIES
 from lightning_reg._tensors.reductions import is_cpu, tensor_norms
 from lightning_reg._tensors.shards import is_sharded, local_tensor, min_over_shards
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
 @torch.no_grad()
 def clip_unit_gradients_(
-    params: Sequence[Tensor], clip_factor: float, eps: float = 1e-3, units: Sequence[Units] | None = None
+    params: Tensors, clip_factor: float, eps: float = 1e-3, units: Units | Sequence[Units] | None = None
 ) -> Tensor:
     """Scale each unit's gradient down to a multiple of the unit's norm: g_u ← g_u · min(1, λ max(‖w_u‖, ε) / ‖g_u‖).
 
@@ -59,7 +61,8 @@ def clip_unit_gradients_(
     Reference:
         A. Brock, S. De, S. L. Smith, K. Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
     """
-    return _smallest_factor(_clip_units_(params, clip_factor, eps, units or [Units()] * len(params)), params)
+    params = tensor_list("clip_unit_gradients_: params", params)
+    return _smallest_factor(_clip_units_(params, clip_factor, eps, units_list("clip_unit_gradients_", units, params)), params)
 
 
 class AdaptiveGradientClipping(GradientClipping):

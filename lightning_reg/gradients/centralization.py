@@ -7,22 +7,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list, units_list
 from lightning_reg._tensors.units import Units, local_unit_means, unit_view
 from lightning_reg.gradients.base import GradientProcessing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
 
 
 @torch.no_grad()
-def centralize_gradients_(params: Sequence[Tensor], units: Sequence[Units] | None = None) -> None:
+def centralize_gradients_(params: Tensors, units: Units | Sequence[Units] | None = None) -> None:
     """Subtract the mean of each unit's gradient: g_u ← g_u − mean(g_u).
 
     Args:
@@ -45,7 +46,8 @@ def centralize_gradients_(params: Sequence[Tensor], units: Sequence[Units] | Non
         H. Yong, J. Huang, X. Hua, L. Zhang, "Gradient Centralization: A New Optimization Technique for Deep Neural
         Networks", 2020.
     """
-    for p, layout in zip(params, units or [Units()] * len(params), strict=True):
+    params = tensor_list("centralize_gradients_: params", params)
+    for p, layout in zip(params, units_list("centralize_gradients_", units, params), strict=True):
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("centralization needs a dense gradient, got a sparse one: create the embedding with sparse=False")
         if p.grad is not None and p.ndim > 1 and p.numel():

@@ -11,6 +11,7 @@ import torch
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import POSITIVE, check_choice
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.gradients import changeable_gradients, existing_gradients, scalable_gradients
 from lightning_reg._tensors.reductions import fraction_above, is_cpu, tensor_norms, total_norm
 from lightning_reg._tensors.shards import local_tensors
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     from lightning_reg._engine.command_line import Infinity
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
 @torch.no_grad()
-def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_gradient_norm_(params: Tensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Scale all gradients by one factor, so that their total norm is at most c: g ← g · min(1, c / (‖g‖ + 10⁻⁶)).
 
     The result equals that of ``torch.nn.utils.clip_grad_norm_``. Sparse gradients are clipped too, unlike in torch. If the
@@ -56,6 +58,7 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
     Reference:
         R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training Recurrent Neural Networks", 2013.
     """
+    params = tensor_list("clip_gradient_norm_: params", params)
     gradients = existing_gradients(params)
     norm = total_norm(gradients, norm_type)
     if gradients and (factor := _clip_factor(norm, max_norm, gradients)) is not None:
@@ -64,7 +67,7 @@ def clip_gradient_norm_(params: Sequence[Tensor], max_norm: float, norm_type: fl
 
 
 @torch.no_grad()
-def clip_gradient_norm_per_tensor_(params: Sequence[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+def clip_gradient_norm_per_tensor_(params: Tensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Scale the gradient of each tensor separately, so that its norm is at most c: g ← g · min(1, c / (‖g‖ + 10⁻⁶)).
 
     Args:
@@ -83,6 +86,7 @@ def clip_gradient_norm_per_tensor_(params: Sequence[Tensor], max_norm: float, no
         >>> params[0].grad, params[1].grad
         (tensor([0.6000, 0.8000]), tensor([0.5000]))
     """
+    params = tensor_list("clip_gradient_norm_per_tensor_: params", params)
     gradients = existing_gradients(params)
     if not gradients:
         return torch.zeros(0)
@@ -93,7 +97,7 @@ def clip_gradient_norm_per_tensor_(params: Sequence[Tensor], max_norm: float, no
 
 
 @torch.no_grad()
-def clip_gradient_value_(params: Sequence[Tensor], clip_value: float) -> None:
+def clip_gradient_value_(params: Tensors, clip_value: float) -> None:
     """Clamp each entry of the gradients: g ← max(−c, min(c, g)).
 
     Args:
@@ -107,6 +111,7 @@ def clip_gradient_value_(params: Sequence[Tensor], clip_value: float) -> None:
         >>> theta.grad
         tensor([-1.0000,  0.5000,  1.0000])
     """
+    params = tensor_list("clip_gradient_value_: params", params)
     gradients = local_tensors(changeable_gradients(params, lambda values: values.abs() > clip_value))
     if gradients:
         torch._foreach_clamp_min_(gradients, -clip_value)

@@ -12,14 +12,13 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import check_choice, check_integer
 from lightning_reg._engine.names import abbreviate, counted
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.buffers import GoodBuffers
 from lightning_reg._tensors.gradients import changeable_gradients, existing_gradients
 from lightning_reg._tensors.shards import local_tensors
 from lightning_reg.gradients.base import GradientProcessing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.nn import Parameter
@@ -27,10 +26,11 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
 
 
 @torch.no_grad()
-def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
+def nonfinite_gradients(params: Tensors) -> Tensor:
     """Return for each tensor whether its gradient has an infinite or NaN entry on this rank.
 
     Args:
@@ -45,6 +45,7 @@ def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
         >>> nonfinite_gradients(params)
         tensor([ True, False])
     """
+    params = tensor_list("nonfinite_gradients: params", params)
     parts = local_tensors(existing_gradients(params))
     if len(parts) < len(params) or not all(part.numel() for part in parts):
         per_tensor = [local_tensors(existing_gradients([p])) for p in params]
@@ -56,7 +57,7 @@ def nonfinite_gradients(params: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def zero_nonfinite_gradients_(params: Sequence[Tensor]) -> None:
+def zero_nonfinite_gradients_(params: Tensors) -> None:
     """Set each infinite or NaN entry of the gradients to 0.
 
     Args:
@@ -69,6 +70,7 @@ def zero_nonfinite_gradients_(params: Sequence[Tensor]) -> None:
         >>> theta.grad
         tensor([1., 0., 0.])
     """
+    params = tensor_list("zero_nonfinite_gradients_: params", params)
     for part in local_tensors(changeable_gradients(params, lambda values: ~values.isfinite())):
         real = torch.view_as_real(part) if part.is_complex() else part
         real.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

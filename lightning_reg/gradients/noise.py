@@ -8,6 +8,7 @@ import torch
 
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_seed
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import optional_list, tensor_list
 from lightning_reg._tensors.layers import padding_rows
 from lightning_reg._tensors.random import generator_for
 from lightning_reg._tensors.shards import local_tensor, shard_like
@@ -17,21 +18,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
 @torch.no_grad()
 def add_gradient_noise_(
-    params: Sequence[Tensor],
+    params: Tensors,
     std: float,
     generator: torch.Generator | None = None,
-    padding: Sequence[int | None] | None = None,
+    padding: int | Sequence[int | None] | None = None,
 ) -> None:
     """Add independent Gaussian noise to each entry of the gradients: g ← g + N(0, σ²).
 
@@ -52,7 +53,8 @@ def add_gradient_noise_(
         >>> round(theta.grad.std().item(), 2)
         0.1
     """
-    for p, row in zip(params, padding or [None] * len(params), strict=True):
+    params = tensor_list("add_gradient_noise_: params", params)
+    for p, row in zip(params, optional_list("add_gradient_noise_: padding", padding, int, len(params)), strict=True):
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("gradient noise needs a dense gradient, got a sparse one: create the embedding with sparse=False")
         if p.grad is not None:

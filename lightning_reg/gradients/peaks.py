@@ -10,22 +10,21 @@ from torch.nn.parameter import is_lazy
 
 from lightning_reg._engine.arguments import check_integer
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg.gradients.base import GradientProcessing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
 
 
 @torch.no_grad()
-def drop_peak_gradients_(params: Sequence[Tensor], k: int = 1) -> None:
+def drop_peak_gradients_(params: Tensors, k: int = 1) -> None:
     """Set the k entries of largest magnitude in the gradient of each tensor to 0.
 
     Args:
@@ -42,6 +41,7 @@ def drop_peak_gradients_(params: Sequence[Tensor], k: int = 1) -> None:
         >>> theta.grad
         tensor([0.0000, 0.5000, 2.0000])
     """
+    params = tensor_list("drop_peak_gradients_: params", params)
     for p in params:
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("peak dropping needs a dense gradient, got a sparse one: create the embedding with sparse=False")

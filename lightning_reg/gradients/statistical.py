@@ -10,6 +10,7 @@ import torch
 
 from lightning_reg._engine.arguments import POSITIVE, Interval, check_integer
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import check_tensor
 from lightning_reg._tensors.gradients import existing_gradients, scalable_gradients
 from lightning_reg._tensors.reductions import is_cpu, total_norm_fp32
 from lightning_reg._tensors.shards import local_tensors
@@ -42,6 +43,8 @@ def update_norm_history(history: Tensor, norm: Tensor) -> Tensor:
         >>> update_norm_history(torch.tensor([1.0, 2.0]), torch.tensor(float("inf")))
         tensor([1., 2.])
     """
+    check_tensor("update_norm_history: history", history)
+    check_tensor("update_norm_history: norm", norm)
     return torch.where(norm < math.inf, torch.cat([history[1:], norm.to(history).view(1)]), history)
 
 
@@ -60,6 +63,7 @@ def quantile_bound(history: Tensor, quantile: float) -> Tensor:
         >>> quantile_bound(torch.tensor([float("nan"), 1.0, 2.0, 3.0]), 0.25)
         tensor(1.5000)
     """
+    check_tensor("quantile_bound: history", history)
     return torch.nanquantile(history, quantile)
 
 
@@ -82,6 +86,8 @@ def z_score_bound(norm: Tensor, statistics: Tensor, z: float) -> Tensor:
         >>> z_score_bound(torch.tensor(9.0), torch.tensor([25.0, 1.0, 4.0]), z=2.0)
         tensor(3.0000)
     """
+    check_tensor("z_score_bound: norm", norm)
+    check_tensor("z_score_bound: statistics", statistics)
     _, mean, variance = statistics.unbind()
     deviation = variance.sqrt()
     score = (norm - mean) / (deviation + 1e-6)
@@ -105,6 +111,8 @@ def update_norm_statistics(statistics: Tensor, norm: Tensor, decay: float, warmu
         >>> update_norm_statistics(torch.tensor([1.0, 2.0, 0.0]), torch.tensor(4.0), decay=0.97, warmup=25)
         tensor([2., 3., 1.])
     """
+    check_tensor("update_norm_statistics: statistics", statistics)
+    check_tensor("update_norm_statistics: norm", norm)
     norm = norm.to(statistics)
     count, mean, variance = statistics.unbind()
     warm = count >= warmup

@@ -14,6 +14,7 @@ from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
 from lightning_reg._engine.outputs import batch_size, describe_output, is_float, main_output
 from lightning_reg._engine.steps import sign_of_penalties
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import check_tensor
 from lightning_reg._tensors.reductions import in_accumulation_dtype, real_pairs, sum_scalars
 from lightning_reg.dropout.rates import restore_class_, swap_class_
 
@@ -44,6 +45,7 @@ def activity_penalty(output: Tensor, p: Literal[1, 2] = 1, samples: int | None =
         >>> activity_penalty(torch.tensor([[1.0, -2.0], [0.0, 3.0]])), activity_penalty(torch.tensor([[3.0, 4.0]]), p=2)
         (tensor(3.), tensor(12.5000))
     """
+    check_tensor("activity_penalty: output", output)
     precise = in_accumulation_dtype(output)
     total = precise.abs().sum() if p == 1 else real_pairs([precise])[0].square().sum() / 2
     if samples is None:

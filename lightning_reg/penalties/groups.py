@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_reg._engine.tensor_arguments import tensor_list, units_list
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import accumulation_dtype, is_cpu, sum_scalars
 from lightning_reg._tensors.shards import full_tensor
@@ -17,8 +18,10 @@ from lightning_reg.penalties.fused import fused
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lightning_reg._engine.tensor_arguments import Tensors
 
-def group_lasso_penalty(params: Sequence[Tensor], units: Sequence[Units] | None = None) -> Tensor:
+
+def group_lasso_penalty(params: Tensors, units: Units | Sequence[Units] | None = None) -> Tensor:
     """Return R(w) = Σ √n ‖w_u‖₂ over the output units u of all tensors, each with n entries.
 
     Args:
@@ -36,12 +39,13 @@ def group_lasso_penalty(params: Sequence[Tensor], units: Sequence[Units] | None 
     Reference:
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
-    layouts = list(units or [Units()] * len(params))
+    params = tensor_list("group_lasso_penalty: params", params)
+    layouts = units_list("group_lasso_penalty", units, params)
     return fused(_plain_group_lasso, _group_lasso_value, _group_lasso_gradients, params, layouts=layouts)
 
 
 @torch.no_grad()
-def add_group_lasso_gradient_(params: Sequence[Tensor], strength: float, units: Sequence[Units] | None = None) -> None:
+def add_group_lasso_gradient_(params: Tensors, strength: float, units: Units | Sequence[Units] | None = None) -> None:
     """Add the gradient of λ Σ √n ‖w_u‖₂ to ``.grad``: g_u ← g_u + λ √n · w_u / ‖w_u‖ for each output unit u of n entries.
 
     The gradient of a unit of zeros is 0.
@@ -58,7 +62,8 @@ def add_group_lasso_gradient_(params: Sequence[Tensor], strength: float, units: 
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    layouts = units or [Units()] * len(params)
+    params = tensor_list("add_group_lasso_gradient_: params", params)
+    layouts = units_list("add_group_lasso_gradient_", units, params)
     dense_gradients(params)
     for p, layout in zip(params, layouts, strict=True):
         assert p.grad is not None, "dense_gradients creates it"

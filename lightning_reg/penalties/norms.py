@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_reg._engine.arguments import NON_NEGATIVE
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.chunks import CHUNK_ENTRIES, batched_chunks, chunks, list_chunks, sum_entries
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import in_accumulation_dtype, is_cpu, magnitudes, real_pairs, sum_scalars, tensor_norms
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.penalties.fused import GradientFunction, PlainFunction, ValueFunction
     from lightning_reg.schedules import Value
 
 
-def l1_penalty(params: Sequence[Tensor]) -> Tensor:
+def l1_penalty(params: Tensors) -> Tensor:
     """Return R(θ) = Σ|θ| over all entries of all tensors.
 
     The subgradient at 0 is 0. Half-precision tensors are summed in float32. Small tensors share one node of the autograd graph,
@@ -47,10 +49,11 @@ def l1_penalty(params: Sequence[Tensor]) -> Tensor:
     Reference:
         R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     """
+    params = tensor_list("l1_penalty: params", params)
     return _fused_by_size(_plain_l1, _l1_value, _l1_gradients, magnitudes(params))
 
 
-def l2_penalty(params: Sequence[Tensor]) -> Tensor:
+def l2_penalty(params: Tensors) -> Tensor:
     """Return R(θ) = ½ Σθ² over all entries of all tensors.
 
     Half-precision tensors are summed in float32. Small tensors share one node of the autograd graph, and each large tensor has
@@ -70,11 +73,12 @@ def l2_penalty(params: Sequence[Tensor]) -> Tensor:
     Reference:
         A. E. Hoerl, R. W. Kennard, "Ridge Regression: Biased Estimation for Nonorthogonal Problems", 1970.
     """
+    params = tensor_list("l2_penalty: params", params)
     return _fused_by_size(_plain_l2, _l2_value, _l2_gradients, real_pairs(params))
 
 
 @torch.no_grad()
-def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
+def add_l1_gradient_(params: Tensors, strength: float) -> None:
     """Add the gradient of λ Σ|θ| to ``.grad``: g ← g + λ sign(θ).
 
     Args:
@@ -87,6 +91,7 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
         >>> theta.grad
         tensor([ 0.5000, -0.5000,  0.0000])
     """
+    params = tensor_list("add_l1_gradient_: params", params)
     tensors, gradients = local_tensors(params), dense_gradients(params)
     if all(map(is_cpu, tensors)):
         for source, buffer, signs, chunk_gradients in batched_chunks(tensors, gradients):
@@ -98,7 +103,7 @@ def add_l1_gradient_(params: Sequence[Tensor], strength: float) -> None:
 
 
 @torch.no_grad()
-def add_l2_gradient_(params: Sequence[Tensor], strength: float) -> None:
+def add_l2_gradient_(params: Tensors, strength: float) -> None:
     """Add the gradient of (λ/2) Σθ² to ``.grad``: g ← g + λθ.
 
     Args:
@@ -111,6 +116,7 @@ def add_l2_gradient_(params: Sequence[Tensor], strength: float) -> None:
         >>> theta.grad
         tensor([ 0.5000, -1.0000])
     """
+    params = tensor_list("add_l2_gradient_: params", params)
     if params:
         torch._foreach_add_(dense_gradients(params), local_tensors(params), alpha=strength)
 

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from lightning_reg._engine.identity import WeakIdentity
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
 from lightning_reg._tensors.shards import full_tensor, local_tensors, shard_like
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
-def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
+def orthogonality_penalty(params: Tensors) -> Tensor:
     """Return R(W) = ½ ‖WWᵀ − I‖²_F, summed over all tensors.
 
     W is a tensor with all dimensions but the first flattened. If W has more rows than columns, WᵀW replaces WWᵀ, because it is
@@ -50,10 +52,11 @@ def orthogonality_penalty(params: Sequence[Tensor]) -> Tensor:
         A. Brock et al., "Neural Photo Editing with Introspective Adversarial Networks", 2017; N. Bansal et al., "Can We Gain
         More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
     """
+    params = tensor_list("orthogonality_penalty: params", params)
     return fused(_plain_orthogonality, _orthogonality_value, _orthogonality_gradients, params)
 
 
-def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+def distance_penalty(params: Tensors, references: Tensors) -> Tensor:
     """Return R(w) = ½ Σ‖w − w⁰‖².
 
     Args:
@@ -68,11 +71,13 @@ def distance_penalty(params: Sequence[Tensor], references: Sequence[Tensor]) -> 
         >>> distance_penalty([torch.tensor([3.0, 4.0])], [torch.zeros(2)])
         tensor(12.5000)
     """
+    params = tensor_list("distance_penalty: params", params)
+    references = tensor_list("distance_penalty: references", references, len(params))
     return fused(_plain_distance, _distance_value, _distance_gradients, params, references=list(references))
 
 
 @torch.no_grad()
-def add_distance_gradient_(params: Sequence[Tensor], references: Sequence[Tensor], strength: float) -> None:
+def add_distance_gradient_(params: Tensors, references: Tensors, strength: float) -> None:
     """Add the gradient of (λ/2) Σ‖w − w⁰‖² to ``.grad``: g ← g + λ (w − w⁰).
 
     Args:
@@ -86,6 +91,8 @@ def add_distance_gradient_(params: Sequence[Tensor], references: Sequence[Tensor
         >>> w.grad
         tensor([1.0000, 1.5000])
     """
+    params = tensor_list("add_distance_gradient_: params", params)
+    references = tensor_list("add_distance_gradient_: references", references, len(params))
     if params:
         gradients = dense_gradients(params)
         torch._foreach_add_(gradients, local_tensors(params), alpha=strength)

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS
 
 from lightning_reg._engine.selection import lookup
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.shards import full_tensor, local_tensor
 
 if TYPE_CHECKING:
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from lightning_reg._engine.tensor_arguments import Tensors
+
 
 @torch.no_grad()
-def mask_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def mask_(params: Tensors, masks: Tensors) -> None:
     """Set masked entries to 0, even if they are NaN or infinite: θᵢ ← 0 where mᵢ.
 
     Args:
@@ -35,12 +38,14 @@ def mask_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         >>> theta
         tensor([1., 0., 3.])
     """
+    params = tensor_list("mask_: params", params)
+    masks = tensor_list("mask_: masks", masks, len(params))
     for p, mask in zip(params, masks, strict=True):
         local_tensor(p).masked_fill_(mask, 0.0)
 
 
 @torch.no_grad()
-def mask_gradients_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def mask_gradients_(params: Tensors, masks: Tensors) -> None:
     """Set masked entries of the gradients to 0, so that pruned weights build up no momentum: gᵢ ← 0 where mᵢ.
 
     Args:
@@ -55,6 +60,8 @@ def mask_gradients_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         >>> theta.grad
         tensor([0., 2.])
     """
+    params = tensor_list("mask_gradients_: params", params)
+    masks = tensor_list("mask_gradients_: masks", masks, len(params))
     for p, mask in zip(params, masks, strict=True):
         if p.grad is None:
             continue
@@ -65,7 +72,7 @@ def mask_gradients_(params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def clear_state_(optimizer: Optimizer, params: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def clear_state_(optimizer: Optimizer, params: Tensors, masks: Tensors) -> None:
     """Set an optimizer's state of masked entries to 0: momentum, and averages of gradients and of squared gradients.
 
     The state of LBFGS does not divide into entries, so all of it is cleared.
@@ -85,6 +92,8 @@ def clear_state_(optimizer: Optimizer, params: Sequence[Tensor], masks: Sequence
         >>> sgd.state[theta]["momentum_buffer"]
         tensor([0., 1.])
     """
+    params = tensor_list("clear_state_: params", params)
+    masks = tensor_list("clear_state_: masks", masks, len(params))
     if isinstance(optimizer, LBFGS):
         optimizer.state.clear()
     for p, mask in zip(params, masks, strict=True):

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.shards import sum_over_shards
 from lightning_reg.pruning.scores import GivenScores, Score, positions
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lightning_reg._engine.tensor_arguments import Tensors
 
 _CHUNK, _DEVICE_CHUNK = 1 << 19, 1 << 23  # entries, on the CPU and on other devices, where calls cost more
 _WIDTH = 16  # bits of a digit: two passes over keys of 32 bits
@@ -38,7 +41,7 @@ class _Threshold(NamedTuple):
 
 
 @torch.no_grad()
-def smallest_entries(scores: Sequence[Tensor], count: int) -> list[Tensor]:
+def smallest_entries(scores: Tensors, count: int) -> list[Tensor]:
     """Return masks of exactly ``count`` entries: the smallest of all tensors together.
 
     Among equal scores, the first entries are selected: in the order of the tensors, then of the flattened full tensor, however
@@ -59,6 +62,7 @@ def smallest_entries(scores: Sequence[Tensor], count: int) -> list[Tensor]:
         >>> smallest_entries([torch.tensor([3.0, 1.0]), torch.tensor([2.0, 2.0])], 2)
         [tensor([False,  True]), tensor([ True, False])]
     """
+    scores = tensor_list("smallest_entries: scores", scores)
     return lowest_scores([GivenScores(tensor, tensor) for tensor in scores], count, [None] * len(scores))
 
 

@@ -6,7 +6,10 @@ import math
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
+from lightning_reg._engine.arguments import check_choice
+from lightning_reg._engine.tensor_arguments import optional_list, tensor_list, units_list
 from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like, sum_over_shards
 from lightning_reg._tensors.units import Units, input_dim, unit_norms, unit_size, unit_view
 from lightning_reg.pruning.scores import GivenScores, MagnitudeScores, RandomScores, Score, as_shard_of
@@ -15,7 +18,7 @@ from lightning_reg.pruning.select import lowest_scores
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
+    from lightning_reg._engine.tensor_arguments import Tensors
 
 Scope: TypeAlias = Literal["global", "layer"]
 Structure: TypeAlias = Literal["element", "unit", "2:4"]
@@ -38,14 +41,14 @@ class Limited(NamedTuple):
 
 @torch.no_grad()
 def pruning_masks(
-    params: Sequence[Tensor],
+    params: Tensors,
     sparsity: float,
     *,
-    criterion: Literal["magnitude", "random"] | Sequence[Tensor] = "magnitude",
+    criterion: Literal["magnitude", "random"] | Tensors = "magnitude",
     scope: Scope = "global",
     structure: Structure = "element",
-    units: Sequence[Units] | None = None,
-    pruned: Sequence[Tensor | None] | None = None,
+    units: Units | Sequence[Units] | None = None,
+    pruned: Tensor | Sequence[Tensor | None] | None = None,
     seed: int = 0,
 ) -> list[Tensor]:
     """Return masks of the weights to prune: those with the lowest scores, for a sparsity s of n entries.
@@ -78,14 +81,20 @@ def pruning_masks(
         [tensor([[False,  True],
                 [ True, False]])]
     """
-    known = [None] * len(params) if pruned is None else list(pruned)
-    unit_dims = [Units()] * len(params) if units is None else list(units)
+    params = tensor_list("pruning_masks: params", params)
+    check_choice("pruning_masks: scope", scope, ("global", "layer"))
+    check_choice("pruning_masks: structure", structure, ("element", "unit", "2:4"))
+    known = optional_list("pruning_masks: pruned", pruned, Tensor, len(params))
+    unit_dims = units_list("pruning_masks", units, params)
+    if isinstance(criterion, str):
+        check_choice("pruning_masks: criterion", criterion, ("magnitude", "random"), "a tensor of scores for each tensor")
     if criterion == "magnitude":
         scores: list[Score] = [MagnitudeScores(p) for p in params]
     elif criterion == "random":
         scores = [RandomScores(p, (seed + index) % 2**32) for index, p in enumerate(params)]
     else:
-        scores = [GivenScores(p, given) for p, given in zip(params, criterion, strict=True)]
+        given = tensor_list("pruning_masks: criterion", criterion, len(params))
+        scores = [GivenScores(p, score) for p, score in zip(params, given, strict=True)]
     inputs = [input_dim(p, unit) for p, unit in zip(params, unit_dims, strict=True)]
     limits = [p.numel() for p in params]
     return masks_of_scores(scores, sparsity, scope, structure, unit_dims, inputs, known, limits).masks

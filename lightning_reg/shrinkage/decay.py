@@ -14,6 +14,7 @@ from lightning_reg._engine.regularizer import Regularizer
 from lightning_reg._engine.selection import check_params, select_parameters
 from lightning_reg._engine.steps import evaluates_once
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.shards import local_tensors
 
 if TYPE_CHECKING:
@@ -27,11 +28,12 @@ if TYPE_CHECKING:
     from lightning_reg._engine.clock import Moment
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
 @torch.no_grad()
-def decay_weights_(params: Sequence[Tensor], fraction: float) -> None:
+def decay_weights_(params: Tensors, fraction: float) -> None:
     """Shrink each entry by the same fraction of itself: θ ← (1 − fraction) · θ.
 
     Args:
@@ -44,6 +46,7 @@ def decay_weights_(params: Sequence[Tensor], fraction: float) -> None:
         >>> theta
         tensor([ 0.7500, -1.5000])
     """
+    params = tensor_list("decay_weights_: params", params)
     if params:
         torch._foreach_mul_(local_tensors(params), 1 - fraction)
 

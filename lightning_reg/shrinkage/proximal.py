@@ -10,6 +10,7 @@ from torch.nn.functional import softshrink
 from lightning_reg._engine.arguments import NON_NEGATIVE
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list, units_list
 from lightning_reg._tensors.shards import full_tensor, local_tensor
 from lightning_reg._tensors.units import Units, local_unit_norms, unit_size, unit_view, wide_unit_norms
 
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
 @torch.no_grad()
-def soft_threshold_(params: Sequence[Tensor], threshold: float) -> None:
+def soft_threshold_(params: Tensors, threshold: float) -> None:
     """Move each entry toward 0, and stop there: θ ← sign(θ) · max(|θ| − t, 0).
 
     This is the proximal step of L1: argmin ½ ‖v − θ‖² + t ‖v‖₁ over v.
@@ -44,12 +46,13 @@ def soft_threshold_(params: Sequence[Tensor], threshold: float) -> None:
     Reference:
         I. Daubechies, M. Defrise, C. De Mol, "An Iterative Thresholding Algorithm for Linear Inverse Problems", 2004.
     """
+    params = tensor_list("soft_threshold_: params", params)
     for p in params:
         local_tensor(p).copy_(softshrink(local_tensor(p), threshold))
 
 
 @torch.no_grad()
-def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Sequence[Units] | None = None) -> None:
+def group_soft_threshold_(params: Tensors, threshold: float, units: Units | Sequence[Units] | None = None) -> None:
     """Shrink each output unit u of n entries toward 0, and stop there: w_u ← w_u · max(1 − t √n / ‖w_u‖₂, 0).
 
     This is the proximal step of the group lasso: argmin ½ ‖v − w‖² + t Σ √n ‖v_u‖₂ over v.
@@ -69,9 +72,10 @@ def group_soft_threshold_(params: Sequence[Tensor], threshold: float, units: Seq
     Reference:
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
+    params = tensor_list("group_soft_threshold_: params", params)
     if not threshold:
         return
-    for p, layout in zip(params, units or [Units()] * len(params), strict=True):
+    for p, layout in zip(params, units_list("group_soft_threshold_", units, params), strict=True):
         largest_gone = threshold * unit_size(p, layout) ** 0.5
         inverse = local_unit_norms(p, layout, above=largest_gone).reciprocal()  # infinite for zeros, whose factor is then 0
         factors = inverse.mul_(-largest_gone).add_(1).clamp_(min=0)

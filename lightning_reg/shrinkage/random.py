@@ -9,22 +9,21 @@ import torch
 from lightning_reg._engine.arguments import PROBABILITY, check_choice, check_seed
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.technique import Phase
+from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.random import generator_for
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg._engine.tensor_arguments import Tensors
     from lightning_reg.schedules import Value
 
 
 @torch.no_grad()
-def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.Generator | None = None) -> None:
+def shrink_randomly_(params: Tensors, epsilon: float, generator: torch.Generator | None = None) -> None:
     """Shrink each entry by a random fraction of itself: θ ← θ − ε·U(0, 1)·θ, with an independent U for each entry.
 
     Args:
@@ -38,6 +37,7 @@ def shrink_randomly_(params: Sequence[Tensor], epsilon: float, generator: torch.
         >>> bool(theta.min() >= 0.8), bool(theta.max() <= 1.0), round(theta.mean().item(), 2)
         (True, True, 0.9)
     """
+    params = tensor_list("shrink_randomly_: params", params)
     for p in params:
         fractions = torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device).mul_(epsilon)
         p.mul_(fractions.neg_().add_(1))
