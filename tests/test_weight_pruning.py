@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import QUIET, Classifier, Memory, fit, loader, same, weights
-from lightning.pytorch import Trainer, callbacks as lightning_callbacks
+from helpers import QUIET, Classifier, Gan, Memory, fit, loader, same, weights
+from lightning.pytorch import Callback, Trainer, callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
@@ -329,6 +329,93 @@ def test_rewinding_to_step_after_first_pruning_raises(step):
     with pytest.raises(ValueError, match=rf"rewind_to_step={step} is after the first pruning, which happens after 4 batches"):
         train([WeightPruning(0.5, rewind_to_step=step)])
     train([WeightPruning(Steps([0.0, 0.5], at=["2ep"]), rewind_to_step=step)])
+
+
+class Late(Callback):
+    """Trains only two biases in the first epoch."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.switch(pl_module, False)
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.switch(pl_module, True)
+
+    def switch(self, pl_module, trained):
+        for name, p in pl_module.named_parameters():
+            p.requires_grad_(trained or name in ("net.1.bias", "net.5.bias"))
+
+
+@pytest.mark.filterwarnings("ignore:WeightPruning has no effect for now")
+@pytest.mark.parametrize("step", [2, 6])
+def test_steps_without_selected_parameters_count(step):
+    """All parameters go back to what they were at the step, also those that were frozen there."""
+    model, _ = train([WeightPruning(Steps([0.0, 0.5], at=["2ep"]), rewind_to_step=step), Late()], Normed(lr=0.1), max_epochs=2)
+    early, late = model.history[step], model.history[8]
+    zeros = {name: value == 0 for name, value in model.at_validation.items()}
+    assert sum(int(zeros[name].sum()) for name in ("net.0.weight", "net.5.weight")) == TOTAL // 2
+    for name, value in model.at_validation.items():
+        kept = ~zeros[name] if name in ("net.0.weight", "net.5.weight") else torch.ones_like(value, dtype=torch.bool)
+        assert torch.equal(value[kept], early[name][kept]), name
+        assert not torch.equal(early[name], late[name]), name
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_steps_of_all_optimizers_count(step):
+    """In manual optimization, those of an optimizer without selected parameters too."""
+
+    class Recorded(Gan):
+        def on_train_start(self):
+            self.history = [self.net[4].weight.detach().clone()]
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(cross_entropy(self.net(batch[0]), batch[1]))
+                optimizer.step()
+                self.history.append(self.net[4].weight.detach().clone())
+
+        def validation_step(self, batch, batch_idx):
+            self.validated = self.net[4].weight.detach().clone()
+
+    model, _ = train([WeightPruning(0.5, params="net.4.weight", rewind_to_step=step)], Recorded(lr=0.1), max_epochs=1)
+    kept = model.validated != 0
+    assert kept.sum() == 80
+    same_as = [index for index, past in enumerate(model.history) if torch.equal(model.validated[kept], past[kept])]
+    assert step in same_as
+    assert 8 not in same_as
+
+
+def test_another_tensor_of_the_same_size_counts():
+    """The total is that of the weights that are trained, not of others of the same number."""
+
+    class Twin(Recorder):
+        def __init__(self):
+            super().__init__()
+            self.twin = nn.Linear(64, 16, bias=False)
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self.net[1:](self.net[0](batch[0]) + self.twin(batch[0])), batch[1])
+
+    class Switches(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            for p, epoch in ((pl_module.net[0].weight, 0), (pl_module.twin.weight, 1)):
+                p.requires_grad_(trainer.current_epoch == epoch)
+                p.grad = None
+
+    model, _ = train([WeightPruning(0.5, params=["net.0.weight", "twin.weight"]), Switches()], Twin(), max_epochs=2)
+    assert [count.zeros for count in sparsity(model, ["net.0.weight", "twin.weight"]).parameters.values()] == [512, 512]
+
+
+def test_layer_that_is_replaced_is_pruned_again():
+    class Replaces(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.net[4] = nn.Linear(16, 10)
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.net[4].parameters())})
+
+    model, _ = train([WeightPruning(0.5, scope="layer"), Replaces()], max_epochs=2)
+    assert [count.zeros for count in sparsity(model).parameters.values()] == [512, 80]
 
 
 # Metrics and checkpoints --------------------------------------------------------------------------------------------

@@ -48,10 +48,11 @@ _METHODS = (
     "gradients",
     "before_update",
     "weights",
+    "step_end",
     "epoch_end",
     "reproject",
 )
-_STEP_METHODS = ("begin_step", "should_step", "gradients", "before_update", "weights")
+_STEP_METHODS = ("begin_step", "should_step", "gradients", "before_update", "weights", "step_end")
 
 
 class Driver:
@@ -206,7 +207,7 @@ class Driver:
     @property
     def acts_on_weights(self) -> bool:
         """Whether some technique acts only if there is an update."""
-        return bool(self._acting["before_update"] or self._acting["weights"])
+        return any(self._acting[method] for method in ("before_update", "weights", "step_end"))
 
     @property
     def _current_optimizer(self) -> Optimizer | None:
@@ -285,16 +286,23 @@ class Driver:
         if not is_step or (known and not was_announced):  # nothing was evaluated: there is no closure, or it was not called
             return
         self._stepped.add(optimizer)
-        if self._acting["weights"]:
-            step = self._step()
-            with torch.no_grad():
-                for technique in self._acting["weights"]:
-                    if params := technique.parameters_of(optimizer):
-                        technique.weights(params, optimizer, step)
+        if self._acting["weights"] or self._acting["step_end"]:
+            self._change_weights(optimizer, self.trainer.global_step + known)
         self._steps_in_batch += 1
         if not known:
             self._unseen.unknown_step(optimizer)
             self.end_step()
+
+    def _change_weights(self, optimizer: Optimizer, done: int) -> None:
+        """Let every technique act after a step, with which a number of steps are done, and then at the end of the step."""
+        step = self._step()
+        with torch.no_grad():
+            for technique in self._acting["weights"]:
+                if params := technique.parameters_of(optimizer):
+                    technique.weights(params, optimizer, step)
+            changes = [technique.step_end(step, done) for technique in self._acting["step_end"]]
+            if any(changes):
+                self._reproject()
 
     def end_step(self) -> None:
         """Change the weights for a forward pass again."""
@@ -349,10 +357,15 @@ class Driver:
             for technique in self._acting["epoch_end"]:
                 technique.update(moment)
                 technique.epoch_end(self._all_parameters(technique), self._step())
-            for technique in self._acting["reproject"] if self._acting["epoch_end"] else ():
-                for optimizer in self.trainer.optimizers:
-                    if optimizer in self._stepped and (params := technique.parameters_of(optimizer)):
-                        technique.reproject(params)
+            if self._acting["epoch_end"]:
+                self._reproject()
+
+    def _reproject(self) -> None:
+        """Enforce again what weights that are pruned or shrunk may violate."""
+        for technique in self._acting["reproject"]:
+            for optimizer in self.trainer.optimizers:
+                if optimizer in self._stepped and (params := technique.parameters_of(optimizer)):
+                    technique.reproject(params)
 
     def _after_average_update(self, average: Module) -> None:
         """Let an average of the weights satisfy the constraints, which the average of satisfying weights may not."""

@@ -189,6 +189,13 @@ class Technique(SignatureRepr, ABC):
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Change the stepping optimizer's selected parameters right after the update of this step."""
 
+    def step_end(self, step: Step, done: int) -> bool:
+        """Act after each step of any optimizer, once weights were changed; return whether that changed them again.
+
+        ``done`` is the number of steps that are done with this one, counted as ``trainer.global_step`` does.
+        """
+        return False
+
     def epoch_end(self, params: list[Parameter], step: Step) -> None:
         """Change all optimizers' selected parameters after the last batch of an epoch, before its validation."""
 

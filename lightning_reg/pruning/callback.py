@@ -46,7 +46,7 @@ from lightning_reg.pruning.targets import (
 from lightning_reg.schedules import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch.optim import Optimizer
@@ -127,7 +127,7 @@ class WeightPruning(ParameterRegularizer):
     supports_fsdp1 = False
     resets_each_fit = False
     valid_ranges = {"sparsity": Interval(0.0, 1.0, open_high=True)}
-    fit_attributes = ("_local_masks", "_optimizer_states")
+    fit_attributes = ("_local_masks", "_optimizer_states", "_saved")
 
     def __init__(
         self,
@@ -169,6 +169,7 @@ class WeightPruning(ParameterRegularizer):
         self._local_masks: dict[int, Tensor] = {}  # this rank's parts of the masks, keyed by the id of the parameter
         self._in_layers: set[int] = set()  # the ids of parameters of known layers
         self._optimizer_states: dict[int, dict[Any, Any]] = {}
+        self._saved: set[int] = set()  # the ids of parameters whose values to rewind to are saved
         self._protected: set[str] = set()  # the names of the parameters that kept weights because of min_kept
         self._highest = self._final = 0.0  # the highest sparsity so far, and the last one of the schedule
         self._automatic = True
@@ -180,13 +181,17 @@ class WeightPruning(ParameterRegularizer):
         mask_gradients_(*self._with_masks(params))
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Mask the weights, and save them if this is the step to rewind to."""
+        """Mask the weights."""
         self.reproject(params)
-        self._state.steps += 1
         self._state.trained.update(self.name_of(p) for p in params)
+        self._log_pruned()
+
+    def step_end(self, step: Step, done: int) -> bool:
+        """Save the weights if this is the step to rewind to."""
+        self._state.steps += 1
         if self._state.steps == self.rewind_to_step:
             self._save_start()
-        self._log_pruned()
+        return False
 
     def reproject(self, params: list[Parameter]) -> None:
         """Mask the weights."""
@@ -211,8 +216,7 @@ class WeightPruning(ParameterRegularizer):
         """Let the masks grow to a sparsity. All checks come first, so an error leaves the weights as they are."""
         check_rising(f"{self.name}: sparsity={self.sparsity!r}", [self._highest, target])
         self._highest = target
-        total = sum(p.numel() for p in params.values())
-        if not target or (self._state.target, self._state.total) == (target, total):
+        if not target or (self._state.target, self._state.counted) == (target, set(params)):
             return
         known = [self._pruned(p) for p in params.values()]
         tensors = list(params.values())
@@ -222,7 +226,8 @@ class WeightPruning(ParameterRegularizer):
         how = self.scope, self.structure, units, inputs
         masks, protected = masks_of_scores(self._scores(params, step), target, *how, known, limits)
         before = sum(count_true(mask, p) for mask, p in zip(known, params.values(), strict=True))
-        self._state.target, self._state.total, self._state.structure = target, total, self.structure
+        self._state.target, self._state.counted, self._state.structure = target, set(params), self.structure
+        self._state.total = sum(p.numel() for p in tensors)
         self._state.reached = sum(count_true(mask, p) for mask, p in zip(masks, tensors, strict=True))
         self._warn_of_protected([name for index, name in enumerate(params) if index in protected])
         if self._state.reached > before:
@@ -296,6 +301,12 @@ class WeightPruning(ParameterRegularizer):
         """Save the tensors to rewind to, unless an earlier fit or a checkpoint has done so."""
         self._state.start = self._state.start or rewinding.snapshot(self._rewindable())
 
+    def before_batch(self) -> None:
+        """Save parameters that were frozen at the step to rewind to, before they are trained."""
+        if self._state.start and self._trainer and self._saved != (trained := rewinding.trained_ids(self._trainer.optimizers)):
+            self._saved = trained
+            self._state.start = {**rewinding.snapshot(self._rewindable(self._state.start)), **self._state.start}
+
     def _rewind(self, step: int) -> None:
         assert self._trainer is not None, "attached"
         if not self._state.start:
@@ -303,9 +314,10 @@ class WeightPruning(ParameterRegularizer):
         rewinding.restore_(self._rewindable(), self._state.start)
         rewinding.reset_optimizers_(self._trainer.optimizers, self._optimizer_states)
 
-    def _rewindable(self) -> dict[str, Tensor]:
+    def _rewindable(self, without: Container[str] = ()) -> dict[str, Tensor]:
         assert self._trainer is not None, "attached"
-        return rewinding.rewindable(self._trainer.lightning_module, self._trainer.optimizers)
+        tensors = rewinding.rewindable(self._trainer.lightning_module, self._trainer.optimizers)
+        return {name: tensor for name, tensor in tensors.items() if name not in without}
 
     # Logging --------------------------------------------------------------------------------------------------------
 
@@ -375,6 +387,7 @@ class WeightPruning(ParameterRegularizer):
         super().detach()
         self._local_masks.clear()
         self._optimizer_states.clear()
+        self._saved.clear()
 
     def _ids_in_layers(self) -> set[int]:
         """Return the ids of the parameters of layers that are known, by their classes."""
@@ -385,8 +398,7 @@ class WeightPruning(ParameterRegularizer):
     def tensors_changed(self, names: Sequence[str]) -> None:
         """Start without masks for tensors that were added or replaced during the fit."""
         for name in names:
-            self._state.masks.pop(name, None)
-            self._state.trained.discard(name)
+            self._state.forget(name)
         self._in_layers = self._ids_in_layers()
         self._local_masks = self._state.local_masks(self.tensors)
 

@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 def rewindable(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
     """Return the tensors that rewinding restores, by name: trained parameters and the statistics of batch normalization."""
-    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    tensors: dict[str, Tensor] = {
-        name: p for name, p in select_parameters(module, "all").items() if id(p) in optimized and p.requires_grad
-    }
+    trained = trained_ids(optimizers)
+    tensors: dict[str, Tensor] = {name: p for name, p in select_parameters(module, "all").items() if id(p) in trained}
     for prefix, owner in module.named_modules():
         if isinstance(owner, nn.modules.batchnorm._NormBase):
             tensors |= {canonical_name(f"{prefix}.{name}"): buffer for name, buffer in owner.named_buffers(recurse=False)}
     return tensors
+
+
+def trained_ids(optimizers: Iterable[Optimizer]) -> set[int]:
+    """Return the parameters, by ``id``, that optimizers hold and that require a gradient now."""
+    groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+    return {id(p) for params in groups for p in params if p.requires_grad}
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,7 +29,8 @@ class PruningState:
         trained: The names of the parameters whose optimizer has stepped.
         steps: The number of optimizer steps so far, over all optimizers.
         target: The sparsity of the last pruning.
-        total: The number of weights that it counted.
+        counted: The names of the parameters that it counted.
+        total: The number of their weights.
         reached: The number of them that are pruned.
         structure: What was pruned: single weights, units, or two of every four weights.
     """
@@ -39,6 +40,7 @@ class PruningState:
     trained: set[str] = field(default_factory=set)
     steps: int = 0
     target: float = 0.0
+    counted: set[str] = field(default_factory=set)
     total: int = 0
     reached: int = 0
     structure: Structure = "element"
@@ -50,6 +52,7 @@ class PruningState:
             "masks": {name: (pack_bits(full_tensor(mask)).cpu(), list(mask.shape)) for name, mask in self.masks.items()},
             "start": {name: full_tensor(value).cpu() for name, value in self.start.items()},
             "trained": sorted(self.trained),
+            "counted": sorted(self.counted),
         }
 
     @classmethod
@@ -82,7 +85,8 @@ class PruningState:
                 f"{what}: the checkpoint's masks have structure={packed['structure']!r}, got structure={structure!r}: resume "
                 "with the same structure, or give the callback another name to start with new masks"
             )
-        return cls(**{**packed, "masks": masks, "trained": set(packed["trained"])})
+        names = {key: set(packed[key]) for key in ("trained", "counted")}
+        return cls(**{**packed, **names, "masks": masks})
 
     def matches(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether parameters are 0 where the masks prune them, so that they seem to be those that were pruned.
@@ -100,6 +104,12 @@ class PruningState:
                 return False
             nonzero += int(sum_over_shards(part[~pruned].count_nonzero(), p))
         return nonzero > 0
+
+    def forget(self, name: str) -> None:
+        """Start without a mask for a parameter that was added or replaced."""
+        self.masks.pop(name, None)
+        self.trained.discard(name)
+        self.counted.discard(name)
 
     def local_masks(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return this rank's parts of the masks, keyed by the ``id`` of the parameter."""
