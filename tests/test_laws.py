@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import lightning_reg
-from lightning_reg import L1Penalty, L2Penalty
+from lightning_reg import Cubic, L1Penalty, L2Penalty, RandomShrinkage, WeightPruning
 from lightning_reg._engine.regularizer import Regularizer
 from lightning_reg.dropout import rates
 
@@ -397,15 +397,53 @@ def test_compiled_training_matches_eager(row, monkeypatch):
     assert_close({name.replace("_orig_mod.", ""): p for name, p in trained.items()}, eager)
 
 
+AVERAGES = {"SWA": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)}
+if EMA := getattr(lightning.pytorch.callbacks, "EMAWeightAveraging", None):  # from Lightning 2.6 on
+    AVERAGES |= {
+        "EMA": lambda: EMA(decay=0.5),
+        "EMA on epochs": lambda: EMA(decay=0.5, update_every_n_steps=1000, update_starting_at_epoch=0),
+    }
+
+
 @every_callback
 def test_works_with_weight_averaging(row):
-    averages = [lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]
-    if hasattr(lightning.pytorch.callbacks, "EMAWeightAveraging"):
-        averages.append(lambda: lightning.pytorch.callbacks.EMAWeightAveraging(decay=0.5))
-    for average in averages:
+    for average in AVERAGES.values():
         together = fit([row.active(), average()], model(row), max_epochs=3)
         assert all(p.isfinite().all() for p in together.parameters())
         assert same(together, fit([average()], model(row), max_epochs=3)) is not changes(row)
+
+
+EPOCH_ENDS = {
+    "shrinkage": lambda: [RandomShrinkage(0.2, every="epoch")],
+    "pruning": lambda: [WeightPruning(Cubic(0.0, 0.8))],
+    "rewinding": lambda: [WeightPruning(Cubic(0.0, 0.8), rewind_to_step=2)],
+    "everything": everything,
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("name", EPOCH_ENDS)
+def test_order_beside_weight_averaging_does_not_matter(name, average):
+    """Averages are taken after an epoch's end, wherever the callbacks stand."""
+
+    def trained(kind, at):
+        callbacks = EPOCH_ENDS[name]()
+        callbacks.insert(at, AVERAGES[average]())
+        return fit(callbacks, kind(), max_epochs=3)
+
+    results = [trained(kind, at) for kind in (Classifier, Validated) for at in (0, 10, 100)]
+    assert all(same(result, results[0]) for result in results)
+    assert not same(results[0], fit(EPOCH_ENDS[name](), max_epochs=3))
+
+
+class Validated(Classifier):
+    """The model with a validation, in which weight averaging swaps the weights."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def val_dataloader(self):
+        return loader(16)
 
 
 class SyncCounter(TorchDispatchMode):

@@ -74,6 +74,7 @@ class Driver:
         self._scaler: torch.amp.GradScaler | None = None
         self._clock: Clock | None = None
         self._epoch = self._batch = -1  # the current epoch, and the number of the current batch in the fit
+        self._ended = -1  # the last batch that has ended
         self._steps: StepFollower | None = None
         self._unseen = UnseenSteps([], [], [])
         self._undo: list[Callable[[], None]] = []
@@ -328,7 +329,10 @@ class Driver:
     # The end of the batch and the epoch -----------------------------------------------------------------------------
 
     def after_batch(self) -> None:
-        """End the epoch after its last batch, and log."""
+        """End the epoch after its last batch, and log; called at least once per batch."""
+        if self._ended == self._batch:
+            return
+        self._ended = self._batch
         is_last = _lightning.ends_epoch(self.trainer)
         self._trained |= self._has_gradients
         self._unseen.end_batch(ends_epoch=is_last)

@@ -44,6 +44,13 @@ class Front(Callback):
         if self.driver:
             self.driver.after_backward()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the epoch after its last batch, before other callbacks average or save the weights."""
+        if self.driver:
+            self.driver.after_batch()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End an epoch that is cut short before it is validated."""
         if self.driver:

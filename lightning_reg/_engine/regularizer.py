@@ -149,7 +149,7 @@ class Regularizer(Technique, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log."""
+        """End the epoch after its last batch, and log."""
         if self._driver:
             self._driver.after_batch()
 
