@@ -13,3 +13,8 @@ except ModuleNotFoundError as error:
         f'lightning_reg.tuning needs the package {error.name}; install the extra: pip install "lightning-reg[tuning]"',
         name=error.name,
     ) from error
+
+from lightning_reg.tuning.comparison import Comparison, compare
+from lightning_reg.tuning.results import Difference
+
+__all__ = ["Comparison", "Difference", "compare"]

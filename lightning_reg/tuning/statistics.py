@@ -16,14 +16,26 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from scipy.stats import nct, t as student_t
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PairedTest", "corrected_t_test", "holm", "one_standard_error", "power", "repeats_needed", "standard_error"]
+__all__ = [
+    "PairedTest",
+    "Verdict",
+    "corrected_t_test",
+    "holm",
+    "judge",
+    "one_standard_error",
+    "power",
+    "repeats_needed",
+    "standard_error",
+]
+
+Verdict: TypeAlias = Literal["better", "plain", "undecided"]
 
 LEVEL = 0.05
 POWER = 0.8
@@ -229,6 +241,35 @@ def repeats_needed(effect: float, std: float, overlap: float, level: float = LEV
         most *= 2
     numbers = range(2, most + 1)
     return numbers[bisect_left(numbers, target, key=lambda repeats: power(effect, repeats, overlap, std, level))]
+
+
+def judge(test: PairedTest, p_value: float, rope: float, level: float = LEVEL) -> Verdict:
+    """Return what a test says about a candidate and the plain model.
+
+    Args:
+        test: The test of the differences, positive where the candidate is better.
+        p_value: Its p-value, adjusted where several candidates are tested.
+        rope: The smallest difference that matters, at least 0.
+        level: One-sided level of the test.
+
+    Returns:
+        ``"better"`` if the p-value is at most ``level``. ``"plain"`` if there is no gain that matters: the upper bound is below
+        ``rope``, or all differences are 0. Otherwise ``"undecided"``.
+
+    Raises:
+        ValueError: If ``rope`` is negative or NaN.
+
+    Example:
+        >>> judge(PairedTest(mean=0.02, low=0.01, high=0.03, p_value=0.01), p_value=0.02, rope=0.005)
+        'better'
+        >>> judge(PairedTest(mean=0.00, low=-0.01, high=0.01, p_value=0.5), p_value=1.0, rope=0.02)
+        'plain'
+    """
+    if not rope >= 0:
+        raise ValueError(f"rope must be at least 0, got {rope}")
+    if p_value <= level:
+        return "better"
+    return "plain" if test.high < rope or test.low == test.mean == test.high == 0 else "undecided"
 
 
 def _checked_overlap(overlap: float) -> float:

@@ -1,0 +1,268 @@
+"""Runs that are kept in a database: each is done once, by whichever process takes it first.
+
+Every run is an Optuna trial. A process writes the tasks that are missing, takes one that waits, runs it, and stores its value.
+Several processes may do so at the same time, on the same study. A process that is killed stops sending heartbeats. Another one
+then marks its trial as failed and runs the task again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import traceback
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from lightning_reg.tuning.experiment import Measured, SetupError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from optuna import Study, Trial
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
+
+    from lightning_reg.tuning.experiment import Mode
+
+__all__ = ["Outcome", "RunsFailedError", "open_storage", "open_study", "perform"]
+
+Storage: TypeAlias = "str | BaseStorage | None"
+
+HEARTBEAT_SECONDS = 10
+GRACE_SECONDS = 90
+"""A process that sends no heartbeat for so long counts as dead. Shorter, and a busy process might be taken for a dead one."""
+POLL_SECONDS = 0.5
+FAILURES_IN_A_ROW = 3
+
+
+class RunsFailedError(RuntimeError):
+    """Several runs failed in a row. The message has the reason, and the traceback of the last one."""
+
+
+class Outcome(NamedTuple):
+    """A run that is done.
+
+    Attributes:
+        value: Its metric, or NaN if the run failed.
+        training: The metric on the training data, or NaN.
+        overlap: Validation samples divided by training samples, or NaN.
+        seconds: How long it took.
+        error: The traceback or the reason of a failed run, or an empty text.
+        params: What Optuna suggested for it.
+    """
+
+    value: float
+    training: float
+    overlap: float
+    seconds: float
+    error: str
+    params: dict[str, Any]
+
+
+class _Skip(Exception):  # noqa: N818
+    """The trial is not needed: another one has the same task."""
+
+
+class _Failed(Exception):  # noqa: N818
+    """The run failed. Its traceback has been stored."""
+
+
+def open_storage(storage: Storage) -> BaseStorage:
+    """Return a storage: a database by its address, such as ``"sqlite:///runs/choose.db"``, or memory for ``None``.
+
+    Raises:
+        SetupError: If the database cannot be reached, or the address is none.
+        TypeError: If ``storage`` has a wrong type.
+    """
+    if storage is None or isinstance(storage, BaseStorage):
+        return storage or optuna.storages.InMemoryStorage()
+    if not isinstance(storage, str):
+        raise TypeError(f'storage must be an address such as "sqlite:///runs/choose.db", or None, got {storage!r:.80}')
+    try:
+        url = make_url(storage)
+        if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            options = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {"pool_pre_ping": True}
+            return RDBStorage(storage, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+    except ArgumentError as error:
+        raise SetupError(
+            f'storage must be the address of a database, such as "sqlite:///runs/choose.db", got {storage!r}'
+        ) from error
+    except (ImportError, SQLAlchemyError, OSError) as error:
+        reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise SetupError(f"the database {_without_password(storage)} cannot be reached: {reason}") from error
+
+
+def _without_password(storage: str) -> str:
+    return make_url(storage).render_as_string(hide_password=True)
+
+
+def open_study(
+    storage: BaseStorage, name: str, mode: Mode, settings: Mapping[str, Any], sampler: BaseSampler | None = None
+) -> Study:
+    """Create a study, or join the one of this name if it was made with the same settings.
+
+    Raises:
+        SetupError: If the study was made with other settings; the message names them.
+    """
+    direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
+    with _quiet():
+        study = optuna.create_study(storage=storage, study_name=name, direction=direction, sampler=sampler, load_if_exists=True)
+        now = {"mode": mode, **settings}
+        stored = study.user_attrs.get("settings")
+        if stored is None:
+            study.set_user_attr("settings", now)
+            return study
+    differing = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
+    if differing:
+        listed = ", ".join(f"{key} (stored: {stored.get(key)!r}, now: {now.get(key)!r})" for key in differing)
+        raise SetupError(f"the study {name!r} was made with other settings: {listed}; give another name=, or delete the study")
+    return study
+
+
+def perform(
+    study: Study,
+    tasks: Mapping[str, Mapping[str, Any]],
+    suggest: Callable[[Trial], dict[str, Any]],
+    execute: Callable[[dict[str, Any]], float],
+    report: Callable[[dict[str, Outcome]], None] = lambda outcomes: None,
+) -> dict[str, Outcome]:
+    """Do the tasks that no process has done yet, wait for those that others do, and return the outcome of each.
+
+    Args:
+        study: Where the tasks and their values are kept.
+        tasks: For each task, by its key, the values that are given, and not suggested.
+        suggest: Function that completes the values of a trial. What it returns can be written as JSON.
+        execute: Function that runs a task with these values and returns its metric.
+        report: Function that is called with the outcomes so far, at the start and after each run.
+
+    Raises:
+        RunsFailedError: If three runs in a row failed.
+        SetupError: If the call is wrong, so that no run can succeed.
+    """
+    worker = _Worker(study, suggest, execute)
+    while True:
+        trials = study.get_trials(deepcopy=False)
+        outcomes = {key: found for key, found in done(trials, study).items() if key in tasks}
+        report(outcomes)
+        missing = tasks.keys() - outcomes.keys()
+        if not missing:
+            return {key: outcomes[key] for key in tasks}
+        waiting, running = _keys(trials, TrialState.WAITING), _keys(trials, TrialState.RUNNING)
+        for key in (key for key in tasks if key in missing - waiting - running):
+            study.enqueue_trial(dict(tasks[key]) or _last_params(trials, key), user_attrs={"task": key})
+        if missing - running:
+            worker.take_one()
+        else:
+            time.sleep(POLL_SECONDS)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                optuna.storages.fail_stale_trials(study)
+
+
+def done(trials: Sequence[FrozenTrial], study: Study) -> dict[str, Outcome]:
+    """Return the outcome of each task that is done, by its key. A task that several trials did counts once."""
+    again = set(study.user_attrs.get("again", []))
+    finished: dict[str, Outcome] = {}
+    for trial in trials:
+        key, error = trial.user_attrs.get("task"), trial.user_attrs.get("error", "")
+        failed = trial.state == TrialState.FAIL and error and trial.number not in again
+        if key is not None and key not in finished and (failed or trial.state == TrialState.COMPLETE):
+            measured = trial.user_attrs.get("measured", {})
+            finished[key] = Outcome(
+                value=math.nan if failed or trial.value is None else trial.value,
+                training=measured.get("training", math.nan),
+                overlap=measured.get("overlap", math.nan),
+                seconds=measured.get("seconds", math.nan),
+                error=error if failed else "",
+                params=dict(trial.params) or dict(trial.system_attrs.get("fixed_params", {})),
+            )
+    return finished
+
+
+class _Worker:
+    """Takes tasks, one after the other, and counts how many in a row failed."""
+
+    def __init__(
+        self, study: Study, suggest: Callable[[Trial], dict[str, Any]], execute: Callable[[dict[str, Any]], float]
+    ) -> None:
+        self.study, self.suggest, self.execute = study, suggest, execute
+        self.failed: list[int] = []
+
+    def take_one(self) -> None:
+        """Take a task that waits, run it, and store its outcome."""
+        with _quiet(), suppress(UpdateFinishedTrialError):  # another process took this one for dead, and did its task
+            self.study.optimize(self._objective, n_trials=1, catch=(_Skip, _Failed))
+
+    def _objective(self, trial: Trial) -> float:
+        if self._is_superfluous(trial):
+            raise _Skip
+        values, start = self.suggest(trial), time.perf_counter()
+        try:
+            value = self.execute(values)
+        except (SetupError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            self._fail(trial, traceback.format_exc(), error)
+        except BaseException:  # the process ends: let another one do the task at once
+            self.study.tell(trial, state=TrialState.FAIL)
+            raise
+        self._keep(trial, value, time.perf_counter() - start)
+        if not math.isfinite(value):
+            self._fail(trial, f"the metric is {float(value)}", None)
+        self.failed.clear()
+        return value
+
+    def _is_superfluous(self, trial: Trial) -> bool:
+        key, trials = trial.user_attrs.get("task"), self.study.get_trials(deepcopy=False)
+        earlier = (other for other in trials if other.number < trial.number and other.state == TrialState.RUNNING)
+        return key is None or key in done(trials, self.study) or any(other.user_attrs.get("task") == key for other in earlier)
+
+    def _keep(self, trial: Trial, value: float, seconds: float) -> None:
+        measured = {"seconds": seconds}
+        if isinstance(value, Measured):
+            found = {"training": value.training, "overlap": value.overlap}
+            measured |= {name: number for name, number in found.items() if math.isfinite(number)}
+        trial.set_user_attr("measured", measured)
+
+    def _fail(self, trial: Trial, error: str, cause: Exception | None) -> None:
+        trial.set_user_attr("error", error)
+        self.failed.append(trial.number)
+        if len(self.failed) < FAILURES_IN_A_ROW:
+            raise _Failed from cause
+        again = [*self.study.user_attrs.get("again", []), *self.failed]
+        self.study.set_user_attr("again", again)  # the reason may be mended
+        raise RunsFailedError(f"{len(self.failed)} runs failed in a row. The last one:\n{error}") from cause
+
+
+def _keys(trials: Sequence[FrozenTrial], state: TrialState) -> set[str]:
+    return {trial.user_attrs["task"] for trial in trials if trial.state == state and "task" in trial.user_attrs}
+
+
+def _last_params(trials: Sequence[FrozenTrial], key: str) -> dict[str, Any]:
+    """Return what was suggested for a task when a process died in it, so that the same run is done again."""
+    found = [trial.params for trial in trials if trial.user_attrs.get("task") == key]
+    return dict(found[-1]) if found else {}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Turn off what Optuna says about each trial."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
