@@ -165,6 +165,26 @@ def test_averaged_weights_are_equally_sparse(average, first):
     assert not same(model, reference)
 
 
+class Batched(Recorder):
+    """The model with batch normalization, for which weight averaging adds an epoch that only updates statistics."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.net[1] = nn.BatchNorm1d(16)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_keep_masks_and_norms_in_the_epoch_for_batch_normalization(first, optimizer):
+    """At the end of this epoch, Lightning takes a step with earlier gradients, unless a validation clears them."""
+    pruning = WeightPruning(Cubic(0.0, 0.5))
+    callbacks = [pruning, MaxNorm(0.3), StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)]
+    model, _ = train(callbacks if first else callbacks[::-1], Batched(optimizer), limit_val_batches=0)
+    masks = sum(unpack_bits(*mask).sum().item() for mask in pruning.state_dict()["state"]["masks"].values())
+    assert sparsity(model).total.zeros == masks == TOTAL // 2
+    assert max(p.norm(dim=1).max() for p in (model.net[0].weight, model.net[4].weight)) <= 0.3 + 1e-6
+
+
 @pytest.mark.parametrize("average", [name for name in ("EMA", "SWA") if name in AVERAGES])
 def test_unmasked_averages_are_less_sparse(monkeypatch, average):
     monkeypatch.setattr(_lightning, "averaged_models", lambda trainer: [])

@@ -23,6 +23,7 @@ from lightning_reg._engine.steps import (
     UnseenSteps,
     evaluates_once,
     evaluates_other_weights,
+    held_by,
     remove_gradients,
 )
 from lightning_reg._tensors.shards import full_tensor
@@ -285,6 +286,7 @@ class Driver:
         was_announced = optimizer in self._about_to_step
         self._about_to_step.discard(optimizer)
         if not is_step or (known and not was_announced):  # nothing was evaluated: there is no closure, or it was not called
+            self._hold_after_old_gradients(optimizer)
             return
         self._stepped.add(optimizer)
         if self._acting["weights"] or self._acting["step_end"]:
@@ -293,6 +295,15 @@ class Driver:
         if not known:
             self._unseen.unknown_step(optimizer)
             self.end_step()
+
+    def _hold_after_old_gradients(self, optimizer: Optimizer) -> None:
+        """Reproject after a step with the gradients of an earlier one.
+
+        Lightning takes one at the end of the epoch in which weight averaging updates the statistics of batch normalization.
+        """
+        if self._acting["reproject"] and optimizer not in self._skipped and any(p.grad is not None for p in held_by(optimizer)):
+            with torch.no_grad():
+                self._reproject()
 
     def _change_weights(self, optimizer: Optimizer, done: int) -> None:
         """Let every technique act after a step, with which a number of steps are done, and then at the end of the step."""
