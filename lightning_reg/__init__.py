@@ -34,7 +34,7 @@ from lightning_reg.penalties import (
     StartingPointPenalty,
 )
 from lightning_reg.pruning import WeightPruning, sparsity
-from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Steps
+from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, SequentialSchedule, Steps
 from lightning_reg.shrinkage import (
     GroupSoftThresholding,
     RandomShrinkage,
@@ -78,6 +78,7 @@ __all__ = [
     "RandomShrinkage",
     "SoftThresholding",
     "StartingPointPenalty",
+    "SequentialSchedule",
     "Steps",
     "UnitNorm",
     "WeightClipping",

@@ -12,13 +12,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
-from lightning_reg._engine.arguments import POSITIVE, PROBABILITY, Interval, SignatureRepr
-from lightning_reg._engine.clock import Moment
+from lightning_reg._engine.arguments import POSITIVE, PROBABILITY, Interval, SignatureRepr, described_value, readable
+from lightning_reg._engine.clock import Moment, marker_in_whole
 from lightning_reg._engine.command_line import Infinity, ScheduleFunction
 from lightning_reg._engine.plan import parse_marker
 
-__all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Schedule", "Steps", "Value", "Values"]
+__all__ = ["Cosine", "Cubic", "Exponential", "Linear", "Schedule", "SequentialSchedule", "Steps", "Value", "Values"]
 
 _REAL = Interval(-math.inf, math.inf, open_low=True, open_high=True)
 
@@ -219,6 +220,7 @@ class Steps(Schedule):
         at: The markers in increasing order: fractions of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
 
     Raises:
+        TypeError: If ``values`` or ``at`` is no list.
         ValueError: If the numbers of values and markers do not match, a marker is malformed, or the markers decrease.
 
     Example:
@@ -229,11 +231,7 @@ class Steps(Schedule):
     """
 
     def __init__(self, values: list[float], at: list[float | str]) -> None:
-        if len(values) != len(at) + 1:
-            raise ValueError(
-                f"Steps: there must be one more value than there are markers, got {len(values)} values and {len(at)} "
-                "markers: the first value applies before the first marker"
-            )
+        _check_lists("Steps", "value", values, at)
         self.values = [_REAL.check("Steps: each value", value) for value in values]
         self.at = [_check_marker("Steps: each marker", marker) for marker in at]
         _check_order("Steps", self.at)
@@ -251,6 +249,132 @@ class Steps(Schedule):
     def markers(self) -> Sequence[float | str]:
         """Where the value changes."""
         return self.at
+
+
+class SequentialSchedule(Schedule):
+    """Several schedules in turn, such as a warm-up and a decay, each over its own stretch of training.
+
+    The first schedule acts up to the first marker, the second one from there to the second marker, and so on. The last one acts
+    until the end of training.
+    Markers of a schedule are relative to its stretch: fractions of it, or epochs or steps since it began. A stretch that begins
+    at ``"5ep"`` takes fractions and epochs, and one that begins at ``"500st"`` takes fractions and steps. The first stretch
+    takes all.
+
+    Args:
+        schedules: The schedules, one more than there are markers. A number is a constant, and a function ``progress -> float``
+            gets the fraction of its stretch.
+        at: The markers in increasing order: fractions of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
+
+    Raises:
+        TypeError: If an argument is no list, or a schedule is neither a schedule, a number, nor a function.
+        ValueError: If the numbers of schedules and markers do not match, a marker is malformed, the markers decrease, or a
+            schedule has a marker outside its stretch or in a unit that its stretch does not take.
+
+    Example:
+        >>> rise_and_fall = SequentialSchedule([Linear(0.0, 1.0), Linear(1.0, 0.0, until=0.5)], at=[0.2])
+        >>> [rise_and_fall(progress) for progress in (0.0, 0.1, 0.2, 0.4, 0.6, 1.0)]
+        [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+        >>> in_epochs = SequentialSchedule([Linear(0.0, 1e-3), Cosine(1e-3, 0.0)], at=["5ep"])
+    """
+
+    def __init__(self, schedules: list[Value], at: list[float | str]) -> None:
+        _check_lists("SequentialSchedule", "schedule", schedules, at)
+        self.schedules = schedules
+        self.at = [_check_marker("SequentialSchedule: each marker", marker) for marker in at]
+        self._parts = [_as_schedule(f"SequentialSchedule: schedule {i}", given) for i, given in enumerate(schedules)]
+        self._begins, self._ends = [0.0, *self.at], [*self.at, 1.0]
+        self._markers = self._absolute_markers()
+        _check_order("SequentialSchedule", self._markers)
+
+    def at_moment(self, moment: Moment) -> float:
+        """Return the value at a point of a fit."""
+        index = sum(moment.has_passed(marker) for marker in self.at)
+        return self._parts[index].at_moment(moment.within(self._begins[index], self._ends[index]))
+
+    @property
+    def extremes(self) -> Sequence[float]:
+        """The extremes of all schedules, in their order."""
+        return [value for part in self._parts for value in part.extremes]
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether a marker is a fraction of training, or the last schedule depends on where training ends."""
+        return any(not isinstance(marker, str) and marker > 0 for marker in self.at) or self._parts[-1].needs_end
+
+    @property
+    def markers(self) -> Sequence[float | str]:
+        """The markers of all schedules in the whole of training, with those between the schedules."""
+        return self._markers
+
+    def _absolute_markers(self) -> list[float | str]:
+        """Return the markers in order, without those fractions of a stretch that no marker in the whole of training names."""
+        found: list[float | str] = []
+        for part, since, until in zip(self._parts, self._begins, self._ends, strict=True):
+            found += [marker for marker in _in_stretch(part, since, until) if marker is not None]
+            found += [until] if until in self.at else []
+        return found
+
+
+def _in_stretch(part: Schedule, since: float | str, until: float | str) -> list[float | str | None]:
+    """Return the markers of a schedule in the whole of training; ``None`` for a fraction of its stretch that has no name there.
+
+    Raises:
+        ValueError: If a marker has a unit that the stretch does not take, or cannot be compared with another one.
+    """
+    what = f"SequentialSchedule: {part!r} acts from {since!r} to {until!r}"
+    try:
+        absolute = [marker_in_whole(marker, since, until) for marker in part.markers]
+    except ValueError as error:
+        raise ValueError(f"{what}, but its marker {error}: use a fraction of the stretch, or the unit of {since!r}") from None
+    if None in absolute and any(isinstance(marker, str) for marker in part.markers):
+        raise ValueError(f"{what}, where fractions cannot be compared with its other markers: use only one of the two")
+    return absolute
+
+
+class _Function(Schedule):
+    """A number, or a function of progress, as a schedule."""
+
+    def __init__(self, given: float | Callable[[float], float]) -> None:
+        self.given = given
+
+    def __repr__(self) -> str:
+        return readable(self.given)
+
+    def at_moment(self, moment: Moment) -> float:
+        return self.given(moment.progress) if callable(self.given) else self.given
+
+    @property
+    def extremes(self) -> Sequence[float]:
+        return (self.at_moment(Moment(0.0)),)
+
+    @property
+    def needs_end(self) -> bool:
+        return callable(self.given)
+
+    @property
+    def markers(self) -> Sequence[float | str]:
+        return ()
+
+
+def _as_schedule(what: str, given: Any) -> Schedule:
+    """Return a value as a schedule."""
+    if isinstance(given, Schedule):
+        return given
+    if isinstance(given, type) or not callable(given):
+        _REAL.check(f"{what}, unless it is a schedule or a function,", given)
+    return _Function(given)
+
+
+def _check_lists(kind: str, entry: str, entries: Any, at: Any) -> None:
+    """Check that there is one more value, or schedule, than there are markers."""
+    for name, given in ((f"{entry}s", entries), ("at", at)):
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"{kind}: {name} must be a list, got {described_value(given)}")
+    if len(entries) != len(at) + 1:
+        raise ValueError(
+            f"{kind}: there must be one more {entry} than there are markers, got {len(entries)} {entry}s and {len(at)} markers: "
+            f"the first {entry} applies before the first marker"
+        )
 
 
 def _check_marker(what: str, marker: float | str) -> float | str:

@@ -23,6 +23,7 @@ from torch import nn
 
 import lightning_reg
 from lightning_reg import (
+    Cosine,
     DropoutInjection,
     DropoutScheduler,
     L1Penalty,
@@ -34,7 +35,7 @@ from lightning_reg import (
 )
 from lightning_reg._engine.command_line import Infinity, path_of
 from lightning_reg._engine.regularizer import Regularizer
-from lightning_reg.schedules import Schedule, Steps
+from lightning_reg.schedules import Schedule, SequentialSchedule, Steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter is intended")
 
@@ -62,6 +63,8 @@ def spec(cls, **arguments):
 
 def scheduled(cls, number):
     """Return the YAML form of a schedule of a class, with this number as each of its values."""
+    if cls is SequentialSchedule:
+        return spec(cls, schedules=[scheduled(Cosine, number), number, "importable.rising"], at=["1st", 0.5])
     values = {"values": [number, number], "at": ["1st"]} if cls is Steps else {"start": number, "end": number}
     return spec(cls, **values, **({"begin": "1st", "until": 0.5} if cls is Linear else {}))
 

@@ -15,7 +15,7 @@ from lightning.pytorch.tuner import Tuner
 from simulation import FAR, Run, passed, simulate, valid
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_reg import Cubic, L1Penalty, Linear, Steps, WeightPruning, sparsity
+from lightning_reg import Cosine, Cubic, L1Penalty, Linear, SequentialSchedule, Steps, WeightPruning, sparsity
 from lightning_reg._engine import clock as clock_module
 from lightning_reg._engine.clock import Clock, Line
 
@@ -106,6 +106,48 @@ def test_markers_act_at_their_moments():
         schedules = {marker: Steps([0.0, 1.0], at=[marker]) for marker in ("1ep", "2.5ep", "1st", "4st", "7st", *units)}
         for now, progress, values in follow(run, [], schedules=schedules):
             assert values == {marker: float(passed(run, marker, now, progress)) for marker in schedules}, (run, now)
+
+
+IN_TURN = [
+    (
+        SequentialSchedule(
+            [Linear(0, 1), Linear(1, 2, begin="0.5ep", until="1ep"), Linear(2, 3, until="1.5ep")], at=["1ep", "2ep"]
+        ),
+        [Linear(0, 1, until="1ep"), Linear(1, 2, begin="1.5ep", until="2ep"), Linear(2, 3, begin="2ep", until="3.5ep")],
+        ["1ep", "2ep"],
+    ),
+    (
+        SequentialSchedule([Linear(0, 1, begin=0.5), Linear(1, 0, until="4st")], at=["3st"]),
+        [Linear(0, 1, begin="1.5st", until="3st"), Linear(1, 0, begin="3st", until="7st")],
+        ["3st"],
+    ),
+    (
+        SequentialSchedule([Linear(0, 1), SequentialSchedule([Linear(1, 2), Cosine(2, 3)], at=["1ep"])], at=["1ep"]),
+        [Linear(0, 1, until="1ep"), Linear(1, 2, begin="1ep", until="2ep"), Cosine(2, 3, begin="2ep")],
+        ["1ep", "2ep"],
+    ),
+    (
+        SequentialSchedule([Linear(0, 1), Linear(1, 2, begin=0.5)], at=[0.5]),
+        [Linear(0, 1, until=0.5), Linear(1, 2, begin=0.75)],
+        [0.5],
+    ),
+]
+"""Schedules in turn, with their parts as schedules of the whole fit, and the markers between them."""
+
+
+def test_schedules_in_turn_equal_their_parts_also_when_resumed():
+    """The value of the whole is that of the last part whose stretch has begun."""
+    for run, _ in cases(range(150)):
+        for whole, parts, starts in IN_TURN:
+            if run.endless and not all(isinstance(part.until, str) for part in parts):
+                continue
+            schedules = {"whole": whole, **dict(enumerate(parts))}
+            seen = list(follow(run, [], schedules=schedules))
+            for now, progress, values in seen:
+                begun = sum(passed(run, start, now, progress) for start in starts)
+                assert values["whole"] == values[begun], (run, now, whole)
+            for i in range(1, len(seen), 3):
+                assert list(follow(run, [], schedules=schedules, resume_at=i)) == seen, (run, i)
 
 
 def test_progress_and_ramps_rise_steadily():

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from helpers import fit, loader
 
-from lightning_reg import Cosine, Cubic, Exponential, L1Penalty, Linear, Steps
+from lightning_reg import Cosine, Cubic, Exponential, L1Penalty, Linear, SequentialSchedule, Steps
 from lightning_reg._engine.clock import Clock
 from lightning_reg._engine.plan import Plan, Point
 
@@ -20,8 +22,18 @@ GRID = np.linspace(0.0, 1.0, 41)
         (Cubic(0.0, 0.8, until=0.5), lambda x: 0.8 - 0.8 * (1 - np.clip(2 * x, 0, 1)) ** 3),
         (Exponential(1.0, 1e-4), lambda x: np.logspace(0, -4, len(x))),
         (Steps([0.5, 0.1, 0.0], at=[0.25, 0.75]), lambda x: np.select([x < 0.25, x < 0.75], [0.5, 0.1], 0.0)),
+        (
+            SequentialSchedule([Linear(1.0, 3.0), 0.5, lambda x: x**2, Steps([4, 5], at=[0.5])], at=[0.25, 0.5, 0.75]),
+            lambda x: np.select(
+                [x < 0.25, x < 0.5, x < 0.75, x < 0.875], [1 + 8 * x, 0.5 + 0 * x, (4 * x - 2) ** 2, 4 + 0 * x], 5
+            ),
+        ),
+        (
+            SequentialSchedule([SequentialSchedule([0.0, Linear(0.0, 1.0, begin=0.5)], at=[0.5]), Cosine(1.0, 0.0)], at=[0.8]),
+            lambda x: np.interp(x, [0.6, 0.8], [0, 1]) * np.cos(np.pi / 2 * np.interp(x, [0.8, 1], [0, 1])) ** 2,
+        ),
     ],
-    ids=["linear", "linear between markers", "cosine", "cubic", "exponential", "steps"],
+    ids=["linear", "linear between markers", "cosine", "cubic", "exponential", "steps", "in turn", "nested"],
 )
 def test_values_match_formula(schedule, reference):
     np.testing.assert_allclose([schedule(x) for x in GRID], reference(GRID), rtol=1e-12, atol=1e-12)
@@ -139,10 +151,45 @@ def test_function_as_schedule():
         (lambda: Linear(0, 1, begin=0.5, until=0.25), "Linear: the markers must not decrease, got 0.5 before 0.25"),
         (lambda: Steps([1, 0], at=["5ep", "3ep"]), "one more value than there are markers, got 2 values and 2 markers"),
         (lambda: Steps([1, 0, 1], at=["5ep", "3ep"]), "the markers must not decrease, got 5ep before 3ep"),
+        (lambda: SequentialSchedule([0, 1], at=[]), "one more schedule than there are markers, got 2 schedules and 0 markers"),
+        (
+            lambda: SequentialSchedule([0, 1, 0], at=[0.5, 0.2]),
+            "SequentialSchedule: the markers must not decrease, got 0.5 before",
+        ),
+        (lambda: SequentialSchedule([0, 1], at=["3 ep"]), "SequentialSchedule: each marker: expected .*'3ep'.*got '3 ep'"),
+        (
+            lambda: SequentialSchedule([0, Linear(0, 1, until="9st")], at=["5ep"]),
+            r"Linear\(0.0, 1.0, until='9st'\) acts from '5ep' to 1.0, but its marker '9st' counts from '5ep', which has "
+            "another unit: use a fraction of the stretch, or the unit of '5ep'",
+        ),
+        (
+            lambda: SequentialSchedule([0, Linear(0, 1, begin=0.5, until="9ep")], at=["5ep"]),
+            "acts from '5ep' to 1.0, where fractions cannot be compared with its other markers: use only one of the two",
+        ),
+        (
+            lambda: SequentialSchedule([Linear(0, 1, until="8ep"), 0], at=["5ep"]),
+            "SequentialSchedule: the markers must not decrease, got 8ep before 5ep",
+        ),
+        (lambda: SequentialSchedule([0, float("inf")], at=[0.5]), "schedule 1, unless it is .* got inf"),
         (lambda: Exponential(1.0, 0.0), r"Exponential: end must be a number in \(0, inf\], got 0.0"),
         (lambda: Linear(0, float("nan")), r"Linear: end must be a number .* got nan"),
     ],
-    ids=["unknown unit", "fraction above 1", "markers decrease", "too few values", "epochs decrease", "end of 0", "end of NaN"],
+    ids=[
+        "unknown unit",
+        "fraction above 1",
+        "markers decrease",
+        "too few values",
+        "epochs decrease",
+        "too many parts",
+        "parts decrease",
+        "malformed part",
+        "other unit",
+        "not comparable",
+        "outside its stretch",
+        "infinite part",
+        "end of 0",
+        "end of NaN",
+    ],
 )
 def test_malformed_schedules_raise_immediately(make, message):
     with pytest.raises(ValueError, match=message):
@@ -165,7 +212,16 @@ def test_schedule_out_of_range_raises():
 
 
 @pytest.mark.parametrize(
-    "schedule", [Linear(0.0, 1.0), Steps([0, 1], at=[0.5]), lambda progress: progress], ids=["linear", "steps", "callable"]
+    "schedule",
+    [
+        Linear(0.0, 1.0),
+        Steps([0, 1], at=[0.5]),
+        lambda progress: progress,
+        SequentialSchedule([0, Linear(0, 1)], at=["2ep"]),
+        SequentialSchedule([0, lambda progress: progress], at=["2ep"]),
+        SequentialSchedule([0, 1], at=[0.5]),
+    ],
+    ids=["linear", "steps", "callable", "last part", "last callable", "at a fraction"],
 )
 def test_fraction_in_endless_run_raises(schedule):
     with pytest.raises(ValueError, match=r"L1Penalty: strength=.* the run has no end \(max_epochs=-1\).*'3ep' or '500st'"):
@@ -175,3 +231,45 @@ def test_fraction_in_endless_run_raises(schedule):
 def test_markers_in_epochs_and_steps_need_a_fit():
     with pytest.raises(RuntimeError, match="the position of the marker '3ep' is unknown until a fit starts"):
         Linear(0.0, 1.0, until="3ep")(0.5)
+
+
+@pytest.mark.parametrize("wrong", ["Linear", None, Linear, [0.0]], ids=str)
+def test_a_part_that_is_no_schedule_raises(wrong):
+    with pytest.raises(
+        TypeError, match="SequentialSchedule: schedule 1, unless it is a schedule or a function, must be a number"
+    ):
+        SequentialSchedule([0.0, wrong], at=[0.5])
+
+
+@pytest.mark.parametrize("kind", [Steps, SequentialSchedule])
+@pytest.mark.parametrize("wrong", [0.5, "3ep", Linear(0.0, 1.0)], ids=str)
+def test_arguments_that_are_no_lists_raise(kind, wrong):
+    with pytest.raises(TypeError, match=f"^{kind.__name__}: (values|schedules) must be a list, got "):
+        kind(wrong, at=[0.5])
+    with pytest.raises(TypeError, match=f"^{kind.__name__}: at must be a list, got "):
+        kind([0.0, 1.0], at=wrong)
+
+
+def test_extremes_of_parts_are_checked():
+    with pytest.raises(ValueError, match=r"L1Penalty: strength=SequentialSchedule.* must be a number in \[0, inf\), got -1.0"):
+        L1Penalty(SequentialSchedule([Linear(0.0, 1.0), Linear(1.0, -1.0)], at=["3ep"]))
+
+
+def test_endless_run_with_parts_in_epochs():
+    """A fraction of a stretch that has an end is no fraction of training."""
+    clock = Clock(Plan(per_epoch=4))
+    parts = [Linear(0.0, 4.0), Linear(4.0, 0.0, until=0.5), Linear(0.0, 8.0, until="2ep")]
+    schedule = SequentialSchedule(parts, at=["1ep", "2ep"])
+    assert not schedule.needs_end
+    values = [schedule.at_moment(clock.advance(Point(batch, batch / 4, batch))) for batch in range(18)]
+    assert values == [0.0, 1.0, 2.0, 3.0, 4.0, 2.0, 0.0, 0.0, *map(float, range(9)), 8.0]
+    fit([L1Penalty(schedule)], max_epochs=-1, max_steps=20)
+
+
+def test_parts_see_what_is_done_in_their_stretch():
+    moment = Clock(Plan(max_epochs=8, per_epoch=10)).advance(Point(50, 5.0, 50))
+    assert (moment.within("3ep", "7ep").epochs, moment.within(0.0, "10ep").epochs) == (2.0, 5.0)
+    assert (moment.within("20st", 1.0).steps, moment.within("20st", 1.0).progress) == (30.0, 0.5)
+    assert math.isnan(moment.within("20st", 1.0).epochs)
+    with pytest.raises(RuntimeError, match="the position of the marker '3ep' is unknown until a fit starts"):
+        SequentialSchedule([0, 1], at=["3ep"])(0.5)

@@ -22,6 +22,7 @@ from lightning_reg import (
     MaxNorm,
     MinMaxNorm,
     NonNegative,
+    SequentialSchedule,
     Steps,
     UnitNorm,
     WeightPruning,
@@ -263,7 +264,8 @@ def test_layer_scope_unit_structure_and_two_of_four():
 
 
 def test_two_of_four_can_start_later():
-    model, _ = train([WeightPruning(Steps([0.0, 0.5], at=["2ep"]), structure="2:4")])
+    schedule = SequentialSchedule([0.0, Steps([0.0, 0.5], at=["1ep"])], at=["1ep"])
+    model, _ = train([WeightPruning(schedule, structure="2:4")])
     assert model.validated[::4] == [0, TOTAL // 2, TOTAL // 2]
 
 
@@ -477,7 +479,10 @@ def test_sparsity_out_of_range_raises(value):
         WeightPruning(value)
 
 
-@pytest.mark.parametrize("schedule", [Linear(0.5, 0.4), Cubic(0.5, 0.4), Steps([0.1, 0.5, 0.3], at=[0.2, 0.4])])
+@pytest.mark.parametrize(
+    "schedule",
+    [Linear(0.5, 0.4), Cubic(0.5, 0.4), Steps([0.1, 0.5, 0.3], at=[0.2, 0.4]), SequentialSchedule([0.5, 0.4], at=[0.5])],
+)
 def test_decreasing_schedule_raises(schedule):
     with pytest.raises(ValueError, match=r"falls from 0\.5 to 0\.[34], but pruned weights do not come back"):
         WeightPruning(schedule)
@@ -735,7 +740,7 @@ def test_unsupported_two_of_four_raises():
 
     with pytest.raises(ValueError, match=r"multiple of 4, got extra\.weight of shape \(4, 6, 4, 4\): exclude such layers"):
         train([WeightPruning(0.5, structure="2:4")], Narrow())
-    for value in (0.6, Linear(0.0, 0.5), Steps([0.25, 0.5], at=[0.5])):
+    for value in (0.6, Linear(0.0, 0.5), Steps([0.25, 0.5], at=[0.5]), SequentialSchedule([0, Linear(0.0, 0.5)], at=[0.5])):
         with pytest.raises(ValueError, match=r"sparsity must be 0\.5, or step from 0 to 0\.5 as in Steps"):
             WeightPruning(value, structure="2:4")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_reg._engine.plan import Plan, Point, fraction_done, parse_marker
@@ -78,9 +79,72 @@ class Moment:
             return self.clock.between(begin, until, self)
         return line_in_unit(begin, until, self).at(self.count(_split(until)[1]))
 
+    def within(self, since: float | str, until: float | str) -> StretchMoment:
+        """Return this point as a schedule sees it that acts between two markers: everything counts from the first one."""
+        (first, unit), progress = _split(since), self.between(since, until)
+        epochs, steps = (self.count(of) - first if unit == of or not first else math.nan for of in ("ep", "st"))
+        return StretchMoment(progress, epochs, steps, whole=self, since=since, until=until)
+
     def count(self, unit: str) -> float:
         """Return what is done in a unit: ``"ep"`` (epochs), ``"st"`` (optimizer steps), or an empty string (progress)."""
         return {"": self.progress, "ep": self.epochs, "st": self.steps}[unit]
+
+
+@dataclass(frozen=True)
+class StretchMoment(Moment):
+    """A point of a fit within a stretch of it, to which markers are relative.
+
+    Args:
+        whole: The point in the whole fit.
+        since: The marker where the stretch begins.
+        until: The marker where it ends.
+
+    Example:
+        >>> moment = Moment(progress=0.5, epochs=6.0, steps=60.0).within("4ep", "8ep")
+        >>> moment.progress, moment.epochs, moment.has_passed("2ep"), moment.has_passed(0.75)
+        (0.5, 2.0, True, False)
+    """
+
+    whole: Moment = field(kw_only=True)
+    since: float | str = field(kw_only=True)
+    until: float | str = field(kw_only=True)
+
+    def has_passed(self, marker: float | str) -> bool:
+        """Return whether a marker, relative to the stretch, is here or was before."""
+        absolute = marker_in_whole(marker, self.since, self.until)
+        if absolute is not None:
+            return self.whole.has_passed(absolute)
+        return self.progress >= _split(marker)[0] - _ROUNDING
+
+    def between(self, begin: float | str, until: float | str) -> float:
+        """Return the position x in [0, 1] between two markers that are relative to the stretch."""
+        first, last = (marker_in_whole(marker, self.since, self.until) for marker in (begin, until))
+        if first is not None and last is not None:
+            return self.whole.between(first, last)
+        return super().between(begin, until)
+
+
+@lru_cache
+def marker_in_whole(marker: float | str, since: float | str, until: float | str) -> float | str | None:
+    """Return where a marker is in a fit that is relative to a stretch between two markers; ``None`` if no marker says that.
+
+    Raises:
+        ValueError: If its unit is another than that of the stretch's beginning.
+
+    Example:
+        >>> marker_in_whole("2ep", "5ep", 1.0), marker_in_whole(0.5, "2ep", "6ep"), marker_in_whole(0.5, "5ep", 1.0)
+        ('7ep', '4ep', None)
+    """
+    (number, unit), (first, first_unit), (last, last_unit) = map(_split, (marker, since, until))
+    if unit and first and unit != first_unit:
+        raise ValueError(f"{marker!r} counts from {since!r}, which has another unit")
+    if number == 0.0:
+        return since
+    if unit:
+        return _joined(first + number, unit)
+    if number == 1.0:
+        return until
+    return _joined(first + number * (last - first), last_unit) if first_unit == last_unit or not first else None
 
 
 def line_in_unit(begin: float | str, until: float | str, now: Moment) -> Line:
@@ -224,6 +288,11 @@ class Clock:
 
 def _has_end(length: Point) -> bool:
     return math.isfinite(min(length))
+
+
+def _joined(number: float, unit: str) -> float | str:
+    """Return the marker with a number and a unit: the reverse of ``_split``."""
+    return f"{number:.12f}".rstrip("0").rstrip(".") + unit if unit else number
 
 
 def _split(marker: float | str) -> tuple[float, str]:

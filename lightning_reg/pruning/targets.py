@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch.nn.parameter import is_lazy
 
 from lightning_reg.pruning.structures import DEFAULT_MIN_KEPT, divides_into_fours, prunable
-from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Schedule, Steps
+from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Schedule, SequentialSchedule, Steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +33,8 @@ def known_targets(value: Value) -> list[float]:
     """
     if isinstance(value, Linear | Cosine | Cubic | Exponential | Steps):
         return list(value.extremes)
+    if isinstance(value, SequentialSchedule):
+        return [target for part in value.schedules for target in known_targets(part)]
     return [] if callable(value) else [float(value)]
 
 
@@ -49,12 +51,18 @@ def check_schedule(what: str, value: Value, structure: Structure) -> None:
     """
     targets = known_targets(value)
     check_rising(f"{what}: sparsity={value!r}", targets)
-    is_gradual = isinstance(value, Schedule) and not isinstance(value, Steps) and len(set(targets)) > 1
-    if structure == "2:4" and (is_gradual or any(target not in (0.0, 0.5) for target in targets)):
+    if structure == "2:4" and (_is_gradual(value) or any(target not in (0.0, 0.5) for target in targets)):
         raise ValueError(
             f"{what}: structure='2:4' prunes two of every four weights, so sparsity must be 0.5, or step from 0 to 0.5 as in "
             f"Steps([0.0, 0.5], at=['3ep']), got {value!r}"
         )
+
+
+def _is_gradual(value: Value) -> bool:
+    """Return whether a schedule has more values than those that are known."""
+    if isinstance(value, SequentialSchedule):
+        return any(map(_is_gradual, value.schedules))
+    return isinstance(value, Schedule) and not isinstance(value, Steps) and len(set(known_targets(value))) > 1
 
 
 def check_rising(what: str, targets: Sequence[float]) -> None:
