@@ -372,8 +372,8 @@ def _check_lists(kind: str, entry: str, entries: Any, at: Any) -> None:
             raise TypeError(f"{kind}: {name} must be a list, got {described_value(given)}")
     if len(entries) != len(at) + 1:
         raise ValueError(
-            f"{kind}: there must be one more {entry} than there are markers, got {len(entries)} {entry}s and {len(at)} markers: "
-            f"the first {entry} applies before the first marker"
+            f"{kind}: there must be one more {entry} than there are markers, got {len(entries)} {entry}s and {len(at)} "
+            f"markers: the first {entry} applies before the first marker"
         )
 
 
