@@ -23,6 +23,7 @@ LONGEST = [
     "test_cli",
     "test_pytorch_lightning",
     "test_pytorch_lightning_ranks",
+    "test_distributed_pruning",
     "test_killed",
     "test_resume",
     "test_cuda",

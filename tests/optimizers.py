@@ -246,6 +246,28 @@ class PlainWrapper:
         self.inner.load_state_dict(state_dict)
 
 
+class Several(PlainWrapper):
+    """Steps with several optimizers, one after the other."""
+
+    def __init__(self, parts: list[Optimizer]) -> None:
+        super().__init__(parts[0])
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Closure | None = None) -> Any:
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
 class Prodigy(SGD):
     """Like Prodigy and D-Adaptation, it multiplies its learning rate by an estimate d, which each group keeps."""
 

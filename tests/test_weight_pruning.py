@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from types import SimpleNamespace
 
+import optimizers
 import pytest
 import torch
 from helpers import QUIET, Classifier, Gan, Memory, fit, loader, same, weights
@@ -29,6 +30,7 @@ from lightning_reg import (
     sparsity,
 )
 from lightning_reg._engine import _lightning
+from lightning_reg._engine.steps import with_inner
 from lightning_reg.functional import Units, pruning_masks
 from lightning_reg.pruning.masks import unpack_bits
 
@@ -344,6 +346,42 @@ def test_rewinding_restores_initial_optimizer_state():
     assert len(model.sums) == 8
     for state_sum, p in zip(model.sums, model.parameters(), strict=True):
         assert_close(state_sum, torch.full_like(p, 0.5).masked_fill(p == 0, 0.0) if p.ndim > 1 else torch.full_like(p, 0.5))
+
+
+def adam(params):
+    return torch.optim.Adam(params, lr=0.01)
+
+
+WRAPPERS = {
+    "timm's Lookahead": lambda params: optimizers.TimmLookahead(adam(params)),
+    "torch_optimizer's Lookahead": lambda params: optimizers.ClassicLookahead(adam(params)),
+    "no optimizer by class": lambda params: optimizers.PlainWrapper(adam(params)),
+    "wrapped twice": lambda params: optimizers.PlainWrapper(optimizers.ClassicLookahead(adam(params))),
+    "several": lambda params: optimizers.Several([adam([p]) for p in params]),
+}
+
+
+@pytest.mark.parametrize("rewind", [None, 0, 2])
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_state_of_wrapped_optimizers_is_cleared(kind, rewind):
+    """A pruned weight has no momentum in any optimizer, and after rewinding nothing has."""
+
+    class Wrapped(Recorder):
+        def configure_optimizers(self):
+            return WRAPPERS[kind](self.parameters())
+
+        def on_validation_start(self):
+            inner = [optimizer.state for optimizer in with_inner(self.optimizers(use_pl_optimizer=False))]
+            self.states = [dict(state) for state in inner]
+
+    model, _ = train([WeightPruning(0.5, rewind_to_step=rewind)], Wrapped(), max_epochs=1)
+    assert len(model.states) == (7 if kind == "several" else 3 if kind == "wrapped twice" else 2)
+    found = [(p, value) for state in model.states for p, values in state.items() for value in values.values()]
+    assert bool(found) is (rewind is None)
+    for p, value in found:
+        if p.ndim == 2 and value.shape == p.shape:
+            assert p.eq(0).any()
+            assert not value[p == 0].any()
 
 
 @pytest.mark.parametrize("step", [5, 7])

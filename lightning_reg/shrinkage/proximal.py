@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.nn.functional import softshrink
 
 from lightning_reg._engine.arguments import NON_NEGATIVE
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.technique import Phase
 from lightning_reg._engine.tensor_arguments import tensor_list, units_list
-from lightning_reg._tensors.shards import full_tensor, local_tensor
+from lightning_reg._tensors.reductions import in_accumulation_dtype, is_cpu
+from lightning_reg._tensors.shards import full_tensor, local_tensors
 from lightning_reg._tensors.units import Units, local_unit_norms, unit_size, unit_view, wide_unit_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def soft_threshold_(params: Tensors, threshold: float) -> None:
+def soft_threshold_(params: Tensors, threshold: float | Tensor) -> None:
     """Move each entry toward 0, and stop there: θ ← sign(θ) · max(|θ| − t, 0).
 
     This is the proximal step of L1: argmin ½ ‖v − θ‖² + t ‖v‖₁ over v.
 
     Args:
         params: Tensors, which are changed in place.
-        threshold: t ≥ 0.
+        threshold: t ≥ 0, a number or a scalar tensor. The value of a tensor is not read, so nothing waits for its device.
 
     Example:
         >>> w = torch.tensor([-3.0, 0.5, 2.0])
@@ -47,19 +48,19 @@ def soft_threshold_(params: Tensors, threshold: float) -> None:
         I. Daubechies, M. Defrise, C. De Mol, "An Iterative Thresholding Algorithm for Linear Inverse Problems", 2004.
     """
     params = tensor_list("soft_threshold_: params", params)
-    for p in params:
-        local_tensor(p).copy_(softshrink(local_tensor(p), threshold))
+    for part in local_tensors(params):
+        part.copy_(_shrunk(part, threshold) if isinstance(threshold, Tensor) else softshrink(part, threshold))
 
 
 @torch.no_grad()
-def group_soft_threshold_(params: Tensors, threshold: float, units: Units | Sequence[Units] | None = None) -> None:
+def group_soft_threshold_(params: Tensors, threshold: float | Tensor, units: Units | Sequence[Units] | None = None) -> None:
     """Shrink each output unit u of n entries toward 0, and stop there: w_u ← w_u · max(1 − t √n / ‖w_u‖₂, 0).
 
     This is the proximal step of the group lasso: argmin ½ ‖v − w‖² + t Σ √n ‖v_u‖₂ over v.
 
     Args:
         params: Tensors, which are changed in place.
-        threshold: t ≥ 0.
+        threshold: t ≥ 0, a number or a scalar tensor. The value of a tensor is not read, so nothing waits for its device.
         units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Example:
@@ -73,12 +74,13 @@ def group_soft_threshold_(params: Tensors, threshold: float, units: Units | Sequ
         M. Yuan, Y. Lin, "Model Selection and Estimation in Regression with Grouped Variables", 2006.
     """
     params = tensor_list("group_soft_threshold_: params", params)
-    if not threshold:
+    is_number = not isinstance(threshold, Tensor)
+    if is_number and not threshold:
         return
     for p, layout in zip(params, units_list("group_soft_threshold_", units, params), strict=True):
         largest_gone = threshold * unit_size(p, layout) ** 0.5
-        inverse = local_unit_norms(p, layout, above=largest_gone).reciprocal()  # infinite for zeros, whose factor is then 0
-        factors = inverse.mul_(-largest_gone).add_(1).clamp_(min=0)
+        norms = local_unit_norms(p, layout, above=largest_gone if is_number else 0.0)
+        factors = norms.reciprocal().mul_(-largest_gone).add_(1).clamp_(min=0).masked_fill_(norms == 0, 0.0)
         unit_view(p, layout).mul_(factors.to(p.dtype))
 
 
@@ -123,11 +125,17 @@ class SoftThresholding(ParameterRegularizer):
         """Threshold the parameters of each group, in proportion to its learning rate, and log the fraction of zeros."""
         if self.current["strength"]:
             for group, group_params in self.by_group(params, optimizer):
-                self.threshold_(group_params, float(self.learning_rate(optimizer, group)) * self.current["strength"])
+                self.threshold_(group_params, self._threshold(self.learning_rate(optimizer, group)))
         if self.logging:
             self.log_metrics(**self.zeros(params))
 
-    def threshold_(self, params: list[Parameter], threshold: float) -> None:
+    def _threshold(self, rate: float | Tensor) -> float | Tensor:
+        """Return ηλ: a number, or a tensor where reading the learning rate would wait for a device."""
+        if isinstance(rate, Tensor) and not is_cpu(rate):
+            return rate.to(torch.float32 if rate.is_mps else torch.float64) * self.current["strength"]
+        return float(rate) * self.current["strength"]
+
+    def threshold_(self, params: list[Parameter], threshold: float | Tensor) -> None:
         """Take the proximal step."""
         soft_threshold_(params, threshold)
 
@@ -172,7 +180,7 @@ class GroupSoftThresholding(SoftThresholding):
 
     supports_fsdp1 = False
 
-    def threshold_(self, params: list[Parameter], threshold: float) -> None:
+    def threshold_(self, params: list[Parameter], threshold: float | Tensor) -> None:
         """Take the proximal step."""
         group_soft_threshold_(params, threshold, self.units(params))
 
@@ -180,6 +188,13 @@ class GroupSoftThresholding(SoftThresholding):
         """Return the metric to log: the fraction of units that are exactly zero."""
         norms = [wide_unit_norms(p, layout) for p, layout in zip(params, self.units(params), strict=True)]
         return {"zero_units": _zero_fraction(norms)}
+
+
+def _shrunk(part: Tensor, threshold: Tensor) -> Tensor:
+    """Return sign(θ) · max(|θ| − t, 0) in float32 or better, for a threshold whose value is not read."""
+    precise = in_accumulation_dtype(part)
+    bound = threshold.to(precise)  # a scalar of another dtype would be rounded to that of the tensor
+    return precise - precise.clamp(-bound, bound)
 
 
 def _zero_fraction(tensors: Sequence[Tensor]) -> Tensor:
