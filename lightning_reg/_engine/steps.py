@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_reg._engine import _lightning
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
     from torch.nn import Parameter
-    from torch.optim import Optimizer
 
+_NO_OPTIMIZERS = ("param_groups", "state", "defaults")  # attributes of an optimizer that hold none
 _MANY_BATCHES = 100  # without a step that was seen
 
 
@@ -72,6 +72,33 @@ def shares_parameters(optimizer: Optimizer, other: Optimizer) -> bool:
 def held_by(optimizer: Optimizer) -> list[Tensor]:
     """Return all parameters of an optimizer."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def with_inner(optimizer: Any) -> list[Any]:
+    """Return an optimizer and those within it, each once: the one that a wrapper such as Lookahead steps with, for example.
+
+    ``ZeroRedundancyOptimizer`` keeps the state of this rank's parameters in an optimizer of its own too.
+    """
+    found, seen, waiting = [], set(), [optimizer]
+    while waiting:
+        candidate = waiting.pop(0)
+        if id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        if isinstance(candidate, (list, tuple)):
+            waiting += candidate
+        elif isinstance(candidate, dict):
+            waiting += candidate.values()
+        elif _is_optimizer(candidate):
+            found.append(candidate)
+            waiting += (value for name, value in vars(candidate).items() if name not in _NO_OPTIMIZERS)
+    return found
+
+
+def _is_optimizer(candidate: Any) -> bool:
+    """Return whether an object has what pruning needs of an optimizer, whatever its class."""
+    known = getattr(candidate, "__dict__", {})
+    return isinstance(candidate, Optimizer) or ("state" in known and callable(getattr(candidate, "step", None)))
 
 
 class StepFollower:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS
 
 from lightning_reg._engine.selection import lookup
+from lightning_reg._engine.steps import with_inner
 from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.shards import full_tensor, local_tensor
 
@@ -78,7 +79,8 @@ def clear_state_(optimizer: Optimizer, params: Tensors, masks: Tensors) -> None:
     The state of LBFGS does not divide into entries, so all of it is cleared.
 
     Args:
-        optimizer: The optimizer. Tensors that it does not hold are skipped.
+        optimizer: The optimizer. If it wraps others, as ``ZeroRedundancyOptimizer`` does, their state is cleared too. Tensors
+            that it does not hold are skipped.
         params: Tensors.
         masks: A mask for each tensor, ``True`` where its state becomes 0. The mask of a sharded tensor has the shape of this
             rank's part.
@@ -94,12 +96,13 @@ def clear_state_(optimizer: Optimizer, params: Tensors, masks: Tensors) -> None:
     """
     params = tensor_list("clear_state_: params", params)
     masks = tensor_list("clear_state_: masks", masks, len(params))
-    if isinstance(optimizer, LBFGS):
-        optimizer.state.clear()
-    for p, mask in zip(params, masks, strict=True):
-        for value in optimizer.state.get(p, {}).values():
-            if isinstance(value, Tensor) and value.ndim and value.shape == p.shape:
-                local_tensor(value).masked_fill_(mask, 0.0)
+    for inner in with_inner(optimizer):
+        if isinstance(inner, LBFGS):
+            inner.state.clear()
+        for p, mask in zip(params, masks, strict=True):
+            for value in inner.state.get(p, {}).values():
+                if isinstance(value, Tensor) and value.ndim and value.shape == p.shape:
+                    local_tensor(value).masked_fill_(mask, 0.0)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_reg._engine.names import canonical_name
 from lightning_reg._engine.selection import select_parameters
+from lightning_reg._engine.steps import with_inner
 from lightning_reg._tensors.shards import local_tensor, shard_like
 
 if TYPE_CHECKING:
@@ -61,15 +62,15 @@ def restore_(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None
 
 
 def initial_states(optimizers: Iterable[Optimizer]) -> dict[int, dict[Any, Any]]:
-    """Return a copy of the state of optimizers before their first step, by ``id``. Most optimizers have none yet."""
-    return {id(optimizer): _copy_state(optimizer.state) for optimizer in optimizers}
+    """Return a copy of the state of optimizers, and of those within them, before the first step, by ``id``. Most have none."""
+    return {id(inner): _copy_state(inner.state) for optimizer in optimizers for inner in with_inner(optimizer)}
 
 
 def reset_optimizers_(optimizers: Iterable[Optimizer], states: Mapping[int, Mapping[Any, Any]]) -> None:
     """Set optimizers back to the states that ``initial_states`` returned."""
-    for optimizer in optimizers:
-        optimizer.state.clear()
-        optimizer.state.update(_copy_state(states.get(id(optimizer), {})))
+    for inner in [inner for optimizer in optimizers for inner in with_inner(optimizer)]:
+        inner.state.clear()
+        inner.state.update(_copy_state(states.get(id(inner), {})))
 
 
 def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:
