@@ -15,6 +15,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from lightning_reg.tuning.comparison import Comparison, compare
+from lightning_reg.tuning.path import StrengthPath, strength_path
 from lightning_reg.tuning.results import Difference
+from lightning_reg.tuning.techniques import Technique
 
-__all__ = ["Comparison", "Difference", "compare"]
+__all__ = ["Comparison", "Difference", "StrengthPath", "Technique", "compare", "strength_path"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
-from lightning_reg._engine.arguments import check_choice, check_integer, check_seed, described_value
-from lightning_reg.tuning.experiment import TrainerRun
+from lightning_reg._engine.arguments import check_integer, described_value
 from lightning_reg.tuning.files import described_callbacks
 from lightning_reg.tuning.progress import progress_bar
 from lightning_reg.tuning.results import Difference, Report, difference, known_overlap, paired_differences
+from lightning_reg.tuning.runs import check_splits, checked_run, measure, shared_settings
 from lightning_reg.tuning.statistics import corrected_t_test, holm
-from lightning_reg.tuning.storage import open_storage, open_study, perform
+from lightning_reg.tuning.storage import open_storage, open_study
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "compare"]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Comparison(Report):
     """What `compare` found. See `Report` for the other attributes.
 
@@ -124,14 +123,8 @@ def compare(
         "repeats": repeats,
     }
     study = open_study(open_storage(storage), name, mode, settings)
-    tasks: dict[str, dict[str, Any]] = {task_key(key, split): {} for split in splits for key in listed}
-
-    def execute(values: dict[str, Any]) -> float:
-        return run(listed[values["candidate"]], values["split"], seed + values["split"])
-
-    with progress_bar("Comparing", len(tasks), mode, progress) as report:
-        outcomes = perform(study, tasks, lambda trial: json.loads(trial.user_attrs["task"]), execute, report)
-    runs = {key: [outcomes[task_key(key, split)] for split in splits] for key in listed}
+    with progress_bar("Comparing", len(listed) * repeats, mode, progress) as report:
+        runs = measure(study, run, listed, splits, seed, report)
     return judged(listed, runs, splits, metric, mode, known_overlap(overlap, runs), rope)
 
 
@@ -192,11 +185,6 @@ def overall(differences: Mapping[str, Difference]) -> Any:
     return "better" if "better" in verdicts else "undecided" if "undecided" in verdicts else "plain"
 
 
-def task_key(candidate: str, split: int) -> str:
-    """Return the key of a run, as text that says what to run."""
-    return json.dumps({"candidate": candidate, "split": split})
-
-
 def checked_candidates(candidates: Mapping[str, Sequence[Callback]]) -> dict[str, list[Callback]]:
     """Return the callbacks of each candidate.
 
@@ -218,50 +206,3 @@ def checked_candidates(candidates: Mapping[str, Sequence[Callback]]) -> dict[str
     if len(listed) < 2:
         raise ValueError(f"candidates must have at least two entries, the one to beat first, got {len(listed)}")
     return listed
-
-
-def checked_run(
-    model: Any,
-    data: Any,
-    metric: str,
-    mode: str,
-    trainer: Any,
-    seed: int,
-    overlap: float | None,
-    rope: float | None,
-    run: Run | None,
-) -> Run:
-    """Check the arguments that all questions share, and return the function that makes a run.
-
-    Raises:
-        ValueError: If one is out of range.
-        TypeError: If one has a wrong type.
-    """
-    check_choice("mode", mode, ("min", "max"))
-    check_seed("seed", seed)
-    for what, value in (("overlap", overlap), ("rope", rope)):
-        if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{what} must be finite and at least 0, got {value}")
-    if run is None:
-        return TrainerRun(model, data, metric, trainer, overlap=overlap)
-    if (model, data, trainer) != (None, None, None):
-        raise TypeError("run= takes the place of model, data, and trainer: pass None for these")
-    if overlap is None:
-        raise ValueError("run= needs overlap=, the number of test samples divided by the number of training samples")
-    return run
-
-
-def check_splits(run: Run, splits: Sequence[int]) -> None:
-    """Raise an error if the data ignore the split."""
-    if isinstance(run, TrainerRun):
-        run.check_data(splits)
-
-
-def shared_settings(metric: str, seed: int, overlap: float | None, trainer: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the settings that all questions share, as a database keeps them."""
-    return {
-        "metric": metric,
-        "seed": seed,
-        "overlap": overlap,
-        "trainer": {key: repr(value) for key, value in (trainer or {}).items()},
-    }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_reg.tuning.path import StrengthPath
     from lightning_reg.tuning.results import Report
 
-__all__ = ["draw_differences"]
+__all__ = ["draw_differences", "draw_path"]
 
 COLORS = {"better": "#0072B2", "undecided": "#7F7F7F", "plain": "#D55E00"}  # distinct for color-blind readers too
 
@@ -34,3 +38,30 @@ def draw_differences(report: Report) -> Figure:
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params("y", length=0)
     return figure
+
+
+def draw_path(path: StrengthPath) -> Figure:
+    """Draw the metric over the strength with error bars, and mark the best and the chosen strength."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    logarithmic = path.values[0] > 0
+    for part, label, color, style in (("training", "training", "#7F7F7F", "--"), ("value", "validation", "#D55E00", "-")):
+        means, errors = zip(*path.curve(part), strict=True)
+        if any(map(math.isfinite, means)):
+            axis.errorbar(path.values, means, yerr=errors, fmt=f"o{style}", color=color, capsize=3, markersize=4, label=label)
+    for value, label, style in ((path.best, "best", ":"), (path.choice, "within one standard error", "-")):
+        axis.axvline(value, color="#0072B2", linestyle=style, label=f"{label}: {value:g}")
+    for value in path.failed:
+        axis.axvline(value, color="black", alpha=0.15, linewidth=6)
+    axis.set_xscale(
+        "log" if logarithmic else "symlog", **({} if logarithmic else {"linthresh": _smallest_positive(path.values)})
+    )
+    axis.set(xlabel=path.argument, ylabel=f"{path.metric} (± one standard error)", title=path.summary())
+    axis.title.set_fontsize(10)
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _smallest_positive(values: Sequence[float]) -> float:
+    return min((abs(value) for value in values if value), default=1.0)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_reg.tuning.experiment import Mode
     from lightning_reg.tuning.storage import Outcome
 
-__all__ = ["Difference", "Report", "paired_differences"]
+__all__ = ["Difference", "Report", "Runs", "paired_differences"]
 
 
 class Difference(NamedTuple):
@@ -85,35 +85,29 @@ def difference(differences: Sequence[float], overlap: float, rope: float, p_valu
     return Difference(test.mean, test.low, test.high, adjusted, verdict, needed)
 
 
-@dataclass
-class Report:
-    """What a comparison found.
+@dataclass(kw_only=True)
+class Runs:
+    """What runs measured, and what to make of it.
 
     Attributes:
-        verdict: ``"better"``, ``"plain"`` (no gain that matters), or ``"undecided"``.
-        callbacks: What to pass to a Trainer. Empty unless the verdict is ``"better"``.
-        differences: For each candidate but the first, how it differs from the first.
+        callbacks: What to pass to a Trainer.
         metric: The metric.
         mode: Whether lower (``"min"``) or higher values (``"max"``) are better.
         overlap: Test samples divided by training samples.
-        rope: The smallest difference that matters.
+        runs: The runs of each candidate, in the order of the splits.
+        splits: The splits of the runs.
     """
 
-    verdict: Verdict
     callbacks: list[Callback]
-    differences: dict[str, Difference]
     metric: str
     mode: Mode
     overlap: float
-    rope: float
     runs: dict[str, list[Outcome]] = field(repr=False)
-    """The runs of each candidate, in the order of the splits."""
     splits: list[int] = field(repr=False)
-    """The splits of the runs."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return a frame with a row for each run."""
-        rows = [
+        return pd.DataFrame(
             {
                 "candidate": name,
                 "split": split,
@@ -124,8 +118,7 @@ class Report:
             }
             for name, runs in self.runs.items()
             for split, run in zip(self.splits, runs, strict=True)
-        ]
-        return pd.DataFrame(rows)
+        )
 
     def to_csv(self, path: str | Path) -> None:
         """Write a row for each run to a CSV file."""
@@ -138,13 +131,29 @@ class Report:
         Raises:
             TypeError: If a callback has arguments that YAML cannot express.
         """
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         config = {"trainer": {"callbacks": [config_of(callback) for callback in self.callbacks]}}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(f"# {self.summary()}\n{yaml.safe_dump(config, sort_keys=False)}")
 
     def summary(self) -> str:
         """Return the result in one sentence."""
         raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Report(Runs):
+    """What a comparison found.
+
+    Attributes:
+        verdict: ``"better"``, ``"plain"`` (no gain that matters), or ``"undecided"``.
+        callbacks: What to pass to a Trainer. Empty unless the verdict is ``"better"``.
+        differences: For each candidate but the first, how it differs from the first.
+        rope: The smallest difference that matters.
+    """
+
+    verdict: Verdict
+    differences: dict[str, Difference]
+    rope: float
 
     def table(self) -> Table:
         """Return a table with a row for each candidate."""

@@ -1,0 +1,102 @@
+"""Runs of candidates on splits, and the arguments that all questions share."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning_reg._engine.arguments import check_choice, check_seed
+from lightning_reg.tuning.experiment import TrainerRun
+from lightning_reg.tuning.storage import perform
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lightning.pytorch import Callback
+    from optuna import Study
+
+    from lightning_reg.tuning.experiment import Run
+    from lightning_reg.tuning.storage import Outcome
+
+__all__ = ["check_splits", "checked_run", "measure", "shared_settings"]
+
+
+def measure(
+    study: Study,
+    run: Run,
+    candidates: Mapping[str, Sequence[Callback]],
+    splits: Sequence[int],
+    seed: int,
+    report: Callable[[dict[str, Outcome]], None] = lambda outcomes: None,
+) -> dict[str, list[Outcome]]:
+    """Run each candidate on each split, unless the study has the run already.
+
+    Args:
+        study: Keeps the runs.
+        run: Makes a run.
+        candidates: The callbacks of each candidate, by its name.
+        splits: The numbers of the splits.
+        seed: The run of split i is seeded with ``seed + i``.
+        report: Function that is called with the outcomes so far.
+
+    Returns:
+        The outcomes of each candidate, in the order of the splits.
+    """
+    keys = {(name, split): json.dumps({"candidate": name, "split": split}) for split in splits for name in candidates}
+
+    def execute(values: dict[str, Any]) -> float:
+        return run(candidates[values["candidate"]], values["split"], seed + values["split"])
+
+    outcomes = perform(
+        study, {key: {} for key in keys.values()}, lambda trial: json.loads(trial.user_attrs["task"]), execute, report
+    )
+    return {name: [outcomes[keys[name, split]] for split in splits] for name in candidates}
+
+
+def checked_run(
+    model: Any,
+    data: Any,
+    metric: str,
+    mode: str,
+    trainer: Any,
+    seed: int,
+    overlap: float | None,
+    rope: float | None,
+    run: Run | None,
+    training: bool = False,
+) -> Run:
+    """Check the arguments that all questions share, and return the function that makes a run.
+
+    Raises:
+        ValueError: If one is out of range.
+        TypeError: If one has a wrong type.
+    """
+    check_choice("mode", mode, ("min", "max"))
+    check_seed("seed", seed)
+    for what, value in (("overlap", overlap), ("rope", rope)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{what} must be finite and at least 0, got {value}")
+    if run is None:
+        return TrainerRun(model, data, metric, trainer, training, overlap)
+    if (model, data, trainer) != (None, None, None):
+        raise TypeError("run= takes the place of model, data, and trainer: pass None for these")
+    if overlap is None:
+        raise ValueError("run= needs overlap=, the number of test samples divided by the number of training samples")
+    return run
+
+
+def check_splits(run: Run, splits: Sequence[int]) -> None:
+    """Raise an error if the data ignore the split."""
+    if isinstance(run, TrainerRun):
+        run.check_data(splits)
+
+
+def shared_settings(metric: str, seed: int, overlap: float | None, trainer: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the settings that all questions share, as a database keeps them."""
+    return {
+        "metric": metric,
+        "seed": seed,
+        "overlap": overlap,
+        "trainer": {key: repr(value) for key, value in (trainer or {}).items()},
+    }
