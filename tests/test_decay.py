@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from lightning_reg import GroupSoftThresholding, Linear, SoftThresholding, WeightDecay, WeightDecayScheduler, decay_groups
 from lightning_reg.functional import Units, group_soft_threshold_, soft_threshold_
+from lightning_reg.shrinkage import proximal
 
 
 class Adam(Classifier):
@@ -175,3 +176,53 @@ def test_thresholding_gives_exact_zeros(callback):
 def test_strength_out_of_range_raises(kind):
     with pytest.raises(ValueError, match=rf"{kind.__name__}: (strength|weight_decay) must be a number in \[0, inf\), got -0.1"):
         kind(-0.1)
+
+
+# Learning rates that are tensors -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.3, 1.7, 9.0])
+def test_threshold_as_tensor_equals_number(dtype, threshold):
+    torch.manual_seed(0)
+    values = torch.cat([torch.randn(6, 50), torch.zeros(1, 50), torch.full((1, 50), threshold), torch.full((1, 50), 1e-30)])
+    values = values.to(dtype)
+    for function, tolerance in (
+        (soft_threshold_, {"rtol": 0, "atol": 0}),
+        (group_soft_threshold_, {"rtol": 1e-2, "atol": 1e-4}),
+    ):
+        by_number, by_tensor = values.clone(), values.clone()
+        function(by_number, threshold)
+        function(by_tensor, torch.tensor(threshold, dtype=torch.float64))
+        assert_close(by_tensor, by_number, **tolerance)
+
+
+def test_threshold_as_tensor_keeps_infinite_and_nan_weights():
+    values = torch.tensor([[torch.inf, 1.0], [torch.nan, 1.0], [-torch.inf, -1.0]])
+    for function in (soft_threshold_, group_soft_threshold_):
+        by_number, by_tensor = values.clone(), values.clone()
+        function(by_number, 0.5)
+        function(by_tensor, torch.tensor(0.5))
+        assert_close(by_tensor, by_number, rtol=0, atol=0, equal_nan=True)
+
+
+class TensorRate(Classifier):
+    """The model with a learning rate that is a tensor, as graph capture needs it, and falls."""
+
+    def __init__(self, as_tensor=True):
+        super().__init__()
+        self.rate = torch.tensor(0.05) if as_tensor else torch.tensor(0.05).item()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+@pytest.mark.parametrize("callback", [SoftThresholding, GroupSoftThresholding, WeightDecay])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_learning_rate_as_tensor_equals_number(callback, on_device, monkeypatch):
+    expected = fit([callback(0.02)], TensorRate(as_tensor=False))
+    monkeypatch.setattr(proximal, "is_cpu", lambda tensor: not on_device)
+    assert_close(weights(fit([callback(0.02)], TensorRate())), weights(expected), rtol=1e-6, atol=1e-7)
+    with pytest.raises(AssertionError):
+        assert_close(weights(fit(model=TensorRate())), weights(expected))

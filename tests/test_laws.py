@@ -457,8 +457,10 @@ class SyncCounter(TorchDispatchMode):
 
 
 def count_syncs(callbacks, row, batches):
+    classifier = model(row)
+    classifier.lr = torch.tensor(classifier.lr)  # a learning rate on the device, as graph capture needs it
     with SyncCounter() as mode:
-        fit(callbacks, model(row), loader(16 * batches), max_epochs=1, logger=Memory(), log_every_n_steps=16)
+        fit(callbacks, classifier, loader(16 * batches), max_epochs=1, logger=Memory(), log_every_n_steps=16)
     return mode.count
 
 
