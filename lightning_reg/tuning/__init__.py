@@ -14,9 +14,10 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from lightning_reg.tuning.choice import Choice, Worth, choose
 from lightning_reg.tuning.comparison import Comparison, compare
 from lightning_reg.tuning.path import StrengthPath, strength_path
 from lightning_reg.tuning.results import Difference
 from lightning_reg.tuning.techniques import Technique
 
-__all__ = ["Comparison", "Difference", "StrengthPath", "Technique", "compare", "strength_path"]
+__all__ = ["Choice", "Comparison", "Difference", "StrengthPath", "Technique", "Worth", "choose", "compare", "strength_path"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
@@ -13,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning_reg._engine.arguments import check_integer, described_value
 from lightning_reg.tuning.files import described_callbacks
 from lightning_reg.tuning.progress import progress_bar
-from lightning_reg.tuning.results import Difference, Report, difference, known_overlap, paired_differences
+from lightning_reg.tuning.results import Difference, Report, difference, known_overlap, paired_differences, smallest_difference
 from lightning_reg.tuning.runs import check_splits, checked_run, measure, shared_settings
 from lightning_reg.tuning.statistics import corrected_t_test, holm
 from lightning_reg.tuning.storage import open_storage, open_study
@@ -124,7 +122,7 @@ def compare(
     }
     study = open_study(open_storage(storage), name, mode, settings)
     with progress_bar("Comparing", len(listed) * repeats, mode, progress) as report:
-        runs = measure(study, run, listed, splits, seed, report)
+        runs = measure(study, run, list(listed), listed.__getitem__, splits, seed, report)
     return judged(listed, runs, splits, metric, mode, known_overlap(overlap, runs), rope)
 
 
@@ -153,12 +151,7 @@ def judged(
     """
     plain, *others = runs
     values = {key: [outcome.value for outcome in of_key] for key, of_key in runs.items()}
-    succeeded = [value for value in values[plain] if math.isfinite(value)]
-    if len(succeeded) < 2:
-        raise RuntimeError(
-            f"{len(values[plain]) - len(succeeded)} of {len(values[plain])} runs of {plain!r} failed:\n{runs[plain][-1].error}"
-        )
-    smallest = stdev(succeeded) / 2 if rope is None else rope
+    smallest = smallest_difference(values[plain], rope, runs[plain][-1].error)
     paired = {key: paired_differences(values[key], values[plain], mode) for key in others}
     adjusted = holm([corrected_t_test(paired[key], overlap).p_value for key in others])
     found = {key: difference(paired[key], overlap, smallest, p) for key, p in zip(others, adjusted, strict=True)}

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from lightning_reg.tuning.results import paired_differences
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lightning_reg.tuning.choice import Choice
     from lightning_reg.tuning.path import StrengthPath
     from lightning_reg.tuning.results import Report
 
-__all__ = ["draw_differences", "draw_path"]
+__all__ = ["draw_choice", "draw_differences", "draw_path"]
 
 COLORS = {"better": "#0072B2", "undecided": "#7F7F7F", "plain": "#D55E00"}  # distinct for color-blind readers too
 
@@ -60,6 +63,35 @@ def draw_path(path: StrengthPath) -> Figure:
     axis.title.set_fontsize(10)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_choice(choice: Choice) -> Figure:
+    """Draw the trials of the search, the gain that the best one claims, and the gain that was confirmed."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    sign = 1 if choice.mode == "max" else -1
+    plain = next((trial.value for trial in choice.trials if trial.values["setting"] == "{}"), math.nan)
+    gains = [sign * (trial.value - plain) for trial in choice.trials]
+    left.plot(range(1, len(gains) + 1), gains, "o", color="#7F7F7F", markersize=4)
+    left.axhline(choice.claimed, color="#D55E00", linestyle=":", label=f"claimed by the best: {choice.claimed:+.2g}")
+    left.set(xlabel="trial of the search, on one split", ylabel=f"gain in {choice.metric} over plain")
+    left.legend(frameon=False)
+    if confirmed := choice.differences.get("chosen"):
+        chosen, plains = ([run.value for run in choice.runs[name]] for name in ("chosen", "plain"))
+        each = paired_differences(chosen, plains, choice.mode)
+        right.plot([0.0] * len(each), each, "o", color="#7F7F7F", markersize=4)
+        error = [[confirmed.mean - confirmed.low], [confirmed.high - confirmed.mean]]
+        right.errorbar(
+            0.2, confirmed.mean, yerr=error, fmt="o", capsize=4, color=COLORS[confirmed.verdict], label=confirmed.verdict
+        )
+        right.legend(frameon=False)
+    right.set(xlabel=f"confirmed on {len(choice.splits)} new splits", xticks=[], xlim=(-0.3, 0.5))
+    for axis in (left, right):
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.axhspan(-choice.rope, choice.rope, color="black", alpha=0.07, linewidth=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(choice.summary(), fontsize=11)
     return figure
 
 

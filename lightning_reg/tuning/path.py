@@ -164,7 +164,7 @@ def strength_path(
     settings = {"candidates": described, **shared_settings(metric, seed, overlap, trainer), "repeats": repeats}
     study = open_study(open_storage(storage), name, mode, settings)
     with progress_bar("Path", len(candidates) * repeats, mode, progress) as report:
-        runs = measure(study, run, candidates, splits, seed, report)
+        runs = measure(study, run, list(candidates), candidates.__getitem__, splits, seed, report)
     best, choice = chosen(grid, [runs[repr(value)] for value in grid], mode, larger)
     return StrengthPath(
         callbacks=candidates[repr(choice)],

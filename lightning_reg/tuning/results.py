@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lightning_reg.tuning.files import config_of
-from lightning_reg.tuning.statistics import Verdict, corrected_t_test, judge, repeats_needed
+from lightning_reg.tuning.statistics import LEVEL, Verdict, corrected_t_test, judge, repeats_needed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,7 +69,26 @@ def paired_differences(runs: Sequence[float], plain: Sequence[float], mode: Mode
     return [difference if math.isfinite(difference) else worst for difference in found]
 
 
-def difference(differences: Sequence[float], overlap: float, rope: float, p_value: float | None = None) -> Difference:
+def smallest_difference(plain: Sequence[float], rope: float | None, error: str) -> float:
+    """Return the smallest difference that matters: by default half the standard deviation of plain's runs.
+
+    Args:
+        plain: The values of the plain model's runs. NaN for a failed run.
+        rope: The smallest difference, if the user gave one.
+        error: Why a run failed.
+
+    Raises:
+        RuntimeError: If fewer than two runs succeeded.
+    """
+    succeeded = [value for value in plain if math.isfinite(value)]
+    if len(succeeded) < 2:
+        raise RuntimeError(f"{len(plain) - len(succeeded)} of {len(plain)} runs of the plain model failed:\n{error}")
+    return stdev(succeeded) / 2 if rope is None else rope
+
+
+def difference(
+    differences: Sequence[float], overlap: float, rope: float, p_value: float | None = None, level: float = LEVEL
+) -> Difference:
     """Test paired differences, and judge what the test says.
 
     Args:
@@ -77,11 +96,12 @@ def difference(differences: Sequence[float], overlap: float, rope: float, p_valu
         overlap: Test samples divided by training samples.
         rope: The smallest difference that matters.
         p_value: The adjusted p-value, if it is not that of the test itself.
+        level: The one-sided level.
     """
-    test = corrected_t_test(differences, overlap)
+    test = corrected_t_test(differences, overlap, level)
     adjusted = test.p_value if p_value is None else p_value
-    verdict = judge(test, adjusted, rope)
-    needed = repeats_needed(rope, stdev(differences), overlap) if verdict == "undecided" and rope > 0 else math.nan
+    verdict = judge(test, adjusted, rope, level)
+    needed = repeats_needed(rope, stdev(differences), overlap, level) if verdict == "undecided" and rope > 0 else math.nan
     return Difference(test.mean, test.low, test.high, adjusted, verdict, needed)
 
 

@@ -25,7 +25,8 @@ __all__ = ["check_splits", "checked_run", "measure", "shared_settings"]
 def measure(
     study: Study,
     run: Run,
-    candidates: Mapping[str, Sequence[Callback]],
+    candidates: Sequence[str],
+    build: Callable[[str], Sequence[Callback]],
     splits: Sequence[int],
     seed: int,
     report: Callable[[dict[str, Outcome]], None] = lambda outcomes: None,
@@ -35,7 +36,9 @@ def measure(
     Args:
         study: Keeps the runs.
         run: Makes a run.
-        candidates: The callbacks of each candidate, by its name.
+        candidates: The names of the candidates.
+        build: Function that returns the callbacks of a name. Other processes may have written names that are not in
+            ``candidates``.
         splits: The numbers of the splits.
         seed: The run of split i is seeded with ``seed + i``.
         report: Function that is called with the outcomes so far.
@@ -46,7 +49,7 @@ def measure(
     keys = {(name, split): json.dumps({"candidate": name, "split": split}) for split in splits for name in candidates}
 
     def execute(values: dict[str, Any]) -> float:
-        return run(candidates[values["candidate"]], values["split"], seed + values["split"])
+        return run(build(values["candidate"]), values["split"], seed + values["split"])
 
     outcomes = perform(
         study, {key: {} for key in keys.values()}, lambda trial: json.loads(trial.user_attrs["task"]), execute, report

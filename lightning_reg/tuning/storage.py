@@ -58,7 +58,7 @@ class Outcome(NamedTuple):
         overlap: Validation samples divided by training samples, or NaN.
         seconds: How long it took.
         error: The traceback or the reason of a failed run, or an empty text.
-        params: What Optuna suggested for it.
+        values: What was run.
     """
 
     value: float
@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
     overlap: float
     seconds: float
     error: str
-    params: dict[str, Any]
+    values: dict[str, Any]
 
 
 class _Skip(Exception):  # noqa: N818
@@ -109,9 +109,7 @@ def _without_password(storage: str) -> str:
     return make_url(storage).render_as_string(hide_password=True)
 
 
-def open_study(
-    storage: BaseStorage, name: str, mode: Mode, settings: Mapping[str, Any], sampler: BaseSampler | None = None
-) -> Study:
+def open_study(storage: BaseStorage, name: str, mode: Mode, settings: Mapping[str, Any]) -> Study:
     """Create a study, or join the one of this name if it was made with the same settings.
 
     Raises:
@@ -119,7 +117,7 @@ def open_study(
     """
     direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
     with _quiet():
-        study = optuna.create_study(storage=storage, study_name=name, direction=direction, sampler=sampler, load_if_exists=True)
+        study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
         now = {"mode": mode, **settings}
         stored = study.user_attrs.get("settings")
         if stored is None:
@@ -138,6 +136,7 @@ def perform(
     suggest: Callable[[Trial], dict[str, Any]],
     execute: Callable[[dict[str, Any]], float],
     report: Callable[[dict[str, Outcome]], None] = lambda outcomes: None,
+    sampler: Callable[[int], BaseSampler] | None = None,
 ) -> dict[str, Outcome]:
     """Do the tasks that no process has done yet, wait for those that others do, and return the outcome of each.
 
@@ -147,6 +146,8 @@ def perform(
         suggest: Function that completes the values of a trial. What it returns can be written as JSON.
         execute: Function that runs a task with these values and returns its metric.
         report: Function that is called with the outcomes so far, at the start and after each run.
+        sampler: Function that returns what suggests the values of a trial, by its number. The same number suggests the same,
+            also in a study that goes on.
 
     Raises:
         RunsFailedError: If three runs in a row failed.
@@ -164,6 +165,8 @@ def perform(
         for key in (key for key in tasks if key in missing - waiting - running):
             study.enqueue_trial(dict(tasks[key]) or _last_params(trials, key), user_attrs={"task": key})
         if missing - running:
+            if sampler is not None:
+                study.sampler = sampler(_next_number(study))
             worker.take_one()
         else:
             time.sleep(POLL_SECONDS)
@@ -187,7 +190,7 @@ def done(trials: Sequence[FrozenTrial], study: Study) -> dict[str, Outcome]:
                 overlap=measured.get("overlap", math.nan),
                 seconds=measured.get("seconds", math.nan),
                 error=error if failed else "",
-                params=dict(trial.params) or dict(trial.system_attrs.get("fixed_params", {})),
+                values=trial.user_attrs.get("values", {}),
             )
     return finished
 
@@ -210,6 +213,7 @@ class _Worker:
         if self._is_superfluous(trial):
             raise _Skip
         values, start = self.suggest(trial), time.perf_counter()
+        trial.set_user_attr("values", values)
         try:
             value = self.execute(values)
         except (SetupError, KeyboardInterrupt):
@@ -245,6 +249,11 @@ class _Worker:
         again = [*self.study.user_attrs.get("again", []), *self.failed]
         self.study.set_user_attr("again", again)  # the reason may be mended
         raise RunsFailedError(f"{len(self.failed)} runs failed in a row. The last one:\n{error}") from cause
+
+
+def _next_number(study: Study) -> int:
+    """Return the number of the trial that waits longest."""
+    return min((trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,))), default=0)
 
 
 def _keys(trials: Sequence[FrozenTrial], state: TrialState) -> set[str]:
