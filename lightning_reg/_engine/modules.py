@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,21 +21,30 @@ if TYPE_CHECKING:
 
 
 class ForwardHook:
-    """A forward hook that does nothing in copies and pickles of its module.
+    """A forward hook that does nothing in copies and pickles of its module, most of which do not even have it.
 
     Args:
         act: Called with the module, its arguments and its output; returns another output, or ``None``.
     """
 
-    def __init__(self, act: Callable[[nn.Module, Any, Any], Tensor | None] | None = None) -> None:
+    def __init__(self, act: Callable[[nn.Module, Any, Any], Tensor | None]) -> None:
         self.act = act
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         """Act on the output."""
-        return self.act(module, args, output) if self.act else None
+        return self.act(module, args, output)
 
-    def __reduce__(self) -> tuple[type[ForwardHook], tuple[()]]:
-        return ForwardHook, ()
+    @property
+    def __name__(self) -> str:
+        """What ``torch.jit.script`` asks of a hook first."""
+        raise AttributeError(
+            "torch.jit.script cannot compile the forward hook of a callback of lightning_reg: compile a copy, which has "
+            "no such hook, as in torch.jit.script(copy.deepcopy(model)), or compile after the fit"
+        )
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        """Copy or pickle it as a function that returns ``None`` for any arguments and does not need this package."""
+        return getattr, (nullcontext(), "__exit__")
 
 
 class ModuleRegularizer(Regularizer):

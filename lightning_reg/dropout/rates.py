@@ -9,15 +9,18 @@ the original rate.
 from __future__ import annotations
 
 import copyreg
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
+from torch.nn import functional as F  # noqa: F401, N812 - torch.jit.script looks for it here
 
 from lightning_reg._engine.arguments import PROBABILITY
+from lightning_reg._engine.modules import ForwardHook
 from lightning_reg.dropout.functions import alpha_dropout, dropout
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ class Rate:
     @property
     def p(self) -> float | Tensor:
         """A number for torch's own kernels, or a tensor while code is compiled, so that its value is not part of the graph."""
-        return self.tensor if is_compiling() else self.number
+        return self.tensor if _reads_tensors() else self.number
 
     def set(self, p: float) -> None:
         """Change the probability."""
@@ -137,8 +140,9 @@ def _forward_of(original: Any) -> Callable[[Any, Tensor], Tensor]:
     """Return a forward pass that reads the rate from a tensor in compiled code, and is the original one in eager code."""
     drop, eager = _COMPILED[original.forward], original.forward
 
+    @wraps(eager)  # torch.jit.script reads the source code of the original
     def forward(self: Any, input: Tensor) -> Any:  # noqa: A002  the name in torch
-        if not is_compiling() or not self.training:
+        if not _reads_tensors() or not self.training:
             return eager(self, input)
         state: _SwappedClass | None = vars(self).get(_STATE)
         if state is None or state.rate is None:
@@ -150,13 +154,21 @@ def _forward_of(original: Any) -> Callable[[Any, Tensor], Tensor]:
 
 
 def _reduce_as_original(self: Any, protocol: Any) -> Any:
-    """Copy or pickle a module as one of the original class with the original rates."""
+    """Copy or pickle a module as one of the original class, with the original rates and without this package's hooks."""
     reduced: Any = super(type(self), self).__reduce_ex__(protocol)
     state: _SwappedClass | None = vars(self).get(_STATE)
     if state is None or len(reduced) < 3 or not isinstance(reduced[2], dict):  # the class defines how it is copied
         return reduced
-    attributes = {**{key: value for key, value in reduced[2].items() if key != _STATE}, **state.original_rates}
+    attributes = {key: value for key, value in reduced[2].items() if key != _STATE}
+    if hooks := attributes.get("_forward_hooks"):
+        attributes["_forward_hooks"] = OrderedDict((k, hook) for k, hook in hooks.items() if not isinstance(hook, ForwardHook))
+    attributes.update(state.original_rates)
     return copyreg._reconstructor, (state.original, object, None), attributes  # type: ignore[attr-defined]
+
+
+def _reads_tensors() -> bool:
+    """Return whether code is compiled to run at other rates too. An exported program keeps the rate of its export."""
+    return is_compiling() and not is_exporting()
 
 
 def _drop_channels(x: Tensor, p: float | Tensor, batch_ndim: int) -> Tensor:
