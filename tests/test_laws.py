@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import itertools
 import pickle
 import random
 import sys
+import types
 from contextlib import nullcontext
 
 import lightning.pytorch.callbacks
 import pytest
 import torch
-from helpers import Classifier, Gan, Memory, distance, fit, loader, same, traces, vars_of, weights
+from helpers import QUIET, Classifier, Gan, Memory, distance, fit, loader, same, traces, vars_of, weights
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -84,11 +86,53 @@ def test_copies_contain_nothing_of_the_fit(row):
     probe = Copies(callback)
     expected = fit([callback, probe], model(row))
     assert probe.held == []
-    kept = {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}  # Lightning sets these
-    assert parts_of_fit(kept, *probe.fit) == []
+    assert parts_of_fit(vars(callback), *probe.fit) == []
     for copied in probe.copies:
         copied.reset()
         assert same(fit([L1Penalty(0.0, name="first"), copied], model(row)), expected)
+
+
+def held_of_a_run(root):
+    """Return the classes of what is reachable from an object and belongs to a run, by the garbage collector's references."""
+    found, seen, waiting = set(), {}, [root]
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen or isinstance(held, (type, types.ModuleType)):
+            continue
+        seen[id(held)] = held
+        if isinstance(held, (Trainer, torch.optim.Optimizer, nn.Module, nn.Parameter)):
+            found.add(type(held).__name__)
+        elif isinstance(held, types.FunctionType):
+            waiting += held.__closure__ or ()
+        else:
+            waiting += gc.get_referents(held)
+    return found
+
+
+class Fails(Classifier):
+    """A model whose third batch is an error."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            raise RuntimeError("stop")
+        return super().training_step(batch, batch_idx)
+
+
+@every_callback
+def test_callbacks_release_everything_of_a_run(row):
+    """After a fit, after one that failed, and after predictions."""
+    callback = row.active()
+    during = Copies(callback)
+    during.on_train_batch_end = lambda *args: during.__dict__.setdefault("found", held_of_a_run(callback))
+    trainer, trained = Trainer(**{**QUIET, "max_epochs": 1, "callbacks": [callback, during]}), model(row, Evaluates)
+    trainer.fit(trained, loader(), loader())
+    assert {"Trainer", "Evaluates"} & during.found  # the search finds what there is
+    assert held_of_a_run(callback) == set()
+    trainer.predict(trained, loader())
+    assert held_of_a_run(callback) == set()
+    with pytest.raises(RuntimeError, match="stop"):
+        fit([callback], model(row, Fails))
+    assert held_of_a_run(callback) == set()
 
 
 @scheduled
@@ -269,12 +313,6 @@ def test_fit_leaves_no_optimizer_hooks(row):
 
 @every_callback
 def test_exception_leaves_no_trace(row):
-    class Fails(Classifier):
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 2:
-                raise RuntimeError("stop")
-            return super().training_step(batch, batch_idx)
-
     failed = model(row, Fails)
     before = traces(failed)
     with pytest.raises(RuntimeError, match="stop"):

@@ -191,7 +191,10 @@ class Regularizer(Technique, Callback):
             self.stop_predict()
 
     def _stop(self) -> None:
+        """Stop acting, and release everything of the run, also what Lightning has set."""
         self._stop_predict()
+        for method in _lightning.METHODS_OF_MODULE:
+            vars(self).pop(method, None)
         if self._driver:
             driver, self._driver = self._driver, None
             driver.stop()
