@@ -21,6 +21,7 @@ LONGEST = [
     "test_laws",
     "test_distributed",
     "test_cli",
+    "test_tuning_storage",
     "test_pytorch_lightning",
     "test_pytorch_lightning_ranks",
     "test_distributed_pruning",
