@@ -31,7 +31,10 @@ STEPS = (4, 6)  # at the end of an epoch of 4 steps, and mid-epoch
 VARIANTS: dict[str, Callable[[], Regularizer]] = {
     "lottery ticket": lambda: WeightPruning(Linear(0.0, 0.6), rewind_to_step=3),
     "random units": lambda: WeightPruning(Linear(0.0, 0.6), criterion="random", structure="unit", params="weights"),
-    "every second epoch": lambda: WeightPruning(0.5, every_n_epochs=2, rewind_to_step=5),
+    "every third step": lambda: WeightPruning(
+        {"net.0.*": Linear(0.0, 0.6), "net.4.*": 0.3}, every="3st", rewind_to_step=2, keep_zeros=True
+    ),
+    "every second epoch": lambda: WeightPruning(0.5, every="2ep", rewind_to_step=5),
 }
 MIXED = {" + ".join(names): names for names in SETS}
 NAMES = [*ROWS, "everything", *VARIANTS, *MIXED]

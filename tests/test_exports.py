@@ -14,7 +14,7 @@ from lightning_reg import custom, functional
 from lightning_reg._engine.regularizer import Regularizer
 
 KINDS = ("constraints", "dropout", "gradients", "penalties", "pruning", "shrinkage")
-BASES = {*custom.__all__, "GradientClipping"}
+BASES = {*custom.__all__, "GradientClipping", "MaskedRegularizer", "RewindingRegularizer"}
 HELPERS = {"injections_of"}
 
 

@@ -249,7 +249,7 @@ def test_smallest_weights_at_end_of_epoch_are_pruned():
 
 
 def test_prunes_every_n_epochs():
-    model, _ = train([WeightPruning(Linear(0.0, 0.8), every_n_epochs=2)], max_epochs=4)
+    model, _ = train([WeightPruning(Linear(0.0, 0.8), every="2ep")], max_epochs=4)
     assert model.validated[::4] == [0, round(0.4 * TOTAL), round(0.4 * TOTAL), round(0.8 * TOTAL)]
 
 
@@ -526,30 +526,6 @@ def test_decreasing_schedule_raises(schedule):
         WeightPruning(schedule)
 
 
-def falls(progress):
-    return 0.5 if progress < 0.6 else 0.4
-
-
-def test_decreasing_function_raises_before_training():
-    model = Recorder()
-    with pytest.raises(ValueError, match=r"sparsity=<function falls.*> falls from 0\.5 to 0\.4"):
-        train([WeightPruning(falls)], model)
-    assert not model.after_step
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-def test_decreasing_function_raises_under_unknown_length():
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(loader().dataset)
-
-    data = torch.utils.data.DataLoader(Stream(), batch_size=16)
-    model = Recorder()
-    with pytest.raises(ValueError, match=r"falls from 0\.5 to 0\.4"):
-        fit([WeightPruning(falls)], model, data, max_epochs=-1, max_steps=12)
-    assert len(model.after_step) == 7
-
-
 # What each tensor keeps ---------------------------------------------------------------------------------------------
 
 
@@ -806,7 +782,9 @@ def test_invalid_scores_raise(scores, message):
         ({"criterion": "l1"}, "criterion must be 'magnitude', 'random' or a callable .*, got 'l1'"),
         ({"scope": "model"}, "scope must be 'global' or 'layer', got 'model'"),
         ({"structure": "1:2"}, "structure must be 'element', 'unit' or '2:4', got '1:2'"),
-        ({"every_n_epochs": 0}, "every_n_epochs must be an integer ≥ 1, got 0"),
+        ({"every": "0ep"}, "every must be a whole number of epochs, as in '1ep', or of optimizer steps, .*, got '0ep'"),
+        ({"every": "1.5ep"}, r"every must be a whole number .*, got '1\.5ep'"),
+        ({"every": "2 epochs"}, "every must be a whole number .*, got '2 epochs'"),
         ({"structure": "unit"}, r"structure='unit' needs params that leave out the output layer"),
         ({"min_kept": 1.0}, r"min_kept must be a number in \[0, 1\), got 1\.0"),
         ({"rewind_to_step": -1}, "rewind_to_step must be an integer ≥ 0, got -1"),
@@ -869,11 +847,6 @@ def test_flattened_parameters_raise(monkeypatch):
         strategy = FSDPStrategy.__new__(FSDPStrategy)
 
     assert _lightning.uses_fsdp1(Trained())
-
-
-def test_pruning_that_never_happens_warns():
-    with pytest.warns(UserWarning, match="WeightPruning never prunes: every_n_epochs=5, but the fit ends before"):
-        fit([WeightPruning(0.5, every_n_epochs=5)])
 
 
 def norms_of(model):

@@ -198,6 +198,12 @@ def point_after_epoch(trainer: Trainer) -> Point:
     return Point(_batches_done(trainer)[0] + 1, trainer.current_epoch + 1, trainer.global_step)
 
 
+def point_after_step(trainer: Trainer, steps: int) -> Point:
+    """Return what is done after the step that the current batch ends with, which is the number of steps given."""
+    done, in_epoch = _batches_done(trainer)
+    return _point(trainer, done + 1, in_epoch + 1)._replace(steps=steps)
+
+
 def _point(trainer: Trainer, done: int, in_epoch: int) -> Point:
     """Return a point of the fit. Where the length of an epoch is unknown, it has no fractions."""
     return Point(done, trainer.current_epoch + in_epoch / trainer.num_training_batches, trainer.global_step)

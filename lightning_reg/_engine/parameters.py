@@ -116,7 +116,7 @@ class ParameterRegularizer(Regularizer):
 
     def _select(self, pl_module: LightningModule) -> dict[str, bool]:
         try:
-            selected = selection_mask(pl_module, self.params)
+            selected = self.chosen(pl_module)
             if not any(selected.values()):
                 raise ValueError(nothing_selected_message(pl_module, self.params))
         except ValueError as error:
@@ -124,9 +124,13 @@ class ParameterRegularizer(Regularizer):
         self._left_out = described(left_out(pl_module, "weights")) if uses_weights(self.params) else ""
         return selected
 
+    def chosen(self, module: Module) -> dict[str, bool]:
+        """Return whether it acts on each parameter, by name."""
+        return selection_mask(module, self.params)
+
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters."""
-        now = selection_mask(pl_module, self.params) if self._selected else self._select(pl_module)
+        now = self.chosen(pl_module) if self._selected else self._select(pl_module)
         self._selected = {**now, **self._selected}
         self._trainer = trainer
         self._optimizers = list(trainer.optimizers)
@@ -158,7 +162,7 @@ class ParameterRegularizer(Regularizer):
             return
         pl_module = self._trainer.lightning_module
         before = {name: id(p) for name, p in self.tensors.items()}
-        self._selected = {**selection_mask(pl_module, self.params), **self._selected}
+        self._selected = {**self.chosen(pl_module), **self._selected}
         self._look_up(pl_module)
         self._known.update(map(id, params))  # those that the module does not have are not looked for again
         self._held.clear()

@@ -13,7 +13,7 @@ from torch.optim import LBFGS
 from lightning_reg._engine.selection import lookup
 from lightning_reg._engine.steps import with_inner
 from lightning_reg._engine.tensor_arguments import tensor_list
-from lightning_reg._tensors.shards import full_tensor, local_tensor
+from lightning_reg._tensors.shards import full_tensor, local_tensor, sum_over_shards
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -117,6 +117,27 @@ def mask_copy_(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
         if not is_lazy(p):
             mask = masks[name] if isinstance(p, DTensor) else full_tensor(masks[name])
             mask_([p], [local_tensor(mask).to(p.device)])
+
+
+@torch.no_grad()
+def masks_of_zeros(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return masks of the entries that are 0: mᵢ = (θᵢ = 0).
+
+    Args:
+        tensors: Tensors by name, sharded or not.
+
+    Returns:
+        A mask of this rank's part for each tensor that has zeros, and the names of the tensors that are all zeros. These have
+        no mask: they were initialized with zeros, as in LoRA, and would stay so.
+
+    Example:
+        >>> masks_of_zeros({"a": torch.tensor([0.0, 1.0]), "b": torch.zeros(2), "c": torch.ones(2)})
+        ({'a': tensor([ True, False])}, ['b'])
+    """
+    masks = {name: local_tensor(p.detach()) == 0 for name, p in tensors.items() if not is_lazy(p)}
+    counts = {name: int(sum_over_shards(mask.count_nonzero(), tensors[name])) for name, mask in masks.items()}
+    empty = [name for name, count in counts.items() if 0 < count == tensors[name].numel()]
+    return {name: mask for name, mask in masks.items() if counts[name] and name not in empty}, empty
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -20,6 +20,23 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Pruned:
+    """The last pruning of parameters that are pruned together.
+
+    Args:
+        target: The sparsity that was asked for.
+        names: The names of the parameters.
+        total: The number of their weights.
+        reached: The number of them that are pruned.
+    """
+
+    target: float = 0.0
+    names: set[str] = field(default_factory=set)
+    total: int = 0
+    reached: int = 0
+
+
+@dataclass
 class PruningState:
     """The masks, and everything else that a resumed run needs to continue exactly.
 
@@ -28,10 +45,8 @@ class PruningState:
         start: The tensors to rewind to, by name.
         trained: The names of the parameters whose optimizer has stepped.
         steps: The number of optimizer steps so far, over all optimizers.
-        target: The sparsity of the last pruning.
-        counted: The names of the parameters that it counted.
-        total: The number of their weights.
-        reached: The number of them that are pruned.
+        done: ``trainer.global_step`` when pruning was last due after a step, or when the fit started.
+        groups: The last pruning of each group of parameters, by the key of its sparsity.
         structure: What was pruned: single weights, units, or two of every four weights.
     """
 
@@ -39,11 +54,19 @@ class PruningState:
     start: dict[str, Tensor] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
     steps: int = 0
-    target: float = 0.0
-    counted: set[str] = field(default_factory=set)
-    total: int = 0
-    reached: int = 0
+    done: int = 0
+    groups: dict[str, Pruned] = field(default_factory=dict)
     structure: Structure = "element"
+
+    @property
+    def total(self) -> int:
+        """The number of weights that the last prunings counted."""
+        return sum(group.total for group in self.groups.values())
+
+    @property
+    def reached(self) -> int:
+        """The number of them that are pruned."""
+        return sum(group.reached for group in self.groups.values())
 
     def packed(self) -> dict[str, Any]:
         """Return the state for a checkpoint: masks as bits, and full tensors. Every rank must call it."""
@@ -52,7 +75,7 @@ class PruningState:
             "masks": {name: (pack_bits(full_tensor(mask)).cpu(), list(mask.shape)) for name, mask in self.masks.items()},
             "start": {name: full_tensor(value).cpu() for name, value in self.start.items()},
             "trained": sorted(self.trained),
-            "counted": sorted(self.counted),
+            "groups": {key: {**vars(group), "names": sorted(group.names)} for key, group in self.groups.items()},
         }
 
     @classmethod
@@ -85,8 +108,8 @@ class PruningState:
                 f"{what}: the checkpoint's masks have structure={packed['structure']!r}, got structure={structure!r}: resume "
                 "with the same structure, or give the callback another name to start with new masks"
             )
-        names = {key: set(packed[key]) for key in ("trained", "counted")}
-        return cls(**{**packed, **names, "masks": masks})
+        groups = {key: Pruned(**{**group, "names": set(group["names"])}) for key, group in packed["groups"].items()}
+        return cls(**{**packed, "masks": masks, "trained": set(packed["trained"]), "groups": groups})
 
     def matches(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return whether parameters are 0 where the masks prune them, so that they seem to be those that were pruned.
@@ -109,7 +132,8 @@ class PruningState:
         """Start without a mask for a parameter that was added or replaced."""
         self.masks.pop(name, None)
         self.trained.discard(name)
-        self.counted.discard(name)
+        for group in self.groups.values():
+            group.names.discard(name)
 
     def local_masks(self, tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Return this rank's parts of the masks, keyed by the ``id`` of the parameter."""

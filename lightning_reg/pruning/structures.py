@@ -267,14 +267,11 @@ def _two_of_four_mask(score: Score, sparsity: float, units: Units, inputs: int, 
         return torch.zeros_like(score.part, dtype=torch.bool) if pruned is None else pruned
     scores = score.full_tensor()
     if pruned is not None:
-        known = full_tensor(as_shard_of(pruned, tensor))
-        if int(_fours(known, inputs).sum(dim=-1).amax()) > 2:
-            raise ValueError("structure='2:4' prunes two of every four weights, got masks that prune more than two of four")
-        scores = scores.masked_fill(known, -torch.inf)
+        scores = scores.masked_fill(full_tensor(as_shard_of(pruned, tensor)), -torch.inf)
     order = _fours(scores, inputs).argsort(dim=-1, stable=True)
     chosen = torch.zeros(order.shape, dtype=torch.bool, device=order.device).scatter_(-1, order[..., :2], True)
-    mask = chosen.flatten(-2).movedim(-1, inputs)
-    return local_tensor(shard_like(mask, tensor)).contiguous()
+    mask = local_tensor(shard_like(chosen.flatten(-2).movedim(-1, inputs), tensor)).contiguous()
+    return mask if pruned is None else mask | pruned  # there may be three or four of four
 
 
 def _fours(tensor: Tensor, dim: int) -> Tensor:

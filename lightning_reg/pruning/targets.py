@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -12,11 +11,10 @@ from lightning_reg.pruning.structures import DEFAULT_MIN_KEPT, divides_into_four
 from lightning_reg.schedules import Cosine, Cubic, Exponential, Linear, Schedule, SequentialSchedule, Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from lightning_reg._engine.clock import Clock, Moment
     from lightning_reg._tensors.units import Units
     from lightning_reg.pruning.structures import Scope, Structure
     from lightning_reg.schedules import Value
@@ -42,7 +40,7 @@ def check_schedule(what: str, value: Value, structure: Structure) -> None:
     """Check that a schedule never decreases, and that it has only values that the structure can reach.
 
     Args:
-        what: The name of the callback, for the error message.
+        what: The names of the callback and the argument, for the error message.
         value: The sparsity or its schedule.
         structure: The structure to prune.
 
@@ -50,7 +48,7 @@ def check_schedule(what: str, value: Value, structure: Structure) -> None:
         ValueError: If the schedule falls, or has values other than 0 and 0.5 for ``"2:4"``.
     """
     targets = known_targets(value)
-    check_rising(f"{what}: sparsity={value!r}", targets)
+    check_rising(f"{what}={value!r}", targets)
     if structure == "2:4" and (_is_gradual(value) or any(target not in (0.0, 0.5) for target in targets)):
         raise ValueError(
             f"{what}: structure='2:4' prunes two of every four weights, so sparsity must be 0.5, or step from 0 to 0.5 as in "
@@ -81,74 +79,6 @@ def check_rising(what: str, targets: Sequence[float]) -> None:
                 f"{what} falls from {earlier:g} to {later:g}, but pruned weights do not come back: use a schedule that "
                 "never decreases"
             )
-
-
-def planned_targets(schedule: Callable[[Moment], float], clock: Clock, every_n_epochs: int) -> dict[float, float]:
-    """Return the sparsity of each pruning that a fit still has.
-
-    Args:
-        schedule: The sparsity as a function of the moment.
-        clock: The clock of the fit.
-        every_n_epochs: Pruning happens at the end of each n-th epoch.
-
-    Returns:
-        Sparsities, keyed by the number of batches before the pruning; empty if the length of the fit is unknown.
-    """
-    plan = clock.plan
-    if not plan.per_epoch or math.isinf(plan.total):
-        return {}
-    done = int(plan.start.epochs) // every_n_epochs
-    epochs = range((done + 1) * every_n_epochs, int(plan.end.epochs + _ROUNDING) + 1, every_n_epochs)
-    points = [plan.point(f"{epoch}ep") for epoch in epochs]
-    return {point.batches: schedule(clock.moment(point)) for point in points}
-
-
-def check_rewinding(what: str, step: int | None, planned: Mapping[float, float], clock: Clock) -> None:
-    """Check that the step to rewind to is not after the first pruning.
-
-    Args:
-        what: The name of the callback, for the error message.
-        step: The step to rewind to, or ``None`` for no check.
-        planned: What ``planned_targets`` returned.
-        clock: The clock of the fit.
-
-    Raises:
-        ValueError: If it is.
-    """
-    first = next((batches for batches, target in planned.items() if target), None)
-    if first is not None and step and clock.plan.point(f"{step}st").batches > first:
-        raise ValueError(late_rewinding_message(what, step, f"{first:g} batches"))
-
-
-def late_rewinding_message(what: str, step: int, first: str) -> str:
-    """Return the error message for a step to rewind to that is after the first pruning."""
-    return (
-        f"{what}: rewind_to_step={step} is after the first pruning, which happens after {first}: prune later, or rewind to an "
-        "earlier step"
-    )
-
-
-def schedule_warnings(planned: Mapping[float, float], final: float, every_n_epochs: int, clock: Clock) -> Iterator[str]:
-    """Yield warnings about prunings that the fit is too short for.
-
-    Args:
-        planned: What ``planned_targets`` returned.
-        final: The sparsity at the end of the schedule.
-        every_n_epochs: Pruning happens at the end of each n-th epoch.
-        clock: The clock of the fit.
-    """
-    last = max(planned, default=None)
-    if last is not None and planned[last] < final:
-        yield (
-            f"reaches a sparsity of only {planned[last]:.2%}, not the final {final:.2%} of its schedule: the last pruning is "
-            f"after {last:g} of {clock.plan.total:g} batches; end the schedule earlier (until=…), or end the fit with an epoch "
-            "in which it prunes"
-        )
-    if math.isfinite(clock.plan.total) and clock.plan.end.epochs < every_n_epochs - _ROUNDING:
-        yield (
-            f"never prunes: every_n_epochs={every_n_epochs}, but the fit ends before the end of epoch {every_n_epochs}; prune "
-            "more often, or train longer"
-        )
 
 
 def check_layers(
