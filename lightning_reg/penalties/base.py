@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import SparseAdam
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
+from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.regularizer import regularizers_of
-from lightning_reg._engine.steps import by_sign, sign_of_penalties
+from lightning_reg._engine.steps import by_sign, sign_of_penalties, with_inner
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import is_cpu, sum_scalars
@@ -62,8 +64,9 @@ class Penalty(ParameterRegularizer):
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, or the
-            penalty is added to the gradients of a fused optimizer under float16 loss scaling.
+        ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, the
+            penalty is added to the gradients of a fused optimizer under float16 loss scaling, or SparseAdam has to train a
+            selected parameter.
 
     Example:
         >>> class LogPenalty(Penalty):  # Σ log(1 + θ²): pulls small weights to zero and leaves large ones almost alone
@@ -127,6 +130,7 @@ class Penalty(ParameterRegularizer):
         """Look up the parameters, and choose between the loss and the gradients."""
         super().attach(trainer, pl_module)
         self._logged.clear()
+        self._refuse_sparse_only(trainer)
         obstacle = self._loss_obstacle(trainer, pl_module)
         if self.inject == "loss" and obstacle:
             raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
@@ -137,6 +141,17 @@ class Penalty(ParameterRegularizer):
                 self._warn_of_accumulation_by_hand(pl_module)
         if not self._uses_loss:
             self.require_unscaled_gradients(trainer)
+
+    def _refuse_sparse_only(self, trainer: Trainer) -> None:
+        """Raise an error for parameters of an optimizer that takes only sparse gradients: that of a penalty is dense."""
+        optimizers = [inner for optimizer in trainer.optimizers for inner in with_inner(optimizer)]
+        held = [self.name_of(p) for opt in optimizers if isinstance(opt, SparseAdam) for p in self.parameters_of(opt)]
+        if held and any(callable(value) or value for _, _, value in self._values_given()):
+            raise ValueError(
+                f"{self.name} adds a dense gradient to {abbreviate(held)}, but SparseAdam takes only sparse gradients: "
+                f"exclude what it trains, as in params=[…, '!{held[0]}'], use another optimizer, or use a technique that acts "
+                "on the weights, such as WeightDecay or SoftThresholding"
+            )
 
     def _needs_loss(self, trainer: Trainer) -> bool:
         """Return whether an optimizer unscales gradients so late that nothing can be added to them."""
