@@ -23,6 +23,7 @@ from lightning_reg.gradients import (
     QuantileGradientClipping,
     ZScoreGradientClipping,
 )
+from lightning_reg.monitors import OverfittingMonitor
 from lightning_reg.penalties import (
     ActivityPenalty,
     ElasticNetPenalty,
@@ -72,6 +73,7 @@ __all__ = [
     "NonFiniteGradientGuard",
     "NonNegative",
     "OrthogonalityPenalty",
+    "OverfittingMonitor",
     "PeakGradientDropping",
     "Penalty",
     "QuantileGradientClipping",

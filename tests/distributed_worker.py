@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from digits import DigitsClassifier
-from helpers import QUIET, Memory, digits, seed
+from helpers import QUIET, Memory, digits, seed, validating
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from optimizers import CopyingSam
@@ -102,11 +102,13 @@ def gradient_processing() -> list[Callback]:
 class Digits(DigitsClassifier):
     """The digits model with SGD. Its dropout depends only on the samples, not on the rank that computes them."""
 
-    def __init__(self, weight_decay: float = 0.0) -> None:
+    def __init__(self, weight_decay: float = 0.0, validates: bool = False) -> None:
         torch.manual_seed(0)
         super().__init__(hidden=32, lr=0.1)
         self.weight_decay = weight_decay
         self.net.insert(3, nn.Dropout(0.1))
+        if validates:
+            self.__class__ = validating(type(self))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         images, labels, numbers = batch
@@ -192,8 +194,8 @@ class Unused(Digits):
 class Sharded(Digits):
     """The digits model with all parameters sharded across the ranks, except for ``plain``."""
 
-    def __init__(self, weight_decay: float = 0.0) -> None:
-        super().__init__(weight_decay)
+    def __init__(self, weight_decay: float = 0.0, validates: bool = False) -> None:
+        super().__init__(weight_decay, validates)
         self.plain_weight = nn.Parameter(torch.full((1, 1), 0.09))  # a plain tensor among DTensors
         self.single = nn.Linear(4, 1, bias=False)  # one of its shards is empty
         self.up = nn.ConvTranspose1d(6, 6, 3, groups=3)  # shards cut across its groups

@@ -97,7 +97,7 @@ def main(folder: Path) -> None:
     for names in [*PAIRS, *SETS]:
         order = 1 if rank else -1  # the ranks list the callbacks in opposite orders
         results[" + ".join(names)] = train_three_steps(active_callbacks(names)[::order], names, [rank], **ddp())
-    everything = [name for name in ROWS if name != "WeightDecayScheduler"]
+    everything = [name for name, row in ROWS.items() if not row.options]
     results["accumulated"] = train(active_callbacks(everything), Digits(), [rank], accumulate_grad_batches=2, **ddp())
     for kind, full_checkpoint in (("sharded checkpoint", False), ("full checkpoint", True)):
         results[kind] = train_and_resume(folder / kind, rank, full_checkpoint)

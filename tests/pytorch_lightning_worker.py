@@ -25,7 +25,7 @@ import lightning.pytorch.cli
 import pytorch_lightning.cli
 import torch
 import yaml
-from helpers import QUIET, Classifier, Memory, loader
+from helpers import QUIET, Classifier, Memory, loader, validating
 from table import ROWS, everything
 from test_cli import as_config, as_flags
 from torch import nn
@@ -70,8 +70,10 @@ def classifier(package: Any, *mixins: type) -> Any:
         training_step = Classifier.training_step
         configure_optimizers = Classifier.configure_optimizers
 
-        def __init__(self, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
+        def __init__(self, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0, validates: bool = False) -> None:
             super().__init__()
+            if validates:
+                self.__class__ = validating(type(self))
             model = Classifier(lr, momentum, weight_decay)
             self.lr, self.momentum, self.weight_decay, self.net = lr, momentum, weight_decay, model.net
 

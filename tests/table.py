@@ -38,6 +38,7 @@ from lightning_reg import (
     NonFiniteGradientGuard,
     NonNegative,
     OrthogonalityPenalty,
+    OverfittingMonitor,
     PeakGradientDropping,
     QuantileGradientClipping,
     RandomShrinkage,
@@ -97,6 +98,8 @@ MASKS = {
     "accumulation": "it draws new masks for each micro-batch; test_dropout.py tests that the rate is constant within a step",
     "tensor_parallel": "each rank draws masks for its part of the activations, as torch's dropout does",
 }
+
+WATCHES = {"changes_training": "it only watches, see test_monitors.py"}
 
 ROWS = {
     "ActivityPenalty": Row(
@@ -246,6 +249,15 @@ ROWS = {
         scheduled=lambda: OrthogonalityPenalty(Linear(0.0, 0.04)),
         parts=lambda: [OrthogonalityPenalty(0.02, params="net.0.weight"), OrthogonalityPenalty(0.04, params="net.4.weight")],
     ),
+    "OverfittingMonitor": Row(
+        active=lambda: OverfittingMonitor(),
+        holds=observed.unchanged,
+        inactive=lambda: OverfittingMonitor(every_n_epochs=5),
+        scheduled=None,
+        parts=None,
+        options={"validates": True},
+        exempt=WATCHES,
+    ),
     "PeakGradientDropping": Row(
         active=lambda: PeakGradientDropping(1),
         holds=observed.gradients_are(observed.peak_dropped),
@@ -355,8 +367,8 @@ def model(row: Row, kind: type[Classifier] = Classifier) -> Classifier:
 
 
 def everything() -> list[Regularizer]:
-    """Return one active callback of each class, for a model whose optimizer has no weight decay."""
-    return [row.active() for name, row in ROWS.items() if name != "WeightDecayScheduler"]
+    """Return one active callback of each class, for a model with the default options."""
+    return [row.active() for row in ROWS.values() if not row.options]
 
 
 SEED = int(os.environ.get("LIGHTNING_REG_SEED", "0"))
@@ -364,6 +376,6 @@ SEED = int(os.environ.get("LIGHTNING_REG_SEED", "0"))
 
 PAIRS = list(itertools.combinations(ROWS, 2))
 SETS = [
-    random.Random(f"{SEED}/{size}").sample([name for name in ROWS if name != "WeightDecayScheduler"], size)
+    random.Random(f"{SEED}/{size}").sample([name for name, row in ROWS.items() if not row.options], size)
     for size in (4, 6, 8, 12)
 ]

@@ -317,14 +317,14 @@ def logged_keys(callback, model):
     """Return the keys that a callback logs in a short fit, without their prefix."""
     logger, prefix = Memory(), f"reg/{callback.name}/"
     fit([callback], model, max_epochs=1, logger=logger, log_every_n_steps=1)
-    logged = {key for metrics in logger.steps.values() for key in metrics}
+    logged = {key for metrics in logger.steps.values() for key in metrics if key.startswith("reg/")}
     assert all(key.startswith(prefix) for key in logged)
     return {re.sub("^p/.*", "p/<pattern>", key.removeprefix(prefix)) for key in logged}
 
 
 def documented_keys(column):
     """Return the callbacks that log each documented key, and the key's entry in another column."""
-    headings = ("### Current values", "### Penalties", "### Gradients", "### Weights", "### Dropout")
+    headings = ("### Current values", "### Penalties", "### Gradients", "### Weights", "### Dropout", "### Watching")
     table = [row for heading in headings for row in rows("docs/metrics.md", heading)]
     return {re.findall("`(.+?)`", row[0])[0]: (set(re.findall(r"`(\w+)`", row[1])), row[column]) for row in table}
 

@@ -13,7 +13,7 @@ import lightning_reg
 from lightning_reg import custom, functional
 from lightning_reg._engine.regularizer import Regularizer
 
-KINDS = ("constraints", "dropout", "gradients", "penalties", "pruning", "shrinkage")
+KINDS = ("constraints", "dropout", "gradients", "monitors", "penalties", "pruning", "shrinkage")
 BASES = {*custom.__all__, "GradientClipping", "MaskedRegularizer", "RewindingRegularizer"}
 HELPERS = {"injections_of"}
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import QUIET, Classifier, fit, loader, same
+from helpers import QUIET, Classifier, Memory, fit, loader, same
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import nn
@@ -232,3 +232,10 @@ def test_transformer_fast_path_is_disabled():
     first, second = trainer.predict(Encodes(), loader(16))[0]
     assert not torch.equal(first, second)
     assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_fit_with_nothing_to_log_logs_nothing():
+    """Not even an empty row in a CSV file."""
+    logger = Memory()
+    fit([MonteCarloDropout(samples=2)], logger=logger, log_every_n_steps=1)
+    assert logger.steps == {}

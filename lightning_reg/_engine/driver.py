@@ -52,6 +52,8 @@ _METHODS = (
     "step_end",
     "epoch_end",
     "reproject",
+    "data_ready",
+    "validated",
 )
 _STEP_METHODS = ("begin_step", "should_step", "gradients", "before_update", "weights", "step_end")
 
@@ -84,6 +86,7 @@ class Driver:
         self._penalized = False  # whether the loss of this step contains its terms
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
         self._trained = False  # whether the epoch has had a step, and has not ended yet
+        self._validates = False  # whether a validation has begun and not ended yet
         self._forward = ForwardChanges(self._acting["before_forward"], self._all_parameters, self._step, self._automatic)
         self._stepped: set[Optimizer] = set()
         self._about_to_step: set[Optimizer] = set()
@@ -154,6 +157,8 @@ class Driver:
             technique.resolve(self._clock)
         if self._acting["reproject"]:
             self._undo += _lightning.wrap_average_updates(self.trainer, self._after_average_update)
+        for technique in self._acting["data_ready"]:
+            technique.data_ready()
 
     def _set_recording(self, records: bool) -> None:
         """Switch the metrics of techniques on or off."""
@@ -351,12 +356,21 @@ class Driver:
             self._end_epoch()
         if self._logging and not _lightning.accumulates(self.trainer):
             metrics = {f"reg/{cb.name}/{key}": value for cb in self.techniques for key, value in cb.collect_metrics()}
-            _lightning.log_metrics(self.trainer, dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True)))
+            if metrics:  # some loggers write a row even for none
+                _lightning.log_metrics(self.trainer, dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True)))
 
     def before_validation(self) -> None:
         """End an epoch that is cut short, so that what is validated is what is saved."""
+        self._validates = True
         if self._trained and (_lightning.stops_early(self.trainer) or _lightning.ends_epoch(self.trainer)):
             self._end_epoch()
+
+    def after_validation(self) -> None:
+        """Let techniques look at the module that was validated."""
+        if self._validates:
+            self._validates = False
+            for technique in self._acting["validated"]:
+                technique.validated()
 
     def after_epoch(self) -> None:
         """End an epoch whose last batch was not known to be the last; one that ``max_steps`` cuts short has not ended."""

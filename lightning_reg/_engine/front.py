@@ -56,6 +56,11 @@ class Front(Callback):
         if self.driver:
             self.driver.before_validation()
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the module that was validated, before other callbacks change it or ask for values."""
+        if self.driver:
+            self.driver.after_validation()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End an epoch whose last batch nobody knew to be the last, before other callbacks save it."""
         if self.driver:

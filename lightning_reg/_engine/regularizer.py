@@ -158,6 +158,11 @@ class Regularizer(Technique, Callback):
         if self._driver:
             self._driver.before_validation()
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the module that was validated."""
+        if self._driver:
+            self._driver.after_validation()
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End an epoch whose last batch nobody knew to be the last."""
         if self._driver:
@@ -165,6 +170,7 @@ class Regularizer(Technique, Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what there is to say about the whole fit."""
+        self.fit_over()
         if (self.prints_always or _lightning.prints_summary(trainer)) and (line := self.fit_summary()):
             print_line(trainer, f"{self.name}: {line}")
 

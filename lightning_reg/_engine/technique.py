@@ -53,18 +53,19 @@ class Phase(IntEnum):
     FORWARD = 0
     DROPOUT = 1
     GUARD = 2
-    PENALTY = 3
-    PEAK_DROPPING = 4
-    CENTRALIZATION = 5
-    NOISE = 6
-    VALUE_CLIPPING = 7
-    NORM_CLIPPING = 8
-    DECAY = 9
-    SOFT_THRESHOLD = 10
-    SHRINKAGE = 11
-    PRUNING = 12
-    NON_NEGATIVE = 13
-    CONSTRAINT = 14
+    MONITOR = 3
+    PENALTY = 4
+    PEAK_DROPPING = 5
+    CENTRALIZATION = 6
+    NOISE = 7
+    VALUE_CLIPPING = 8
+    NORM_CLIPPING = 9
+    DECAY = 10
+    SOFT_THRESHOLD = 11
+    SHRINKAGE = 12
+    PRUNING = 13
+    NON_NEGATIVE = 14
+    CONSTRAINT = 15
 
 
 class Technique(SignatureRepr, ABC):
@@ -137,6 +138,9 @@ class Technique(SignatureRepr, ABC):
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up what it acts on; called when the fit starts, once the modules and the optimizers exist."""
 
+    def data_ready(self) -> None:
+        """Look at the data; called once per fit, before the first batch, when the loaders exist."""
+
     def detach(self) -> None:
         """Undo ``attach``; called when the fit is over, also after an exception."""
 
@@ -204,6 +208,15 @@ class Technique(SignatureRepr, ABC):
 
     def reproject_copy(self, copy: Module) -> None:
         """Enforce what ``reproject`` enforces in a copy of the module, such as an average of the weights."""
+
+    def validated(self) -> None:
+        """Look at the module after the last batch of a validation, while it is still in the state that was validated.
+
+        No other callback has been told yet that the validation is over. Also called after Lightning's sanity check.
+        """
+
+    def fit_over(self) -> None:
+        """Draw conclusions when the fit has ended without an exception; called on every rank, before ``fit_summary``."""
 
     def fit_summary(self) -> str | None:
         """Return a line about the whole fit, to print when it ends; ``None`` for nothing."""

@@ -40,6 +40,7 @@ from lightning_reg import (
     NonFiniteGradientGuard,
     NonNegative,
     OrthogonalityPenalty,
+    OverfittingMonitor,
     PeakGradientDropping,
     QuantileGradientClipping,
     RandomShrinkage,
@@ -118,6 +119,7 @@ class Case:
         extra: An additional objective of the module's activations, whose gradients the check needs.
         options: Attributes of ``Watched``.
         changes_training: Whether it changes ordinary training.
+        validates: Whether it needs validation data.
     """
 
     active: Callable[[Any, Model], Regularizer]
@@ -126,6 +128,7 @@ class Case:
     extra: Callable[[Watched], Tensor] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     changes_training: bool = True
+    validates: bool = False
 
 
 class Watched(Recording):
@@ -186,6 +189,14 @@ class Watched(Recording):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+
+
+class Validated(Watched):
+    """The same with a validation step."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super(Watched, self).training_step(batch, batch_idx)
+        self.log("val/loss", loss["loss"] if isinstance(loss, dict) else loss)
 
 
 def rates_in_training(model: Model) -> list[float]:
@@ -334,6 +345,9 @@ CASES = {
         lambda x, model: OrthogonalityPenalty(x),
         lambda x: penalized(of_matrices(lambda w: x * observed.half_gram_distance(w))),
         0.01,
+    ),
+    "OverfittingMonitor": Case(
+        lambda x, model: OverfittingMonitor(), lambda x: observed.unchanged, changes_training=False, validates=True
     ),
     "PeakGradientDropping": Case(
         lambda x, model: PeakGradientDropping(x), lambda x: observed.gradients_are(observed.peak_dropped), 1

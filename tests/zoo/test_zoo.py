@@ -10,7 +10,7 @@ from helpers import QUIET, seed, set_width, traces, words
 from table import ROWS
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
-from zoo.effects import CASES, FREE, STEPS, TOGETHER, Drops, Watched, rates_in_training, together
+from zoo.effects import CASES, FREE, STEPS, TOGETHER, Drops, Validated, Watched, rates_in_training, together
 from zoo.models import MODELS, plain
 
 import lightning_reg
@@ -36,7 +36,7 @@ def watched(model, case):
     """Return a new model that checks a case after each step, from a fixed start."""
     seed(0)
     module = model.build()
-    module.__class__ = type(f"Watched{type(module).__name__}", (Watched, type(module)), {})
+    module.__class__ = type(f"Watched{type(module).__name__}", (Validated if case.validates else Watched, type(module)), {})
     module.watch(model, case)
     return module
 
@@ -46,7 +46,7 @@ def fit(model, case, callbacks):
     module = watched(model, case)
     before = traces(module)
     trainer = model.lightning.Trainer(**QUIET, max_epochs=2, callbacks=callbacks)
-    trainer.fit(module, data(model))
+    trainer.fit(module, data(model), data(model) if case.validates else None)
     assert module.steps == STEPS
     assert traces(module) == before
     for name, p in module.named_parameters():
@@ -71,7 +71,7 @@ def test_every_callback_has_a_case():
     assert CASES.keys() == ROWS.keys()
     model = MODELS["timm ViT"]
     assert {type(case.active(case.strength, model)).__name__ for case in CASES.values()} == set(ROWS)
-    assert {type(callback).__name__ for callback in together(model)} == set(ROWS) - {"WeightDecayScheduler"}
+    assert {type(callback).__name__ for callback in together(model)} == {name for name, row in ROWS.items() if not row.options}
 
 
 @every_model

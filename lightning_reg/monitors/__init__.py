@@ -1,0 +1,5 @@
+"""Callbacks that watch a fit and change nothing: whether it over-fits, and what regularization does to parameters."""
+
+from lightning_reg.monitors.overfitting import OverfittingMonitor
+
+__all__ = ["OverfittingMonitor"]

@@ -1,0 +1,272 @@
+"""Contexts that leave no trace: random numbers, modes, gradients, buffers, attributes, and metrics are put back afterward."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+
+SEED = 201_711
+"""The seed with which samples are drawn and evaluated. It is of no importance which one it is."""
+
+_DEPTH = 6  # how deep random generators are looked for in a dataset
+_MANY = 1000  # entries of a container that is looked through
+_CONTAINERS = (list, dict, set, deque)
+
+
+# Random numbers -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def own_random_numbers(device: torch.device, *holders: Any) -> Iterator[None]:
+    """Draw the same random numbers each time, and restore all generators afterward.
+
+    Args:
+        device: The device whose generator is used too.
+        holders: Objects that may hold generators of their own, such as a dataset with random augmentations.
+    """
+    devices = [device] if device.type != "cpu" else []
+    generators = list(generators_of(holders))
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())  # noqa: NPY002  the global one is what must not change
+        for generator in generators:
+            stack.callback(_restoring(generator))
+            _seed(generator)
+        torch.default_generator.manual_seed(SEED)
+        if devices:
+            getattr(torch, device.type).manual_seed(SEED)
+        random.seed(SEED)
+        np.random.seed(SEED)  # noqa: NPY002
+        yield
+
+
+def generators_of(held: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    """Yield the random generators in an object, in its attributes, and in theirs.
+
+    Example:
+        >>> class Flips:
+        ...     def __init__(self):
+        ...         self.rng = np.random.default_rng(0)
+        >>> [type(generator).__name__ for generator in generators_of([Flips()])]
+        ['Generator']
+    """
+    level, seen = [held], {id(held)}
+    for _ in range(depth + 1):
+        inner: list[Any] = []
+        for obj in level:
+            if isinstance(obj, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
+                yield obj
+            else:
+                inner += [part for part in _parts(obj) if id(part) not in seen]
+                seen.update(map(id, inner))
+        level = inner
+
+
+def _parts(obj: Any) -> Iterable[Any]:
+    if isinstance(obj, (str, bytes, torch.Tensor, np.ndarray, type)):
+        return ()
+    if isinstance(obj, dict):
+        return obj.values() if len(obj) <= _MANY else ()
+    if isinstance(obj, (list, tuple)):
+        return obj if len(obj) <= _MANY else ()
+    return getattr(obj, "__dict__", {}).values()
+
+
+def _restoring(generator: Any) -> Callable[[], None]:
+    """Return a function that restores the present state of a generator."""
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return partial(_set_state, generator, state)
+    if isinstance(generator, random.Random):
+        numbers = generator.getstate()
+        return lambda: generator.setstate(numbers)
+    if isinstance(generator, np.random.RandomState):
+        legacy = generator.get_state()
+        return lambda: generator.set_state(legacy)
+    bits, of_bits = generator.bit_generator, generator.bit_generator.state
+    return lambda: setattr(bits, "state", of_bits)
+
+
+def _set_state(generator: torch.Generator, state: Any) -> None:
+    generator.set_state(state)
+
+
+def _seed(generator: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(SEED)
+    elif isinstance(generator, (random.Random, np.random.RandomState)):
+        generator.seed(SEED)
+    else:
+        generator.bit_generator.state = type(generator.bit_generator)(SEED).state
+
+
+# The module ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put all modules into eval mode, and each one back into its own afterward."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def gradients_put_aside(module: nn.Module) -> Iterator[None]:
+    """Take the gradients away, so that a step that computes some cannot change them."""
+    gradients = [(p, p.grad) for p in module.parameters()]
+    for p, _ in gradients:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+@contextmanager
+def buffers_restored(module: nn.Module) -> Iterator[None]:
+    """Restore all buffers, also those that a forward pass in eval mode changes."""
+    buffers = [(part, name, b, b.clone()) for part in module.modules() for name, b in part._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, name, buffer, value in buffers:
+                part._buffers[name] = buffer
+                buffer.copy_(value)
+
+
+def metrics_in(module: nn.Module) -> list[Metric]:
+    """Return the torchmetrics metrics of a module."""
+    return [part for part in module.modules() if isinstance(part, Metric)]
+
+
+@contextmanager
+def empty_metrics(module: nn.Module) -> Iterator[None]:
+    """Give metrics states of their own, as after a reset, and put back what they had."""
+    before = [(metric, dict(vars(metric))) for metric in metrics_in(module)]
+    empty(module)
+    try:
+        yield
+    finally:
+        for metric, attributes in before:
+            vars(metric).clear()
+            vars(metric).update(attributes)
+
+
+def empty(module: nn.Module) -> None:
+    """Reset the metrics of a module, and leave the objects that were their states as they are."""
+    metrics = metrics_in(module)
+    for metric in metrics:
+        for name, default in metric._defaults.items():
+            if not isinstance(default, torch.Tensor):
+                setattr(metric, name, [])  # reset empties a list in place, and metrics of a collection may share it
+    for metric in metrics:
+        metric.reset()
+
+
+class Attributes:
+    """The attributes of a module and of the modules in it.
+
+    Metrics are left out, since :func:`empty_metrics` restores them.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        inside_metrics = {id(part) for metric in metrics_in(module) for part in metric.modules()}
+        modules = [part for part in module.modules() if id(part) not in inside_metrics]
+        self._before = [(part, dict(vars(part)), _contents(part)) for part in modules]
+        self._versions = {name: value._version for name, value in _own(module) if _is_versioned(value)}
+
+    def kept(self) -> list[str]:
+        """Return the attributes of the module itself in which something has been gathered since."""
+        _, before, contents = next(entry for entry in self._before if entry[0] is self._module)
+        return [name for name, value in _own(self._module) if self._gathers(name, value, before, contents)]
+
+    def _gathers(self, name: str, value: Any, before: dict[str, Any], contents: dict[str, Any]) -> bool:
+        old = before.get(name)
+        if name in contents and isinstance(value, _CONTAINERS):
+            return len(value) > len(contents[name])
+        if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor):
+            changed_in_place = value is old and name in self._versions and value._version != self._versions[name]
+            return changed_in_place or value.numel() > old.numel()
+        is_number = isinstance(value, (int, float)) and isinstance(old, (int, float))
+        return is_number and not isinstance(value, bool) and value != old
+
+    def restore(self) -> None:
+        """Restore all attributes, and the contents of lists, dictionaries, and sets."""
+        for part, attributes, contents in self._before:
+            for name, content in contents.items():
+                if not _same(attributes[name], content):
+                    _fill(attributes[name], content)
+            for name in vars(part).keys() - attributes.keys():
+                del vars(part)[name]
+            vars(part).update(attributes)
+
+
+_OF_LIGHTNING = frozenset(vars(LightningModule()))
+"""Attributes that each module has."""
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from ((name, value) for name, value in vars(module).items() if name not in _OF_LIGHTNING)
+
+
+def _contents(part: nn.Module) -> dict[str, Any]:
+    """Return copies of the containers among a module's attributes."""
+    return {name: value.copy() for name, value in _own(part) if isinstance(value, _CONTAINERS)}
+
+
+def _is_versioned(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_inference()
+
+
+def _same(container: Any, content: Any) -> bool:
+    """Return whether a container holds the very objects that its copy holds."""
+    if isinstance(container, dict):
+        return _same(list(container.items()), list(content.items()))
+    return len(container) == len(content) and all(map(_is, container, content))
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, tuple) and isinstance(other, tuple) and all(map(_is, one, other)))
+
+
+def _fill(container: Any, content: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[Attributes]:
+    """Leave a module as it was: modes, gradients, buffers, attributes, and metrics, whose states are empty meanwhile."""
+    attributes = Attributes(module)
+    with ExitStack() as stack:
+        stack.callback(attributes.restore)
+        stack.enter_context(gradients_put_aside(module))
+        stack.enter_context(buffers_restored(module))
+        stack.enter_context(evaluation_mode(module))
+        stack.enter_context(empty_metrics(module))
+        yield attributes

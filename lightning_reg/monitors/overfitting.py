@@ -1,0 +1,268 @@
+"""Shows whether a fit over-fits, by evaluating the same metric in the same way on training and validation data."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
+
+from lightning_reg._engine import _evaluation, _lightning
+from lightning_reg._engine.arguments import check_choice, check_integer, described_value
+from lightning_reg._engine.names import class_name
+from lightning_reg._engine.regularizer import Regularizer
+from lightning_reg._engine.technique import Phase
+from lightning_reg.monitors.curves import Point, point_of
+from lightning_reg.monitors.evaluation import measure
+from lightning_reg.monitors.isolation import own_random_numbers
+from lightning_reg.monitors.samples import DrawError, Given, sample_of
+from lightning_reg.monitors.verdict import Verdict, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_reg.monitors.evaluation import Measured
+    from lightning_reg.monitors.samples import Sample
+
+SAMPLES = 2048
+"""The number of samples that are drawn by default."""
+
+_DATA = {"train": "training data", "val": "validation data"}
+
+
+class OverfittingMonitor(Regularizer):
+    """Measure the gap between training and validation data, with its uncertainty: gap = val − train.
+
+    Runs in: ``on_validation_epoch_end``, at the last validation of an epoch.
+
+    The usual comparison of ``train_loss`` and ``val_loss`` is biased: the training loss is taken with dropout, augmentation,
+    and penalties, on weights that move during the epoch. This callback evaluates a fixed sample of the training data and one of
+    the validation data in the same way: with the module's own ``validation_step`` in eval mode, on the weights that were just
+    validated, with the loaders' own collate functions and the module's own transfer hooks.
+
+    It logs ``reg/<name>/train``, ``val``, ``gap`` (positive if the metric is worse on validation data), and the bounds of its
+    95 % interval, ``gap_low`` and ``gap_high``. They are in ``trainer.callback_metrics`` before any other callback asks, also
+    without a logger, so ``EarlyStopping(monitor="reg/OverfittingMonitor/gap")`` works anywhere in the list.
+    It changes nothing: weights, logged metrics, states of torchmetrics, modes, gradients, and random numbers are as they would
+    be without it. Random augmentations of a dataset are the same at each evaluation.
+    The interval is Student's t over small batches. A metric that is not a mean over samples, such as an AUROC, has none.
+    Each rank evaluates an equal share of the samples.
+    When the fit ends, it prints :attr:`verdict` in one line.
+
+    Args:
+        metric: The name under which ``validation_step`` logs the metric. ``None`` takes the only name that contains "loss".
+        mode: ``"min"`` if smaller is better, ``"max"`` if larger is.
+        samples: The number of samples to draw from each dataset; all, if it has fewer. For data that nothing can be drawn from,
+            such as an ``IterableDataset``, a loader whose first 2048 samples are used in place of the training data, or
+            ``{"train": loader, "val": loader}``.
+        every_n_epochs: Evaluate in the first validated epoch, and then once in every n epochs.
+        name: The name in metrics and checkpoints. By default it is the name of the class.
+
+    Raises:
+        ValueError: If there is no validation data or no ``validation_step``, the metric is not logged, no sample can be drawn,
+            or ``validation_step`` keeps outputs in attributes of the module.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.callbacks import EarlyStopping
+        >>> monitor = OverfittingMonitor(metric="val/loss")
+        >>> stop = EarlyStopping(monitor="reg/OverfittingMonitor/val", patience=3)
+        >>> trainer = Trainer(callbacks=[stop, monitor], logger=False)
+
+    Reference:
+        B. L. Welch, "The generalization of Student's problem when several different population variances are involved", 1947.
+    """
+
+    phase = Phase.MONITOR
+    state_entries = ("curves", "best")
+    fit_attributes = ("_samples", "_trainer")
+    deepspeed_alternative = None
+    prints_always = True
+
+    def __init__(
+        self,
+        *,
+        metric: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        samples: int | DataLoader[Any] | dict[str, DataLoader[Any]] = SAMPLES,
+        every_n_epochs: int = 1,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(metric, (str, type(None))):
+            raise TypeError(f"OverfittingMonitor: metric must be a name that is logged, got {described_value(metric)}")
+        check_choice("OverfittingMonitor: mode", mode, ("min", "max"))
+        check_integer("OverfittingMonitor: every_n_epochs", every_n_epochs, 1)
+        _check_samples(samples)
+        self.metric = metric
+        self.mode = mode
+        self.samples = samples
+        self.every_n_epochs = every_n_epochs
+        super().__init__(name)
+        self._samples: dict[str, Sample] = {}
+        self._trainer: Trainer | None = None
+
+    # Samples --------------------------------------------------------------------------------------------------------
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that there is something to validate with."""
+        module = class_name(pl_module)
+        if not _lightning.overrides(pl_module, "validation_step"):
+            raise ValueError(
+                f"{self.name} evaluates with validation_step, but {module} has none: define one that logs the metric, as in "
+                "self.log('val/loss', loss)"
+            )
+        if _evaluation.fetches_its_batches(pl_module):
+            raise ValueError(
+                f"{self.name}: {module}.validation_step(dataloader_iter) fetches its batches itself, so it cannot be given a "
+                "sample: write validation_step(batch, batch_idx)"
+            )
+        if not _evaluation.has_validation_data(trainer):
+            why = "limit_val_batches is 0" if trainer.limit_val_batches == 0 else "there is no val_dataloader"
+            raise ValueError(
+                f"{self.name} needs validation data, but {why}: pass some, as in trainer.fit(model, train_loader, val_loader)"
+            )
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the trainer."""
+        self._trainer = trainer
+
+    def detach(self) -> None:
+        """Release the samples and the trainer."""
+        self._samples.clear()
+        self._trainer = None
+
+    def data_ready(self) -> None:
+        """Draw the samples, and try a batch of each, so that mistakes show before the training."""
+        assert self._trainer is not None, "the fit has started"
+        trainer = self._trainer
+        self._samples["train"] = self._sample(trainer, "train")
+        if _evaluation.validation_data(trainer) is not None:
+            self._samples["val"] = self._sample(trainer, "val")
+        if not any(map(is_lazy, trainer.lightning_module.parameters())):
+            for kind in self._samples:
+                self._measure(trainer, kind, most=1)
+
+    def _sample(self, trainer: Trainer, kind: str) -> Sample:
+        rank, ranks = trainer.global_rank, trainer.world_size
+        given = self._given(kind)
+        if given is not None:
+            return Given(given, SAMPLES, rank, ranks)
+        loader = _evaluation.training_data(trainer) if kind == "train" else _evaluation.validation_data(trainer)
+        batches = trainer.num_training_batches if kind == "train" else math.inf
+        samples = self.samples if isinstance(self.samples, int) else SAMPLES
+        try:
+            with own_random_numbers(trainer.strategy.root_device, loader):
+                return sample_of(loader, samples, batches, rank=rank, ranks=ranks, least=_evaluation.least(trainer))
+        except DrawError as error:
+            example = "samples=<DataLoader>" if kind == "train" else "samples={'train': <DataLoader>, 'val': <DataLoader>}"
+            raise ValueError(
+                f"{self.name} cannot draw a sample of the {_DATA[kind]}: {error}. Give one, as in {example}, with samples that "
+                "are the same each time"
+            ) from None
+
+    def _given(self, kind: str) -> DataLoader[Any] | None:
+        if isinstance(self.samples, dict):
+            return self.samples.get(kind)
+        return self.samples if kind == "train" and not isinstance(self.samples, int) else None
+
+    # Evaluation -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.mode == "min" else -1.0
+
+    def validated(self) -> None:
+        """Evaluate both samples, if it is time."""
+        assert self._trainer is not None, "the fit has started"
+        trainer = self._trainer
+        if trainer.sanity_checking or not self._is_due(trainer.current_epoch) or not _evaluation.is_last_validation(trainer):
+            return
+        if "val" not in self._samples:
+            self._samples["val"] = self._sample(trainer, "val")
+        train, val = (self._measure(trainer, kind) for kind in ("train", "val"))
+        self._note(point_of(trainer.current_epoch, train, val, self._sign, self._best_values()), val)
+        _evaluation.log_validation_metrics(trainer, self._metrics())
+
+    def _is_due(self, epoch: int) -> bool:
+        last = max(self.state["curves"], default=None)
+        n = self.every_n_epochs
+        return last is None or last == epoch or (epoch + 1) // n > (last + 1) // n
+
+    def _measure(self, trainer: Trainer, kind: str, most: int | None = None) -> Measured:
+        with self._named():
+            return measure(trainer, trainer.lightning_module, self._samples[kind], self.metric, _DATA[kind], most)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Put the callback's name before the text of errors."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.name}: {error}") from error.__cause__
+
+    def _best_values(self) -> list[float]:
+        """Return the values of the best epoch on the batches of the validation sample."""
+        best: list[float] = self.state["best"].get("values", [])
+        return best
+
+    def _note(self, found: Point, val: Measured) -> None:
+        """Add an epoch to the curves."""
+        if not self.state["best"] or found.val < self.state["best"]["val"]:
+            self.state["best"].update(val=found.val, values=val.values)
+        self.state["curves"][found.epoch] = list(found)
+
+    @property
+    def points(self) -> list[Point]:
+        """The curves so far, an entry for each evaluated epoch. Values of a metric to maximize have their sign changed."""
+        return [Point(*values) for _, values in sorted(self.state["curves"].items())]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the curves say: under-fits, fits, over-fits since an epoch, diverges, or cannot tell; and what to try."""
+        return judge(self.points, self._sign)
+
+    def _metrics(self) -> dict[str, float]:
+        """Return the metrics of the last evaluated epoch."""
+        last = self.points[-1]
+        values = {"train": self._sign * last.train, "val": self._sign * last.val, "gap": last.gap}
+        if not math.isnan(last.gap_margin):
+            values |= {"gap_low": last.gap - last.gap_margin, "gap_high": last.gap + last.gap_margin}
+        return {f"reg/{self.name}/{key}": value for key, value in values.items()}
+
+    # Reports --------------------------------------------------------------------------------------------------------
+
+    def fit_summary(self) -> str | None:
+        """Return the verdict."""
+        return str(self.verdict)
+
+    def acts_on(self) -> str:
+        """Return that it acts on nothing."""
+        return "watches two samples"
+
+    def route(self) -> str:
+        """Return that it evaluates after the validation."""
+        return "after validation"
+
+
+def _check_samples(samples: Any) -> None:
+    """Raise an error unless samples are a number, a loader, or loaders for the training and the validation data."""
+    if isinstance(samples, int):
+        check_integer("OverfittingMonitor: samples", samples, 1)
+        return
+    loaders = samples if isinstance(samples, dict) else {"train": samples}
+    if isinstance(samples, dict) and not (samples and samples.keys() <= {"train", "val"}):
+        raise ValueError(
+            f"OverfittingMonitor: samples must have the keys 'train' and 'val', got {', '.join(map(repr, samples))}"
+        )
+    for loader in loaders.values():
+        if not isinstance(loader, DataLoader):
+            raise TypeError(
+                "OverfittingMonitor: samples must be an integer, a DataLoader, or "
+                f"{{'train': <DataLoader>, 'val': <DataLoader>}}, got {described_value(loader)}"
+            )
