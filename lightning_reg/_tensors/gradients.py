@@ -20,9 +20,15 @@ def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     gradients = [p.grad for p in params]
     if type(None) in set(map(type, gradients)) or any(map(attrgetter("is_sparse"), gradients)):
         for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
+            p.grad = _zero_gradient(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
         gradients = [p.grad for p in params]
     return local_tensors(cast("list[Tensor]", gradients))
+
+
+def _zero_gradient(p: Tensor) -> Tensor:
+    """Return zeros in the dtype that the gradient of a tensor must have."""
+    dtype = getattr(p, "grad_dtype", None) if p.is_leaf else None
+    return torch.zeros_like(p, dtype=dtype or p.dtype)
 
 
 def existing_gradients(params: Sequence[Tensor]) -> list[Tensor]:
