@@ -98,7 +98,8 @@ def test_worth_is_a_mean_with_its_standard_error():
 
 def test_a_study_that_goes_on_confirms_on_new_splits():
     """With half the level, and only if it found something else."""
-    study = open_study(open_storage(None), "s", "max", {})
+    with open_storage(None) as opened:
+        study = open_study(opened, "s", "max", {})
     first, again = ({"a": {"x": 1}}, {"a": {"x": 2}})
     assert confirmation(study, first, 10) == (list(range(6, 16)), 0.05)
     assert confirmation(study, again, 10) == (list(range(16, 26)), 0.025)

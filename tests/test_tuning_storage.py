@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +20,8 @@ import optuna
 import pytest
 from processes import HERE, environment
 from tuning_worker import CONFIRM, TRIALS
+
+from lightning_reg.tuning.storage import open_storage
 
 pytestmark = pytest.mark.slow
 
@@ -67,8 +68,9 @@ def address(request, tmp_path):
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/choose.db"
     url = request.getfixturevalue("postgres")
-    for study in optuna.get_all_study_names(url):
-        optuna.delete_study(study_name=study, storage=url)
+    with open_storage(url) as opened:
+        for study in optuna.get_all_study_names(opened):
+            optuna.delete_study(study_name=study, storage=opened)
     return url
 
 
@@ -100,17 +102,14 @@ class Search:
 
     def check(self, extra=0):
         """Check that each task was counted once, and run once but for some that a process did not finish."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            studies = {name: optuna.load_study(study_name=name, storage=self.address) for name in ("choose", "choose/runs")}
-        for study in studies.values():
-            complete = Counter(trial.user_attrs.get("task") for trial in study.trials if trial.state.name == "COMPLETE")
+        with open_storage(self.address) as opened:
+            studies = [optuna.load_study(study_name=name, storage=opened).trials for name in ("choose", "choose/runs")]
+        for trials in studies:
+            complete = Counter(trial.user_attrs.get("task") for trial in trials if trial.state.name == "COMPLETE")
             assert set(complete.values()) == {1}
-            unfinished = {trial.user_attrs.get("task") for trial in study.trials if trial.state.name in ("RUNNING", "WAITING")}
+            unfinished = {trial.user_attrs.get("task") for trial in trials if trial.state.name in ("RUNNING", "WAITING")}
             assert unfinished <= set(complete)
-        search, others = (
-            [trial for trial in studies[name].trials if trial.state.name == "COMPLETE"] for name in ("choose", "choose/runs")
-        )
+        search, others = ([trial for trial in trials if trial.state.name == "COMPLETE"] for trials in studies)
         assert len(search) == TRIALS
         assert len(self.runs()) == len(search) + len(others) + extra
         once = Counter((run["callbacks"], run["split"]) for run in self.runs() if run["split"] > 0)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Callback
 
-storage.HEARTBEAT_SECONDS, storage.GRACE_SECONDS = 1, 4
+storage.HEARTBEAT_SECONDS, storage.GRACE_SECONDS = 1, 12  # a busy machine may delay a heartbeat for seconds
 TRIALS, CONFIRM = 12, 4
 
 

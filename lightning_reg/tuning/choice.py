@@ -207,16 +207,15 @@ def choose(
         "techniques": [repr(technique) for technique in listed.values()],
         **shared_settings(metric, seed, overlap, trainer),
     }
-    opened = open_storage(storage)
-    search = open_study(opened, name, mode, settings)
-    others = open_study(opened, f"{name}/runs", mode, settings)
     check_splits(run, [SEARCH_SPLIT, TRIM_SPLITS.start])
-    engine = _Engine(listed, run, mode, seed, others, progress)
-    tried = engine.search(search, trials)
-    found = best_setting(tried, mode)
-    kept, worth = engine.trim(found)
-    splits, level = confirmation(others, kept, confirm)
-    runs = engine.measure([PLAIN, key_of(kept)], splits, "Confirming") if kept else {}
+    with open_storage(storage) as opened:
+        search = open_study(opened, name, mode, settings)
+        engine = _Engine(listed, run, mode, seed, open_study(opened, f"{name}/runs", mode, settings), progress)
+        tried = engine.search(search, trials)
+        found = best_setting(tried, mode)
+        kept, worth = engine.trim(found)
+        splits, level = confirmation(engine.study, kept, confirm)
+        runs = engine.measure([PLAIN, key_of(kept)], splits, "Confirming") if kept else {}
     known = known_overlap(overlap, {"search": tried, **runs})
     return _choice(engine, tried, found, kept, worth, runs, splits, known, rope, level, metric)
 

@@ -120,8 +120,9 @@ def compare(
         **shared_settings(metric, seed, overlap, trainer),
         "repeats": repeats,
     }
-    study = open_study(open_storage(storage), name, mode, settings)
-    with progress_bar("Comparing", len(listed) * repeats, mode, progress) as report:
+    shown = progress_bar("Comparing", len(listed) * repeats, mode, progress)
+    with open_storage(storage) as opened, shown as report:
+        study = open_study(opened, name, mode, settings)
         runs = measure(study, run, list(listed), listed.__getitem__, splits, seed, report)
     return judged(listed, runs, splits, metric, mode, known_overlap(overlap, runs), rope)
 

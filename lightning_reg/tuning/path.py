@@ -162,8 +162,9 @@ def strength_path(
     check_splits(run, splits)
     described = {key: described_callbacks(callbacks) for key, callbacks in candidates.items()}
     settings = {"candidates": described, **shared_settings(metric, seed, overlap, trainer), "repeats": repeats}
-    study = open_study(open_storage(storage), name, mode, settings)
-    with progress_bar("Path", len(candidates) * repeats, mode, progress) as report:
+    shown = progress_bar("Path", len(candidates) * repeats, mode, progress)
+    with open_storage(storage) as opened, shown as report:
+        study = open_study(opened, name, mode, settings)
         runs = measure(study, run, list(candidates), candidates.__getitem__, splits, seed, report)
     best, choice = chosen(grid, [runs[repr(value)] for value in grid], mode, larger)
     return StrengthPath(

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import optuna
@@ -21,7 +22,7 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from lightning_reg.tuning.experiment import Measured, SetupError
 
@@ -77,25 +78,34 @@ class _Failed(Exception):  # noqa: N818
     """The run failed. Its traceback has been stored."""
 
 
-def open_storage(storage: Storage) -> BaseStorage:
-    """Return a storage: a database by its address, such as ``"sqlite:///runs/choose.db"``, or memory for ``None``.
+@contextmanager
+def open_storage(storage: Storage) -> Iterator[BaseStorage]:
+    """Open a database by its address, such as ``"sqlite:///runs/choose.db"``, or memory for ``None``, and close it at the end.
 
     Raises:
         SetupError: If the database cannot be reached, or the address is none.
         TypeError: If ``storage`` has a wrong type.
     """
     if storage is None or isinstance(storage, BaseStorage):
-        return storage or optuna.storages.InMemoryStorage()
+        yield storage or optuna.storages.InMemoryStorage()
+        return
+    database = _database(storage)
+    try:
+        yield database
+    finally:
+        database.remove_session()
+        database.engine.dispose()
+
+
+def _database(storage: str) -> RDBStorage:
     if not isinstance(storage, str):
         raise TypeError(f'storage must be an address such as "sqlite:///runs/choose.db", or None, got {storage!r:.80}')
     try:
         url = make_url(storage)
         if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            options = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {"pool_pre_ping": True}
-            return RDBStorage(storage, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+        options = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {"pool_pre_ping": True}
+        return _connected(storage, options)
     except ArgumentError as error:
         raise SetupError(
             f'storage must be the address of a database, such as "sqlite:///runs/choose.db", got {storage!r}'
@@ -103,6 +113,19 @@ def open_storage(storage: Storage) -> BaseStorage:
     except (ImportError, SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise SetupError(f"the database {_without_password(storage)} cannot be reached: {reason}") from error
+
+
+def _connected(storage: str, options: dict[str, Any], tries: int = 5) -> RDBStorage:
+    """Connect, and create the tables. Two processes may do so at the same moment; then one of them fails, and tries again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        try:
+            return RDBStorage(storage, engine_kwargs=options, heartbeat_interval=HEARTBEAT_SECONDS, grace_period=GRACE_SECONDS)
+        except (IntegrityError, OperationalError, ProgrammingError):
+            if tries == 1:
+                raise
+    time.sleep(POLL_SECONDS * Random().random())
+    return _connected(storage, options, tries - 1)
 
 
 def _without_password(storage: str) -> str:
