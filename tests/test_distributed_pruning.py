@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import pytest
-from helpers import identical
-from pruning_worker import REWINDS
+import torch
+from distributed_worker import Sharded, masks_of, train
+from helpers import TOLERANCE, identical
+from processes import run_script
+from pruning_worker import RESUMED, REWINDS, SHARDED, cases, rewound
+from torch.testing import assert_close
 
 WORKER = "pruning_worker.py"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:.*these tensors keep weights that would be pruned"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(two_ranks, tmp_path_factory):
+    """Train on two ranks, resume in new processes, and return what each rank saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for more in ([], ["resume"]):
+        run_script(*two_ranks(WORKER), str(folder), *more, timeout=600)
+    return [(torch.load(folder / f"{rank}.pt"), torch.load(folder / f"resumed {rank}.pt")) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def ranks(runs):
+    return [trained for trained, _ in runs]
 
 
 @pytest.mark.parametrize("name", REWINDS)
@@ -15,3 +38,27 @@ def test_state_in_each_ranks_own_optimizer_is_cleared(ranks, name):
     for rank in ranks:
         assert identical(rank[f"{name}, WithZero"], rank[f"{name}, WithAdam"])
         assert identical(rank[f"{name}, WithZero"], ranks[0][f"{name}, WithZero"])
+
+
+@pytest.mark.parametrize("case", cases(), ids="-".join)
+def test_sharded_runs_that_rewind_resume_in_a_new_process(runs, case):
+    """A rewound optimizer has no state, which sharded checkpoints cannot hold."""
+    for trained, resumed in runs:
+        assert identical(resumed["-".join(case)], trained["-".join(case)])
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_checkpoints_do_not_change_a_sharded_run_that_rewinds(ranks, name):
+    one_process = train([rewound("1ep")], RESUMED[name](), [0, 1], accumulate_grad_batches=2, max_epochs=3)
+    for rank in ranks:
+        assert identical(rank[f"{name}-1ep-full"], rank[f"unsaved, {name}"])
+        assert_close(rank[f"unsaved, {name}"], one_process, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_masks_equal_those_of_one_process(ranks, name):
+    one_process = masks_of(Sharded(), SHARDED[name], [0, 1], accumulate_grad_batches=2)
+    without = masks_of(Sharded(), {"params": "weights", "sparsity": 0.6, "min_kept": 0.0}, [0, 1], accumulate_grad_batches=2)
+    assert not identical(one_process, without)
+    for rank in ranks:
+        assert identical(rank[f"masks, {name}"], one_process)

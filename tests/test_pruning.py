@@ -324,3 +324,36 @@ def test_default_units():
     (mask,) = pruning_masks([torch.tensor([[3.0, 4.0], [1.0, 1.0]])], 0.5, structure="unit")
     (same,) = pruning_masks([torch.tensor([[3.0, 4.0], [1.0, 1.0]])], 0.5, structure="unit", units=[Units()])
     assert mask.tolist() == same.tolist() == [[False, False], [True, True]]
+
+
+# What each tensor keeps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("min_kept", [0.0, 0.01, 0.25, 0.4])
+def test_each_tensor_keeps_its_largest_entries(min_kept):
+    """An independent reference: fix tensors at their limits, largest shortfall first, and sort the rest."""
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(40, 5, generator=generator) * scale for scale in (0.01, 0.1, 1.0)]
+    masks = pruning_masks(params, 0.6, min_kept=min_kept)
+    pruned = [int(mask.sum()) for mask in masks]
+    assert sum(pruned) == 360
+    most = 200 if not min_kept else 200 - max(int(min_kept * 200 + 0.5), 1)
+    assert pruned[0] == most
+    for p, mask, count in zip(params, masks, pruned, strict=True):
+        smallest = p.abs().flatten().argsort()[:count]
+        assert mask.flatten()[smallest].all()
+
+
+def test_units_and_layers_keep_some():
+    params = [torch.ones(10, 4) * 0.1, torch.ones(10, 4)]
+    dead = [int(mask.all(1).sum()) for mask in pruning_masks(params, 0.5, structure="unit", min_kept=0.3)]
+    assert dead == [7, 3]
+    assert [int(mask.sum()) for mask in pruning_masks(params, 0.9, scope="layer", min_kept=0.2)] == [32, 32]
+    assert [int(mask.sum()) for mask in pruning_masks(params, 0.9, min_kept=0.2)] == [32, 32]  # as many as they can lose
+    assert [int(mask.sum()) for mask in pruning_masks([torch.ones(1), torch.ones(9)], 0.9, min_kept=0.01)] == [0, 8]
+
+
+@pytest.mark.parametrize("min_kept", [-0.1, 1.0, float("nan")])
+def test_min_kept_out_of_range_raises(min_kept):
+    with pytest.raises(ValueError, match=r"pruning_masks: min_kept must be a number in \[0, 1\)"):
+        pruning_masks([torch.ones(3)], 0.5, min_kept=min_kept)

@@ -23,6 +23,7 @@ from lightning_reg._engine.steps import (
     UnseenSteps,
     evaluates_once,
     evaluates_other_weights,
+    has_no_rate,
     held_by,
     remove_gradients,
 )
@@ -287,6 +288,8 @@ class Driver:
 
     def after_update(self, optimizer: Optimizer, *, known: bool) -> None:
         """Let every technique change the weights that an optimizer has just updated."""
+        if not known and self._ended == self._batch and has_no_rate(optimizer):  # torch is saving or loading a checkpoint
+            return
         is_step = self._is_step(optimizer)
         was_announced = optimizer in self._about_to_step
         self._about_to_step.discard(optimizer)

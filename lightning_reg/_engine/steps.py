@@ -74,6 +74,11 @@ def held_by(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def has_no_rate(optimizer: Optimizer) -> bool:
+    """Return whether all learning rates are 0, as in the step that torch takes to save and load sharded checkpoints."""
+    return all(group.get("lr") == 0 for group in optimizer.param_groups)
+
+
 def with_inner(optimizer: Any) -> list[Any]:
     """Return an optimizer and those within it, each once: the one that a wrapper such as Lookahead steps with, for example.
 

@@ -19,12 +19,12 @@ from lightning_reg.pruning.rewound import RewindingRegularizer
 from lightning_reg.pruning.state import Pruned
 from lightning_reg.pruning.structures import (
     DEFAULT_MIN_KEPT,
+    MIN_KEPT,
     Scope,
     Structure,
     count_true,
-    count_units,
     masks_of_scores,
-    prunable,
+    most_prunable,
 )
 from lightning_reg.pruning.targets import check_layers, check_schedule, known_targets
 from lightning_reg.pruning.timing import (
@@ -149,7 +149,7 @@ class WeightPruning(RewindingRegularizer):
         self.scope = scope
         self.structure = structure
         self.every = every
-        self.min_kept = Interval(0.0, 1.0, open_high=True).check("WeightPruning: min_kept", min_kept)
+        self.min_kept = MIN_KEPT.check("WeightPruning: min_kept", min_kept)
         self.keep_zeros = keep_zeros
         super().__init__(rewind_to_step, params, name)
         for key, value in keyed(sparsity).items():
@@ -222,8 +222,7 @@ class WeightPruning(RewindingRegularizer):
         target, tensors = self._highest[key], list(params.values())
         known = [self._pruned(p) for p in tensors]
         units, inputs = self.units(tensors), self._inputs_of(tensors)
-        sizes = [count_units(p, u) if self.structure == "unit" else p.numel() for p, u in zip(tensors, units, strict=True)]
-        limits = [prunable(size, target, self.min_kept) for size in sizes]
+        limits = most_prunable(tensors, units, self.structure, target, self.min_kept)
         scores = scores_of(self.name, self.criterion, params, step.key, self._trainer)
         masks, protected = masks_of_scores(scores, target, self.scope, self.structure, units, inputs, known, limits)
         before = sum(count_true(mask, p) for mask, p in zip(known, tensors, strict=True))

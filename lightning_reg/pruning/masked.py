@@ -82,12 +82,16 @@ class MaskedRegularizer(ParameterRegularizer):
     def _apply_masks(self) -> None:
         """Mask the weights, the state of the optimizers, and averages in other callbacks."""
         assert self._trainer is not None, "attached"
-        params, masks = self._with_masks(list(self.tensors.values()))
-        mask_(params, masks)
-        for optimizer in self._trainer.optimizers:
-            clear_state_(optimizer, params, masks)
+        mask_(*self._with_masks(list(self.tensors.values())))
+        self._clear_states()
         for average in _lightning.averaged_models(self._trainer):
             mask_copy_(average, self._state.masks)
+
+    def _clear_states(self) -> None:
+        """Clear the state of the optimizers for pruned weights."""
+        assert self._trainer is not None, "attached"
+        for optimizer in self._trainer.optimizers:
+            clear_state_(optimizer, *self._with_masks(list(self.tensors.values())))
 
     def _with_masks(self, params: Sequence[Parameter]) -> tuple[list[Parameter], list[Tensor]]:
         """Return the parameters that have masks, and their masks."""

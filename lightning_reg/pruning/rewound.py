@@ -55,7 +55,12 @@ class RewindingRegularizer(MaskedRegularizer):
             self._save_start()
 
     def before_batch(self) -> None:
-        """Save parameters that were frozen at the step to rewind to, before they are trained."""
+        """Save parameters that were frozen at the step to rewind to, and reset the optimizers if that was the last to happen.
+
+        A checkpoint of sharded parameters cannot hold optimizers without state, so torch takes a step on zeros to save them.
+        """
+        if self._state.is_fresh:
+            self._reset_optimizers()
         if self._state.start and self._trainer and self._saved != (trained := rewinding.trained_ids(self._trainer.optimizers)):
             self._saved = trained
             self._state.start = {**rewinding.snapshot(self._rewindable(self._state.start)), **self._state.start}
@@ -63,6 +68,7 @@ class RewindingRegularizer(MaskedRegularizer):
     def step_end(self, step: Step, done: int) -> bool:
         """Save the weights if this is the step to rewind to."""
         changed = super().step_end(step, done)
+        self._state.is_fresh = False
         if self._state.steps == self.rewind_to_step:
             self._save_start()
         return changed
@@ -78,8 +84,17 @@ class RewindingRegularizer(MaskedRegularizer):
         assert self._trainer is not None, "attached"
         if not self._state.start:
             raise ValueError(late_rewinding_message(self.name, self.rewind_to_step, f"{self._state.steps} steps"))
-        rewinding.restore_(self._rewindable(), self._state.start)
+        rewound = self._rewindable()
+        rewinding.restore_(rewound, self._state.start)
+        for tensor in rewound.values():
+            tensor.grad = None  # it belongs to other weights
+        self._state.is_fresh = True
+        self._reset_optimizers()
+
+    def _reset_optimizers(self) -> None:
+        assert self._trainer is not None, "attached"
         rewinding.reset_optimizers_(self._trainer.optimizers, self._optimizer_states)
+        self._clear_states()
 
     def detach(self) -> None:
         """Release the tensors."""

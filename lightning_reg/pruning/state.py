@@ -47,6 +47,7 @@ class PruningState:
         steps: The number of optimizer steps so far, over all optimizers.
         done: ``trainer.global_step`` when pruning was last due after a step, or when the fit started.
         groups: The last pruning of each group of parameters, by the key of its sparsity.
+        is_fresh: Whether rewinding has reset the optimizers, and none has stepped since.
         structure: What was pruned: single weights, units, or two of every four weights.
     """
 
@@ -56,6 +57,7 @@ class PruningState:
     steps: int = 0
     done: int = 0
     groups: dict[str, Pruned] = field(default_factory=dict)
+    is_fresh: bool = False
     structure: Structure = "element"
 
     @property

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_reg._engine.arguments import check_choice
+from lightning_reg._engine.arguments import Interval, check_choice
 from lightning_reg._engine.tensor_arguments import optional_list, tensor_list, units_list
 from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like, sum_over_shards
 from lightning_reg._tensors.units import Units, input_dim, unit_norms, unit_size, unit_view
@@ -24,6 +24,7 @@ Scope: TypeAlias = Literal["global", "layer"]
 Structure: TypeAlias = Literal["element", "unit", "2:4"]
 
 DEFAULT_MIN_KEPT = 0.01
+MIN_KEPT = Interval(0.0, 1.0, open_high=True)
 _ROUNDING = 1e-9
 
 
@@ -49,6 +50,7 @@ def pruning_masks(
     structure: Structure = "element",
     units: Units | Sequence[Units] | None = None,
     pruned: Tensor | Sequence[Tensor | None] | None = None,
+    min_kept: float = 0.0,
     seed: int = 0,
 ) -> list[Tensor]:
     """Return masks of the weights to prune: those with the lowest scores, for a sparsity s of n entries.
@@ -66,6 +68,9 @@ def pruning_masks(
         structure: ``"element"``, ``"unit"``, or ``"2:4"``.
         units: Where each tensor has its output units, see ``lightning_reg.functional.units_of``. Dimension 0 by default.
         pruned: Masks of the entries that are already pruned and stay so, or ``None``.
+        min_kept: The fraction of its entries, or units, that each tensor keeps, in [0, 1), and at least one. With scope
+            ``"global"``, more of the other tensors is pruned instead, as far as they have enough. With 0, a tensor may lose
+            all. Has no effect on ``"2:4"``.
         seed: The seed of random scores, ≥ 0.
 
     Returns:
@@ -73,8 +78,8 @@ def pruning_masks(
         part.
 
     Raises:
-        ValueError: If scores have the wrong shape or are not finite. For ``"2:4"``, if the sparsity is neither 0 nor 0.5, or a
-            number of inputs is not a multiple of 4.
+        ValueError: If scores have the wrong shape or are not finite, or ``min_kept`` is out of range. For ``"2:4"``, if the
+            sparsity is neither 0 nor 0.5, or a number of inputs is not a multiple of 4.
 
     Example:
         >>> pruning_masks([torch.tensor([[3.0, -1.0], [0.5, 2.0]])], 0.5)
@@ -96,7 +101,8 @@ def pruning_masks(
         given = tensor_list("pruning_masks: criterion", criterion, len(params))
         scores = [GivenScores(p, score) for p, score in zip(params, given, strict=True)]
     inputs = [input_dim(p, unit) for p, unit in zip(params, unit_dims, strict=True)]
-    limits = [p.numel() for p in params]
+    MIN_KEPT.check("pruning_masks: min_kept", min_kept)
+    limits = [p.numel() for p in params] if not min_kept else most_prunable(params, unit_dims, structure, sparsity, min_kept)
     return masks_of_scores(scores, sparsity, scope, structure, unit_dims, inputs, known, limits).masks
 
 
@@ -141,6 +147,14 @@ def prunable(count: int, sparsity: float, min_kept: float) -> int:
     if min_kept == DEFAULT_MIN_KEPT:
         kept = min(kept, math.floor((1.0 - sparsity) * count + _ROUNDING))
     return max(count - max(kept, 1), 0)
+
+
+def most_prunable(
+    tensors: Sequence[Tensor], units: Sequence[Units], structure: Structure, sparsity: float, min_kept: float
+) -> list[int]:
+    """Return how many weights of each tensor may be pruned, or how many units of it, see ``prunable``."""
+    sizes = [count_units(p, u) if structure == "unit" else p.numel() for p, u in zip(tensors, units, strict=True)]
+    return [prunable(size, sparsity, min_kept) for size in sizes]
 
 
 def count_units(tensor: Tensor, units: Units) -> int:
