@@ -225,7 +225,7 @@ class OverfittingMonitor(Regularizer):
     @property
     def verdict(self) -> Verdict:
         """What the curves say: under-fits, fits, over-fits since an epoch, diverges, or cannot tell; and what to try."""
-        return judge(self.points, self._sign)
+        return judge(self.points, self._sign, self.name)
 
     def _metrics(self) -> dict[str, float]:
         """Return the metrics of the last evaluated epoch."""

@@ -17,9 +17,9 @@ Kind = Literal["under-fits", "fits", "over-fits", "diverges", "cannot tell"]
 ENOUGH = 3
 """The number of evaluated epochs from which on curves can be judged."""
 
-_NOISY = 0.5  # margin of the gap, relative to what was learned
-_SMALL = 0.1  # change or gap, relative to what was learned
-_LATE = 3  # the last third of the epochs
+_HALF = 0.5
+_TENTH = 0.1
+_THIRD = 3
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Verdict:
         since: The first epoch of over-fitting, counted from 0 as Lightning does; ``None`` for everything else.
 
     Example:
-        >>> print(Verdict("over-fits", "the gap grew from 0.1 to 0.6", "stop earlier", since=7))
-        over-fits since epoch 7: the gap grew from 0.1 to 0.6. Try: stop earlier
+        >>> print(Verdict("over-fits", "the gap grew from 0.1 to 0.6", "Stop earlier", since=7))
+        over-fits since epoch 7: the gap grew from 0.1 to 0.6. Stop earlier.
     """
 
     kind: Kind
@@ -44,54 +44,43 @@ class Verdict:
 
     def __str__(self) -> str:
         since = "" if self.since is None else f" since epoch {self.since}"
-        return f"{self.kind}{since}: {self.reason}. Try: {self.advice}"
+        return f"{self.kind}{since}: {self.reason}. {self.advice}."
 
 
-def judge(points: Sequence[Point], sign: float = 1.0) -> Verdict:
+def judge(points: Sequence[Point], sign: float = 1.0, name: str = "OverfittingMonitor") -> Verdict:
     """Judge the curves of a fit, by the first of these rules that applies.
 
-    The best epoch is that of the smallest val. What was learned is the difference between the first val and the best one.
+    "Best" is the epoch of the smallest val. What was learned is the first val minus the best one, and likewise for train.
+    "By more than its margin" means that the 95 % interval lies on one side.
 
     1. **cannot tell**, if fewer than three epochs were evaluated.
-    2. **diverges**, if the last train or val is not finite, or the last train is worse than the first one by more than both
-       margins.
+    2. **diverges**, if the last train or val is not finite, or if the last train is above the first one, or above the smallest
+       one by half of what was learned on the training sample, in both cases by more than their margins.
     3. **cannot tell**, if the gap has no interval.
-    4. **over-fits since** the first epoch after the best one, if the last gap is above 0 by more than its margin, and either
-       the last val is worse than the best one by more than the margin of their difference, or the interval of the last gap lies
-       above that of the best epoch's gap: the training data are learned ever better, the validation data are not.
-    5. **cannot tell**, if the margin of the last gap is more than half of what was learned, and more than half of what the
-       training sample shows to be learned: the samples are too small.
-    6. **under-fits**, if nothing was learned, or if the gap is less than a tenth of what was learned, or not above 0 by more
-       than its margin, and val still improved by a tenth or more of it in the last third of the epochs.
+    4. **over-fits since** the first epoch after the best one, if this holds in each of the last two epochs, both after the best
+       one: the gap is above 0 by more than its margin, and either val is above the best val by more than the margin of their
+       difference, or the interval of the gap lies above that of the best epoch.
+    5. **cannot tell**, if the margin of the last gap is more than half of the largest of these: what was learned on either
+       sample, and a tenth of the best val.
+    6. **under-fits**, if nothing was learned, or if val still fell by a tenth or more of what was learned in the last third of
+       the epochs, while the gap is less than that fall, or not above 0 by more than its margin.
     7. **fits**, otherwise.
 
     Args:
         points: The evaluated epochs, in order.
         sign: -1 for a metric to maximize, to report its values as they are.
+        name: The name of the monitor, for the advice.
     """
     if len(points) < ENOUGH:
         return _too_few(points)
-    last, best = points[-1], min(points, key=lambda point: point.val if math.isfinite(point.val) else math.inf)
-    if _diverges(points):
-        return Verdict(
-            "diverges",
-            f"the training sample went from {_number(sign * points[0].train)} to {_number(sign * last.train)}",
-            _CALM,
-        )
-    if math.isnan(last.gap_margin):
-        return Verdict(
-            "cannot tell",
-            "the gap has no interval, since the metric is not a mean over samples or there are fewer than two batches",
-            "a metric that is one, such as the loss: metric='…', or more samples",
-        )
-    since = next((point.epoch for point in points if point.epoch > best.epoch), None)
-    if since is not None and _overfits(last, best):
-        return Verdict(
-            "over-fits",
-            f"{_values(best, sign)} at epoch {best.epoch}, {_values(last, sign)} at epoch {last.epoch}",
-            f"stop after epoch {best.epoch} ({_STOP}), {_STRONGER}",
-            since,
-        )
+    best = min(points, key=lambda point: point.val if math.isfinite(point.val) else math.inf)
+    if (calm := _divergence(points, sign)) is not None:
+        return Verdict("diverges", calm, "Try a smaller learning rate, GradientNormClipping, or NonFiniteGradientGuard")
+    if math.isnan(points[-1].gap_margin):
+        return Verdict("cannot tell", _NO_INTERVAL, "Choose a metric that is a mean over samples, such as the loss: metric='…'")
+    after = [point for point in points if point.epoch > best.epoch]
+    if len(after) > 1 and all(_overfits(point, best) for point in after[-2:]):
+        return Verdict("over-fits", _change(best, points[-1], sign), _stronger(name), after[0].epoch)
     return _judge_learning(points, best, sign)
 
 
@@ -99,46 +88,56 @@ def _judge_learning(points: Sequence[Point], best: Point, sign: float) -> Verdic
     """Judge a fit that neither diverges nor over-fits."""
     first, last = points[0], points[-1]
     learned = first.val - best.val
-    shown = f"gap {_interval(last)} at epoch {last.epoch}"
-    if last.gap_margin > _NOISY * max(learned, first.train - last.train) and last.gap_margin > 0:
-        return Verdict(
-            "cannot tell",
-            f"too noisy: {shown}, while {_number(learned)} was learned on the validation sample",
-            "more samples (samples=…), or more epochs",
-        )
-    late = points[-1 - max(len(points) // _LATE, 1)]
-    improves = late.val - last.val >= _SMALL * learned
-    is_small = last.gap <= max(_SMALL * learned, last.gap_margin)
-    if learned <= 0 or (is_small and improves):
-        what = "nothing was learned on the validation sample" if learned <= 0 else f"{shown}, and both samples still improve"
-        return Verdict("under-fits", what, _WEAKER)
-    return Verdict("fits", f"{shown}, best validation {_number(sign * best.val)} at epoch {best.epoch}", _KEEP)
+    scale = max(learned, first.train - last.train, _TENTH * abs(best.val))
+    shown = f"the gap is {_interval(last)} at epoch {last.epoch}"
+    if last.gap_margin > _HALF * scale:
+        return Verdict("cannot tell", f"{shown}, too uncertain for curves that differ by {_number(scale)}", _LARGER)
+    if learned <= 0:
+        return Verdict("under-fits", "nothing was learned on the validation sample after the first epoch", _WEAKER)
+    late = points[-1 - max(len(points) // _THIRD, 1)]
+    gained = late.val - last.val
+    if gained >= _TENTH * learned and last.gap <= max(gained, last.gap_margin):
+        return Verdict("under-fits", f"{shown}, and validation still went {_course(late, last, sign)}", _WEAKER)
+    return Verdict("fits", f"{shown}, and validation was best at epoch {best.epoch} with {_number(sign * best.val)}", _KEEP)
 
 
 def _too_few(points: Sequence[Point]) -> Verdict:
     count = f"{len(points)} epoch{'' if len(points) == 1 else 's'}"
-    return Verdict(
-        "cannot tell",
-        f"only {count} evaluated, of at least {ENOUGH}",
-        "more epochs (max_epochs), or validate more often (check_val_every_n_epoch, every_n_epochs)",
-    )
+    advice = "Train for more epochs, or evaluate more often (every_n_epochs, check_val_every_n_epoch)"
+    return Verdict("cannot tell", f"{count} evaluated, and curves need {ENOUGH}", advice)
 
 
-def _diverges(points: Sequence[Point]) -> bool:
+def _divergence(points: Sequence[Point], sign: float) -> str | None:
+    """Say how a fit diverges; ``None`` if it does not."""
     first, last = points[0], points[-1]
-    margins = sum(margin for margin in (first.train_margin, last.train_margin) if not math.isnan(margin))
-    return not (math.isfinite(last.train) and math.isfinite(last.val)) or last.train - first.train > margins
+    if not (math.isfinite(last.train) and math.isfinite(last.val)):
+        return f"the metric is not finite at epoch {last.epoch}"
+    lowest = min((point for point in points if math.isfinite(point.train)), key=lambda point: point.train)
+    for start, much in ((first, 0.0), (lowest, _HALF * (first.train - lowest.train))):
+        margins = sum(margin for margin in (start.train_margin, last.train_margin) if not math.isnan(margin))
+        if last.train - start.train > max(margins, much):
+            numbers = (
+                f"{_number(sign * start.train)} at epoch {start.epoch} to {_number(sign * last.train)} at epoch {last.epoch}"
+            )
+            return f"the training sample went from {numbers}"
+    return None
 
 
-def _overfits(last: Point, best: Point) -> bool:
-    has_gap = last.gap > last.gap_margin
-    is_worse = last.rise > last.rise_margin
-    has_grown = last.gap - last.gap_margin > best.gap + best.gap_margin
-    return has_gap and (is_worse or has_grown)
+def _overfits(point: Point, best: Point) -> bool:
+    """Return whether a point is worse than the best one by more than chance."""
+    is_worse = point.rise > point.rise_margin
+    has_grown = point.gap - point.gap_margin > best.gap + best.gap_margin
+    return point.gap > point.gap_margin and (is_worse or has_grown)
 
 
-def _values(point: Point, sign: float) -> str:
-    return f"train {_number(sign * point.train)} and validation {_number(sign * point.val)}"
+def _change(best: Point, last: Point, sign: float) -> str:
+    train = f"{_number(sign * best.train)} to {_number(sign * last.train)}"
+    return f"train went from {train} and validation {_course(best, last, sign)}"
+
+
+def _course(start: Point, end: Point, sign: float) -> str:
+    numbers = f"from {_number(sign * start.val)} to {_number(sign * end.val)}"
+    return f"{numbers} between epochs {start.epoch} and {end.epoch}"
 
 
 def _interval(point: Point) -> str:
@@ -156,8 +155,14 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-_STOP = "EarlyStopping or ModelCheckpoint(monitor='reg/…/val')"
-_STRONGER = "more data or augmentation, or more regularization: WeightDecay, L2Penalty, DropoutInjection, WeightNoise"
-_WEAKER = "more epochs, a larger learning rate, a larger model, or less regularization (strength, p, weight_decay)"
-_CALM = "a smaller learning rate, GradientNormClipping, NonFiniteGradientGuard"
-_KEEP = "nothing needs to change; to gain more, compare techniques with lightning_reg.tuning"
+def _stronger(name: str) -> str:
+    return (
+        f"Stop or save by 'reg/{name}/val' (EarlyStopping, ModelCheckpoint), or try more data, augmentation, or "
+        "regularization, such as WeightDecay, L2Penalty, or DropoutInjection"
+    )
+
+
+_NO_INTERVAL = "the gap has no interval, since the metric is not a mean over samples, or a sample has a single batch"
+_LARGER = "Try larger samples (samples=…), or more validation data"
+_WEAKER = "Try more epochs, a larger learning rate, a larger model, or less regularization"
+_KEEP = "Nothing needs to change; lightning_reg.tuning can tell whether other techniques gain more"
