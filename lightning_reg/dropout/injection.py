@@ -19,6 +19,7 @@ from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.functions import dropout, packed_dropout
 from lightning_reg.dropout.output_check import OutputCheck
 from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
+from lightning_reg.dropout.unreached import describe_placeholders, placeholders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -257,7 +258,11 @@ class DropoutInjection(ModuleRegularizer):
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules after which dropout is added."""
-        return self.matching(pl_module, self.after)
+        try:
+            return self.matching(pl_module, self.after)
+        except ValueError as error:
+            hint = describe_placeholders(placeholders(pl_module), str(self.after))
+            raise ValueError(f"{error}; {hint}" if hint else str(error)) from None
 
     @property
     def rate_is_known(self) -> bool:

@@ -16,8 +16,9 @@ from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.regularizer import Regularizer, regularizers_of
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.injection import InjectedDropout, injections_of
-from lightning_reg.dropout.readers import find_readers, how_to_register
+from lightning_reg.dropout.readers import find_readers
 from lightning_reg.dropout.sites import describe, find_dropout
+from lightning_reg.dropout.unreached import how_to_register
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -132,19 +132,6 @@ def suggested_attributes(readers: Iterable[Reader], known: Collection[tuple[int,
     return {kind: names[0] if len(names) == 1 else names for kind, names in found.items() if names}
 
 
-def how_to_register(module: nn.Module) -> str:
-    """Say how rates in attributes of modules are registered, for an error message.
-
-    Example:
-        >>> from torch import nn
-        >>> how_to_register(nn.Linear(2, 2))
-        "if a module keeps its rate in an attribute, name both, as in attributes={'Attention': 'attention_dropout'}"
-    """
-    found = suggested_attributes(find_readers(module), ())
-    example = found or {"Attention": "attention_dropout"}
-    return f"if a module keeps its rate in an attribute, name both, as in attributes={example!r}"
-
-
 def _rate_at(module: nn.Module, path: str) -> float | None:
     """Return the float in [0, 1] at a path of attributes, or ``None``."""
     value = getattr(_owner_at(module, path), path.rpartition(".")[2], None)

@@ -20,7 +20,7 @@ from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.technique import Phase
 from lightning_reg.dropout.injection import DropoutInjection, injections_of
 from lightning_reg.dropout.rates import Rate, reads_tensor
-from lightning_reg.dropout.readers import find_readers, how_to_register, suggested_attributes
+from lightning_reg.dropout.readers import find_readers
 from lightning_reg.dropout.sites import (
     DropoutSite,
     ModuleSite,
@@ -29,6 +29,13 @@ from lightning_reg.dropout.sites import (
     find_dropout,
     inert_dropout,
     set_dropout_,
+)
+from lightning_reg.dropout.unreached import (
+    describe_placeholders,
+    how_to_register,
+    placeholders,
+    unregistered,
+    why_unmatched,
 )
 from lightning_reg.schedules import Schedule
 
@@ -99,7 +106,7 @@ class DropoutScheduler(ModuleRegularizer):
 
     phase = Phase.DROPOUT
     valid_ranges = {"p": PROBABILITY}
-    fit_attributes = ("sites", "_rates", "_regularizers")
+    fit_attributes = ("sites", "_rates", "_regularizers", "_placeholders")
     accept_mappings = frozenset({"p"})
     deepspeed_alternative = None
     selector = "modules"
@@ -127,6 +134,7 @@ class DropoutScheduler(ModuleRegularizer):
         self.sites: dict[str, list[DropoutSite]] = {}
         self._rates: list[_SharedRate] = []
         self._regularizers: list[Regularizer] = []
+        self._placeholders: list[str] = []
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules whose dropout rates it sets."""
@@ -159,10 +167,11 @@ class DropoutScheduler(ModuleRegularizer):
                 f"DropoutScheduler: the model has no dropout to schedule{inert}; to add some, use DropoutInjection; "
                 f"{how_to_register(pl_module)}"
             )
-        selected = _selected(sites, self.modules)
-        if not isinstance(self.p, Mapping):
-            return {"p": selected}
-        return self._profile(selected, self.p)
+        try:
+            selected = _selected(sites, self.modules)
+            return self._profile(selected, self.p) if isinstance(self.p, Mapping) else {"p": selected}
+        except _NoMatchError as error:
+            raise ValueError(f"{error}{why_unmatched(pl_module, error.pattern)}") from None
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that there is dropout to schedule, as far as the modules exist."""
@@ -181,11 +190,17 @@ class DropoutScheduler(ModuleRegularizer):
                 site.use(shared.rate, self.name)
         readers = find_readers(pl_module)
         self._warn_of_recompilation(pl_module, readers)
-        self._warn_of_unknown_rates(readers)
+        self._warn_of_unknown_rates(readers, pl_module)
+        self._placeholders = placeholders(pl_module) if self._takes_all else []
         if self.relative and not any(shared.original for shared in self._rates):
             rank_zero_warn(f"{self.name}: all rates are 0, so no factor changes them: {self.acts_on()}")
         if inert := inert_dropout(pl_module):
             rank_zero_warn(f"{self.name}: {inert}; to drop its output, use DropoutInjection")
+
+    @property
+    def _takes_all(self) -> bool:
+        """Whether all dropout of the model is to be scheduled."""
+        return self.modules == "*" and not isinstance(self.p, Mapping)
 
     def values_changed(self) -> None:
         """Set the rates."""
@@ -211,6 +226,12 @@ class DropoutScheduler(ModuleRegularizer):
         self.sites = {}
         self._rates = []
         self._regularizers = []
+        self._placeholders = []
+
+    def notes(self) -> list[str]:
+        """Say what it does not reach, because there is no dropout."""
+        hint = describe_placeholders(self._placeholders)
+        return [*super().notes(), *([hint] if hint else [])]
 
     def acts_on(self) -> str:
         """List the modules, with their original rates."""
@@ -272,11 +293,11 @@ class DropoutScheduler(ModuleRegularizer):
                 "compiling after a few: use a schedule with few values (Steps), or exclude these modules with modules="
             )
 
-    def _warn_of_unknown_rates(self, readers: Sequence[Reader]) -> None:
+    def _warn_of_unknown_rates(self, readers: Sequence[Reader], pl_module: LightningModule) -> None:
         """Warn of rates in attributes that nobody registered, if all dropout is to be scheduled."""
         known = {site.key for sites in self.sites.values() for site in sites}
-        found = suggested_attributes((reader for reader in readers if any(reader.rates.values())), known)
-        if found and self.modules == "*" and not isinstance(self.p, Mapping):
+        found = unregistered((reader for reader in readers if any(reader.rates.values())), pl_module, known)
+        if found and self._takes_all:
             rank_zero_warn(
                 f"{self.name}: some modules keep dropout rates in attributes that are not scheduled; to schedule them too, "
                 f"set attributes={found | (self.attributes or {})!r}"
@@ -323,7 +344,15 @@ def _matching(sites: Sequence[DropoutSite], pattern: str) -> list[DropoutSite]:
     matching = [site for site in sites if fnmatchcase(site.name, pattern) or site.kind == pattern]
     if not matching:
         close = close_matches(pattern, [*(site.name for site in sites), *(site.kind for site in sites)])
-        raise ValueError(
+        raise _NoMatchError(pattern, close)
+    return matching
+
+
+class _NoMatchError(ValueError):
+    """A pattern that matches no dropout."""
+
+    def __init__(self, pattern: str, close: str) -> None:
+        self.pattern = pattern
+        super().__init__(
             f"DropoutScheduler: no module with dropout has a name or class that matches {pattern!r}; close matches: {close}"
         )
-    return matching
