@@ -288,12 +288,9 @@ def logs_this_step(trainer: Trainer) -> bool:
     return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
 
 
-def log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Log metrics at the current step, and make them available to callbacks that monitor one."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-    device = trainer.strategy.root_device
-    trainer.callback_metrics.update({key: torch.tensor(value, device=device) for key, value in metrics.items()})
+def available_metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """Return the metrics that callbacks can monitor. Asking for them in public would compute those of the module."""
+    return trainer._logger_connector._callback_metrics
 
 
 def prints_summary(trainer: Trainer) -> bool:

@@ -17,6 +17,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.clock import Clock
 from lightning_reg._engine.forward import ForwardChanges
 from lightning_reg._engine.plan import Step
+from lightning_reg._engine.rows import LoggerRows
 from lightning_reg._engine.steps import (
     SkippedStep,
     StepFollower,
@@ -81,6 +82,7 @@ class Driver:
         self._ended = -1  # the last batch that has ended
         self._steps: StepFollower | None = None
         self._unseen = UnseenSteps([], [], [])
+        self._rows = LoggerRows(trainer)
         self._undo: list[Callable[[], None]] = []
         self._stopped = False
         self._logging = False
@@ -106,7 +108,7 @@ class Driver:
         self._scaler = _lightning.grad_scaler(self.trainer)
         self._warn_of_other_weights()
         self._steps = StepFollower(self.trainer, self)
-        self._undo.append(self._steps.stop)
+        self._undo += [self._steps.stop, self._rows.start()]
         if self._acting["before_forward"]:
             enter, leave = self._forward.enter_training_step, self._forward.leave_training_step
             self._undo.append(_lightning.wrap_training_step(self.trainer, enter, leave))
@@ -358,9 +360,11 @@ class Driver:
         if self._trained and is_last:
             self._end_epoch()
         if self._logging and not _lightning.accumulates(self.trainer):
-            metrics = {f"reg/{cb.name}/{key}": value for cb in self.techniques for key, value in cb.collect_metrics()}
-            if metrics:  # some loggers write a row even for none
-                _lightning.log_metrics(self.trainer, dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True)))
+            self._log({f"reg/{cb.name}/{key}": value for cb in self.techniques for key, value in cb.collect_metrics()})
+
+    def _log(self, metrics: dict[str, float | Tensor]) -> None:
+        """Add metrics to the next row of the loggers, and make them available to callbacks that monitor one."""
+        self._rows.add(dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True)))
 
     def before_validation(self) -> None:
         """End an epoch that is cut short, so that what is validated is what is saved."""
@@ -391,6 +395,7 @@ class Driver:
                 technique.epoch_end(self._all_parameters(technique), self._step())
             if self._acting["epoch_end"]:
                 self._reproject()
+        self._log({f"reg/{cb.name}/{key}": value for cb in self.techniques for key, value in cb.epoch_metrics().items()})
 
     def _reproject(self) -> None:
         """Enforce again what weights that are pruned or shrunk may violate."""

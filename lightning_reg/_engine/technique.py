@@ -266,6 +266,10 @@ class Technique(SignatureRepr, ABC):
         """Log metrics of this step as ``reg/<name>/<metric>``; call it only if ``self.logging``."""
         self._step_metrics.update(metrics)
 
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return metrics of what happens at the end of an epoch; they are known at each epoch's end, whatever is logged."""
+        return {}
+
     def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
         """Yield the names and values to log, and start again."""
         yield from self.current.items()

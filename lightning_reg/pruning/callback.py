@@ -258,11 +258,18 @@ class WeightPruning(RewindingRegularizer):
 
     # Logging --------------------------------------------------------------------------------------------------------
 
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return the target and the pruned fraction of all weights, and of those that each pattern matches."""
+        return {**self.current, **self._fractions()}
+
     def _log_pruned(self) -> None:
         if self.logging:
-            groups = {key.replace("sparsity", "pruned", 1): group for key, group in self._state.groups.items()}
-            fractions = {key: group.reached / max(group.total, 1) for key, group in groups.items()}
-            self.log_metrics(**{**fractions, "pruned": self._state.reached / max(self._state.total, 1)})
+            self.log_metrics(**self._fractions())
+
+    def _fractions(self) -> dict[str, float]:
+        groups = {key.replace("sparsity", "pruned", 1): group for key, group in self._state.groups.items()}
+        fractions = {key: group.reached / max(group.total, 1) for key, group in groups.items()}
+        return {**fractions, "pruned": self._state.reached / max(self._state.total, 1)}
 
     def fit_summary(self) -> str:
         """Return which fraction of the weights is pruned."""
@@ -325,8 +332,9 @@ class WeightPruning(RewindingRegularizer):
 
     def _restore(self) -> None:
         super()._restore()
+        self._state.groups = {key: group for key, group in self._state.groups.items() if key in self.current}
         self._highest = self._restored_targets()
 
     def _restored_targets(self) -> dict[str, float]:
         groups = self._state.groups if self._is_restored else {}
-        return {key: group.target for key, group in groups.items() if key in self.current}
+        return {key: group.target for key, group in groups.items()}

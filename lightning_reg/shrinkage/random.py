@@ -105,6 +105,10 @@ class RandomShrinkage(ParameterRegularizer):
             generator = generator_for(params[0].device, self.seed, self.name, *step.key)
             shrink_randomly_(params, self.current["epsilon"], generator)
 
+    def epoch_metrics(self) -> dict[str, float]:
+        """Return ε if weights are shrunk after an epoch."""
+        return dict(self.current) if self.every == "epoch" else {}
+
     def route(self) -> str:
         """Return where it acts: after the step or the epoch."""
         return f"after the {self.every}"
