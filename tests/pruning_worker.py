@@ -72,6 +72,15 @@ class ShardedValidated(ShardedAdam):
         return batches([0])
 
 
+class ShardedZeros(Sharded):
+    """The sharded digits model with small weights of 0, as loaded from a pruned model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for p in self.parameters():
+            p.data[p.data.abs() < 0.04] = 0.0
+
+
 RESUMED = {"Sharded": Sharded, "Adam": ShardedAdam, "Adagrad": ShardedAdagrad, "validated": ShardedValidated}
 EVERY = ("1ep", "3st")
 LAYOUTS = ("full", "distributed")
@@ -118,6 +127,8 @@ def main(folder: Path, resumes: bool) -> None:
                 results[f"{name}, {model.__name__}"] = train([pruning], model(), [rank], **ddp())
         for name, options in SHARDED.items():
             results[f"masks, {name}"] = masks_of(Sharded(), options, [rank], **sharded())
+        for grown in (0.0, 0.6):
+            results[f"zeros, {grown}"] = train([WeightPruning(grown, keep_zeros=True)], ShardedZeros(), [rank], **sharded())
         for name in RESUMED:
             results[f"unsaved, {name}"] = train([rewound("1ep")], RESUMED[name](), [rank], **sharded(), max_epochs=3)
     torch.save(results, folder / f"{'resumed ' * resumes}{rank}.pt")

@@ -22,6 +22,7 @@ from lightning_reg import (
     WeightPruning,
     custom,
 )
+from lightning_reg._engine.technique import STATE_LAYOUT
 from lightning_reg.custom import (
     NON_NEGATIVE,
     POSITIVE,
@@ -244,7 +245,7 @@ def test_state_is_saved_and_reset_by_each_fit(tmp_path):
     callback = Halves()
     fit([callback])
     assert callback.state == {"steps": {0: 8}}
-    assert callback.state_dict() == {"layout": 1, "metrics": {}, "state": {"steps": {0: 8}}}
+    assert callback.state_dict() == {"layout": STATE_LAYOUT, "metrics": {}, "state": {"steps": {0: 8}}}
     loaded = Halves()
     loaded.load_state_dict(callback.state_dict())
     assert loaded.state == {"steps": {0: 8}}
@@ -285,7 +286,7 @@ def test_checkpoint_of_other_layout_raises(tmp_path, saved, description):
     torch.save(checkpoint, tmp_path / "old.ckpt")
     resumed = Trainer(**QUIET, max_epochs=2, callbacks=[QuantileGradientClipping(0.5)])
     with pytest.raises(
-        ValueError, match=rf"QuantileGradientClipping: .* has {description}, expected layout 1: another version"
+        ValueError, match=rf"QuantileGradientClipping: .* has {description}, expected layout {STATE_LAYOUT}: another version"
     ):
         resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "old.ckpt")
 

@@ -7,8 +7,10 @@ import torch
 from distributed_worker import Sharded, masks_of, train
 from helpers import TOLERANCE, identical
 from processes import run_script
-from pruning_worker import RESUMED, REWINDS, SHARDED, cases, rewound
+from pruning_worker import RESUMED, REWINDS, SHARDED, ShardedZeros, cases, rewound
 from torch.testing import assert_close
+
+from lightning_reg import WeightPruning
 
 WORKER = "pruning_worker.py"
 
@@ -62,3 +64,15 @@ def test_sharded_masks_equal_those_of_one_process(ranks, name):
     assert not identical(one_process, without)
     for rank in ranks:
         assert identical(rank[f"masks, {name}"], one_process)
+
+
+@pytest.mark.parametrize("grown", [0.0, 0.6])
+def test_zeros_of_sharded_weights_are_kept(ranks, grown):
+    one_process = train([WeightPruning(grown, keep_zeros=True)], ShardedZeros(), [0, 1], accumulate_grad_batches=2)
+    before = {name: p == 0 for name, p in ShardedZeros().named_parameters() if p.ndim > 1}
+    assert sum(int(mask.sum()) for mask in before.values()) > 100
+    for rank in ranks:
+        trained = rank[f"zeros, {grown}"]
+        assert_close(trained, one_process, **TOLERANCE)
+        assert identical({name: trained[name] == 0 for name in before}, {name: one_process[name] == 0 for name in before})
+        assert all((trained[name][mask] == 0).all() for name, mask in before.items())

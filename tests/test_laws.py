@@ -455,6 +455,7 @@ EPOCH_ENDS = {
     "shrinkage": lambda: [RandomShrinkage(0.2, every="epoch")],
     "pruning": lambda: [WeightPruning(Cubic(0.0, 0.8))],
     "rewinding": lambda: [WeightPruning(Cubic(0.0, 0.8), rewind_to_step=2)],
+    "pruning by steps": lambda: [WeightPruning(Cubic(0.0, 0.8), every="3st", rewind_to_step=1)],
     "everything": everything,
 }
 

@@ -116,6 +116,25 @@ def test_steps_of_all_optimizers_count_in_manual_optimization():
     assert model.zeros == [0, 0, *[TOTAL // 2] * 6]
 
 
+def test_steps_that_lightning_does_not_take_count():
+    class Raw(Classifier):
+        zeros = ()
+
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            self.zeros = [*self.zeros, sparsity(self).total.zeros]
+
+    model = fit([WeightPruning(0.5, every="3st")], Raw())
+    assert model.zeros == [0, 0, *[TOTAL // 2] * 6]
+
+
 def test_a_skipped_step_is_made_up_for():
     """The step after which pruning is due is skipped, so the next one prunes."""
 

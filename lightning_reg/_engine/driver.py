@@ -95,6 +95,7 @@ class Driver:
         self._about_to_step: set[Optimizer] = set()
         self._skipped: set[Optimizer] = set()
         self._steps_in_batch = 0
+        self._unknown_steps = 0  # those that Lightning has not taken, and does not count
 
     # The fit --------------------------------------------------------------------------------------------------------
 
@@ -300,7 +301,8 @@ class Driver:
             return
         self._stepped.add(optimizer)
         if self._acting["weights"] or self._acting["step_end"]:
-            self._change_weights(optimizer, self.trainer.global_step + known)
+            self._unknown_steps += not known
+            self._change_weights(optimizer, self.trainer.global_step + known + self._unknown_steps)
         self._steps_in_batch += 1
         if not known:
             self._unseen.unknown_step(optimizer)

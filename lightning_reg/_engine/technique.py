@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_reg._engine.clock import Clock, Moment
     from lightning_reg._engine.plan import Step
 
-STATE_LAYOUT = 1
+STATE_LAYOUT = 2
 """The layout of a technique's state in a checkpoint. Raise it whenever an older state could be misread."""
 
 _LONG = 4  # entries of a list that the summary shows
@@ -196,7 +196,8 @@ class Technique(SignatureRepr, ABC):
     def step_end(self, step: Step, done: int) -> bool:
         """Act after each step of any optimizer, once weights were changed; return whether that changed them again.
 
-        ``done`` is the number of steps that are done with this one, counted as ``trainer.global_step`` does.
+        ``done`` is the number of steps that are done with this one, counted as ``trainer.global_step`` does, with those that
+        Lightning has not taken.
         """
         return False
 

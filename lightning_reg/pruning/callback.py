@@ -307,10 +307,10 @@ class WeightPruning(RewindingRegularizer):
             self._check_plan(key, valid, value, clock)
         if not clock.is_trial and (warning := never_warning(self._every, clock.plan)):
             rank_zero_warn(f"{self.name} {warning}")
-        if not self._is_restored:
-            self._state.done = self._trainer.global_step
-            if self.keep_zeros:
-                self._keep_zeros()
+        done = self._trainer.global_step
+        self._state.done = min(self._state.done, done) if self._is_restored else done
+        if self.keep_zeros and not self._is_restored:
+            self._keep_zeros()
 
     def _check_layers(self, key: str, targets: Sequence[float]) -> None:
         members = {name: p for name, p in self.tensors.items() if self._groups[name] == key}
