@@ -38,7 +38,7 @@ def test_every_callback_trains_alike(runs, name):
     if "validates" in ROWS[name].options:
         assert {key for metrics in old["logged"].values() for key in metrics} - {"epoch"} == old["monitored"].keys()
     else:
-        assert old["logged"].get("0", {}).keys() == old["monitored"].keys()
+        assert old["logged"].get("0", {}).keys() - {"epoch"} == old["monitored"].keys()
     if "changes_training" not in ROWS[name].exempt:
         assert old["weights"] != runs[OLD]["plain"]["weights"]
 
