@@ -1,0 +1,35 @@
+"""Make plain-text docstrings valid reStructuredText: formulas contain characters that are markup there."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+CODE = re.compile(r"(``.*?``|:\w+:`[^`]*`)")
+MARKUP = re.compile(r"([|*]|(?<=\w)_(?!\w))")
+
+
+def escaped(line: str) -> str:
+    """Return a line in which ``|θ|``, ``*``, and a final ``_`` stand for themselves outside code.
+
+    Example:
+        >>> print(escaped("L1: J = L + λ Σ|θ|, see ``a|b``"))
+        L1: J = L + λ Σ\\|θ\\|, see ``a|b``
+    """
+    if line.lstrip().startswith((">>>", "...")):
+        return line
+    return "".join(part if CODE.fullmatch(part) else MARKUP.sub(r"\\\1", part) for part in CODE.split(line))
+
+
+def escape(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Escape the lines of a docstring of this package in place."""
+    lines[:] = map(escaped, lines)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register with Sphinx, before napoleon turns sections into fields."""
+    app.connect("autodoc-process-docstring", escape, priority=400)
+    return {"parallel_read_safe": True}
