@@ -391,7 +391,7 @@ def test_links_work(page, target):
 def test_every_guide_is_linked():
     guides = {path.name for path in GUIDES} - {"index.md"}
     linked = {target.partition("#")[0] for page, target in LINKS if page == "docs/index.md"}
-    assert linked == guides | {f"pages/{path.name}" for path in SITE if path.parent.name == "pages"} | {"cards/index.md"}
+    assert linked >= guides | {f"pages/{path.name}" for path in SITE if path.parent.name == "pages"} | {"cards/index.md"}
     assert {f"docs/{name}" for name in guides} <= {target.partition("#")[0] for page, target in LINKS if page == "README.md"}
 
 

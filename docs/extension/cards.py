@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import lightning_reg
 import pictures
+
+import lightning_reg
 from lightning_reg.custom import Regularizer
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def techniques() -> dict[str, list[str]]:
     """Return the names of all callbacks by their group's title."""
     callbacks = [value for name in lightning_reg.__all__ if inspect.isclass(value := getattr(lightning_reg, name))]
     packages = {cls.__name__: cls.__module__.split(".")[1] for cls in callbacks if issubclass(cls, Regularizer)}
-    return {title: [name for name in sorted(packages) if packages[name] == package and (DOCS / "cards" / f"{name}.md").exists()] for package, title in GROUPS.items()}
+    written = [name for name in sorted(packages) if (DOCS / "cards" / f"{name}.md").exists()]
+    return {title: [name for name in written if packages[name] == package] for package, title in GROUPS.items()}
 
 
 def overhead(name: str, benchmarks: str) -> str:
@@ -111,7 +113,7 @@ def index(start: str) -> str:
     for title, names in techniques().items():
         if names:
             tree = "\n".join([f"```{{toctree}}\n:hidden:\n:caption: {title}\n", *names, "```"])
-            parts.append(f"\n## {title}\n\n<div class=\"cards\">{''.join(map(entry, names))}</div>\n\n{tree}\n")
+            parts.append(f'\n## {title}\n\n<div class="cards">{"".join(map(entry, names))}</div>\n\n{tree}\n')
     return "\n".join(parts)
 
 

@@ -13,11 +13,11 @@ MARKUP = re.compile(r"([|*]|(?<=\w)_(?!\w))")
 
 
 def escaped(line: str) -> str:
-    """Return a line in which ``|θ|``, ``*``, and a final ``_`` stand for themselves outside code.
+    r"""Return a line in which ``|θ|``, ``*``, and a final ``_`` stand for themselves outside code.
 
     Example:
         >>> print(escaped("L1: J = L + λ Σ|θ|, see ``a|b``"))
-        L1: J = L + λ Σ\\|θ\\|, see ``a|b``
+        L1: J = L + λ Σ\|θ\|, see ``a|b``
     """
     if line.lstrip().startswith((">>>", "...")):
         return line

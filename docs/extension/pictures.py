@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-PICTURES = {}
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PICTURES: dict[str, object] = {}
 
 
 def draw_all(folder: Path) -> None:
+    """Draw all pictures into a folder."""
     folder.mkdir(exist_ok=True)
