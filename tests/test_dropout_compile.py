@@ -373,3 +373,57 @@ def test_eager_scheduler_equals_torch_dropout():
     plain = Classifier()
     plain.net[3].p = 0.4
     assert same(fit([DropoutScheduler(Steps([0.4, 0.4], at=[0.5]))]), fit(model=plain))
+
+
+KINDS = [nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout]
+
+
+WRONG_INPUTS = {
+    "dropout1d: Expected 2D or 3D input": "dimensions",
+    "Feature dropout requires at least 2 dimensions": "dimensions",
+    "can't be cast to the desired output type": "integers",
+    "Promotion of int.add/sub_(float)": "integers",
+}
+"""What is wrong with an input, by the text of torch's error."""
+
+
+def outcome(layer, x):
+    """Return the shape and the dtype of the result, or what is wrong with the input."""
+    torch._dynamo.reset()
+    try:
+        y = layer(x)
+    except RuntimeError as error:  # of which torch.compile has a class of its own
+        return next(what for text, what in WRONG_INPUTS.items() if text in str(error))
+    return y.shape, y.dtype
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it will refuse
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_are_checked_as_torch_does(kind, compiled):
+    """For each number of dimensions and for integers: the same result or error with a driven rate as without."""
+    for x in [*(torch.ones([2] * ndim) for ndim in range(7)), torch.ones(2, 2, 2, dtype=torch.int64), torch.ones(0)]:
+        outcomes = []
+        for driven in (False, True):
+            layer = kind(0.5)
+            if driven:
+                (site,) = find_dropout(layer)
+                site.use(Rate(0.5))
+            outcomes.append(outcome(torch.compile(layer, backend="eager") if compiled else layer, x))
+        assert outcomes[0] == outcomes[1], (x.shape, x.dtype)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "ndim"), [(nn.Dropout1d, 2), (nn.Dropout2d, 3), (nn.Dropout3d, 3), (nn.Dropout3d, 6)])
+def test_channels_of_unusual_inputs_are_those_of_torch(kind, ndim):
+    """The dimensions along which a whole slice is dropped together."""
+    x = torch.ones([9] * min(ndim, 4) + [3] * (ndim - 4))
+
+    def shared(y):
+        return [dim for dim in range(y.ndim) if (y == y.select(dim, 0).unsqueeze(dim)).all()]
+
+    layer = kind(0.5)
+    expected = shared(layer(x))
+    (site,) = find_dropout(layer)
+    site.use(Rate(0.5))
+    assert shared(torch.compile(layer, backend="eager")(x)) == expected

@@ -141,6 +141,8 @@ def _mask_shape(
     shape: Sequence[int], channelwise: bool = False, samplewise: bool = False, shared_dims: Sequence[int] = ()
 ) -> list[int]:
     ndim = len(shape)
+    if channelwise and ndim < 2 and 0 not in shape:
+        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")  # as torch says it
     drawn = 1 if samplewise else 2 if channelwise else ndim
     mask = [*shape[:drawn], *[1] * (ndim - drawn)]
     for dim in shared_dims:
@@ -159,6 +161,8 @@ def _draw_mask(x: Tensor, shape: Sequence[int], p: float | Tensor) -> Tensor:
 
 def _draw_kept(x: Tensor, shape: Sequence[int], p: Tensor) -> Tensor:
     """Draw which entries, channels, or samples are kept."""
+    if not (x.is_floating_point() or x.is_complex()):
+        x.new_empty(1).div_(1.0)  # raises the error of torch's own dropout
     return torch.rand(shape, device=x.device, dtype=torch.float32) >= p.to(x.device)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_exporting
-from torch.nn import functional as F  # noqa: F401, N812 - torch.jit.script looks for it here
+from torch.nn import functional as F  # noqa: N812 - torch.jit.script looks for it here
 
 from lightning_reg._engine.arguments import PROBABILITY
 from lightning_reg._engine.modules import ForwardHook
@@ -172,17 +172,18 @@ def _reads_tensors() -> bool:
 
 
 def _drop_channels(x: Tensor, p: float | Tensor, batch_ndim: int) -> Tensor:
-    """Drop channels of a batch, or of a single sample, which has one dimension less."""
-    return dropout(x, p, channelwise=True) if x.ndim >= batch_ndim else dropout(x.unsqueeze(0), p, channelwise=True).squeeze(0)
+    """Drop channels of a batch, or of anything else as if it were a single sample, as torch does."""
+    return dropout(x, p, channelwise=True) if x.ndim == batch_ndim else dropout(x.unsqueeze(0), p, channelwise=True).squeeze(0)
 
 
 _Drop: TypeAlias = "Callable[[Tensor, float | Tensor], Tensor]"
 # Keyed by forward pass, not by class: a subclass that overrides the forward pass drops in its own way.
 _COMPILED: dict[Any, _Drop] = {
     nn.Dropout.forward: dropout,
-    nn.Dropout1d.forward: lambda x, p: _drop_channels(x, p, 3),
-    nn.Dropout2d.forward: lambda x, p: dropout(x, p, channelwise=True),  # torch always takes dimension 0 as the batch
-    nn.Dropout3d.forward: lambda x, p: _drop_channels(x, p, 5),
+    # Out of training mode, torch's functions only check the number of dimensions.
+    nn.Dropout1d.forward: lambda x, p: _drop_channels(F.dropout1d(x, 0.0, training=False), p, 3),
+    nn.Dropout2d.forward: lambda x, p: dropout(F.dropout2d(x, 0.0, training=False), p, channelwise=True),  # always a batch
+    nn.Dropout3d.forward: lambda x, p: _drop_channels(F.dropout3d(x, 0.0, training=False), p, 5),
     nn.AlphaDropout.forward: alpha_dropout,
     nn.FeatureAlphaDropout.forward: lambda x, p: alpha_dropout(x, p, channelwise=True),
 }
