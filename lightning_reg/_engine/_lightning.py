@@ -283,9 +283,10 @@ def wrap_training_step(trainer: Trainer, before: Callable[[], None], after: Call
 # Logging and printing -----------------------------------------------------------------------------------------------
 
 
-def logs_this_step(trainer: Trainer) -> bool:
-    """Return whether there is a logger and Lightning logs the current step."""
-    return bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+def logs_this_step(trainer: Trainer, logs: bool, log_every_n_steps: int) -> bool:
+    """Return whether metrics are computed for the current step: if any rank has a logger, in the steps that Lightning logs."""
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+    return logs and log_every_n_steps > 0 and (step % log_every_n_steps == 0 or trainer.should_stop)
 
 
 def available_metrics(trainer: Trainer) -> dict[str, Tensor]:
@@ -345,6 +346,13 @@ def ddp_tracks_parameters(trainer: Trainer) -> bool:
     """Return whether DDP looks for parameters that the forward pass did not use, or assumes that they never change."""
     model: Any = trainer.strategy.model
     return isinstance(model, DistributedDataParallel) and (model.find_unused_parameters or model.static_graph)
+
+
+def tensor_parallel_size(trainer: Trainer) -> int:
+    """Return how many ranks in a row share the samples of a batch under tensor parallelism."""
+    mesh: Any = getattr(trainer.strategy, "_device_mesh", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    return int(mesh["tensor_parallel"].size()) if "tensor_parallel" in names else 1
 
 
 def mean_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:

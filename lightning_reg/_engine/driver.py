@@ -17,6 +17,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.clock import Clock
 from lightning_reg._engine.forward import ForwardChanges
 from lightning_reg._engine.plan import Step
+from lightning_reg._engine.ranks import Agreement, agree, mean_of_all
 from lightning_reg._engine.rows import LoggerRows
 from lightning_reg._engine.steps import (
     SkippedStep,
@@ -85,6 +86,7 @@ class Driver:
         self._rows = LoggerRows(trainer)
         self._undo: list[Callable[[], None]] = []
         self._stopped = False
+        self._agreement = Agreement(logs=False, log_every_n_steps=1)
         self._logging = False
         self._penalized = False  # whether the loss of this step contains its terms
         self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
@@ -100,7 +102,8 @@ class Driver:
     # The fit --------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Attach every technique to the module, and follow the optimizers' steps."""
+        """Compare the callbacks of all ranks, attach every technique to the module, and follow the optimizers' steps."""
+        self._agreement = agree(self.trainer, self.techniques)
         self._set_recording(True)
         for technique in self.techniques:
             technique.attach(self.trainer, self.pl_module)
@@ -167,7 +170,7 @@ class Driver:
     def _set_recording(self, records: bool) -> None:
         """Switch the metrics of techniques on or off."""
         for technique in self.techniques:
-            technique.has_logger = records and bool(self.trainer.loggers)
+            technique.has_logger = records and self._agreement.logs
             technique.logging = records and self._logging
 
     # The forward and backward pass ----------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ class Driver:
         self._epoch, self._batch, self._steps_in_batch = self.trainer.current_epoch, number, 0
         if _lightning.begins_step(self.trainer):
             self._has_gradients = not self._automatic
-        self._logging = _lightning.logs_this_step(self.trainer)
+        self._logging = _lightning.logs_this_step(self.trainer, *self._agreement)
         self._set_recording(True)
         self._update(self._clock.advance(_lightning.point_of(self.trainer)))
         for technique in self._acting["before_batch"]:
@@ -365,8 +368,14 @@ class Driver:
             self._log({f"reg/{cb.name}/{key}": value for cb in self.techniques for key, value in cb.collect_metrics()})
 
     def _log(self, metrics: dict[str, float | Tensor]) -> None:
-        """Add metrics to the next row of the loggers, and make them available to callbacks that monitor one."""
-        self._rows.add(dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True)))
+        """Add metrics to the next row of the loggers, and make them available to callbacks that monitor one.
+
+        Every rank computes them, also one without a logger. What techniques of a user log may depend on a rank's data.
+        """
+        numbers = dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True))
+        if of_users := tuple(f"reg/{cb.name}/" for cb in self.techniques if not is_of_this_package(cb)):
+            numbers |= mean_of_all(self.trainer, {key: value for key, value in numbers.items() if key.startswith(of_users)})
+        self._rows.add(numbers)
 
     def before_validation(self) -> None:
         """End an epoch that is cut short, so that what is validated is what is saved."""
@@ -419,6 +428,11 @@ class Driver:
 def in_order(techniques: Iterable[AnyTechnique]) -> list[AnyTechnique]:
     """Sort techniques as they act: by phase, then by class and name."""
     return sorted(techniques, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
+
+
+def is_of_this_package(technique: Technique) -> bool:
+    """Return whether a technique is one of this package, and not of a user."""
+    return type(technique).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _add_(loss: Tensor, value: Tensor, factor: float, scaler: torch.amp.GradScaler | None) -> None:

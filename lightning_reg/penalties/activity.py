@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
 from lightning_reg._engine.outputs import batch_size, describe_output, is_float, main_output
+from lightning_reg._engine.ranks import answers_of_all
 from lightning_reg._engine.steps import sign_of_penalties
 from lightning_reg._engine.technique import Phase
 from lightning_reg._engine.tensor_arguments import check_tensor
 from lightning_reg._tensors.reductions import in_accumulation_dtype, real_pairs, sum_scalars
+from lightning_reg._tensors.shards import full_tensor
 from lightning_reg.dropout.rates import restore_class_, swap_class_
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -64,7 +70,7 @@ class ActivityPenalty(ModuleRegularizer):
     A copy of h is kept until the backward pass, so the model may change h in place afterwards.
     The penalty depends on the data, so it acts on each accumulated batch, divided by ``accumulate_grad_batches`` like the loss.
     If your module accumulates gradients by itself, divide λ as your module divides its loss.
-    Under DDP, each rank penalizes the outputs for its own samples.
+    Under DDP, each rank penalizes the outputs for its own samples. The metric is the mean over all ranks.
     Forward passes under ``torch.no_grad`` are not penalized. Compiled models work. Activation checkpointing works with
     ``use_reentrant=False``.
     The loss that the module logs does not contain the penalty.
@@ -94,7 +100,7 @@ class ActivityPenalty(ModuleRegularizer):
 
     phase = Phase.PENALTY
     valid_ranges = {"strength": NON_NEGATIVE}
-    fit_attributes = ("_handles", "_values", "_recorded", "_last_term", "_trainer")
+    fit_attributes = ("_handles", "_values", "_logged", "_recorded", "_last_term", "_trainer")
     selector = "modules"
     effect = "be penalized"
     deepspeed_alternative = "add functional.activity_penalty to the loss in training_step, or use DDP or FSDP2"
@@ -108,8 +114,9 @@ class ActivityPenalty(ModuleRegularizer):
         self.p = p
         super().__init__(name)
         self._handles: list[RemovableHandle] = []
-        self._values: list[Tensor] = []  # of the forward passes since the last backward pass
+        self._values: list[tuple[str, Tensor]] = []  # of the forward passes since the last backward pass, by module
         self._recorded: set[str] = set()  # the modules with a value in this batch
+        self._logged: list[tuple[str, Tensor]] = []  # the values of the last batch that is logged
         self._last_term: tuple[Tensor, float] | None = None
         self._trainer: Trainer | None = None
 
@@ -148,6 +155,7 @@ class ActivityPenalty(ModuleRegularizer):
             handle.remove()
         self._handles.clear()
         self._values.clear()
+        self._logged.clear()
         self._recorded.clear()
         self._last_term = self._trainer = None
 
@@ -175,7 +183,7 @@ class ActivityPenalty(ModuleRegularizer):
             if not is_compiling() and _is_backward():  # checkpointing computes again what it did not save, the value included
                 self._check_recomputed(name, module)
             else:
-                self._values.append(value)
+                self._values.append((name, value))
                 self._recorded.add(name)
 
         return ForwardHook(record)
@@ -198,13 +206,22 @@ class ActivityPenalty(ModuleRegularizer):
         """Return the mean over this batch, and λ divided by the number of accumulated batches, as the loss is divided."""
         if not self._values or self._trainer is None:
             return None
-        value = sum_scalars(self._values)
-        self._values.clear()
+        value = sum_scalars([value for _, value in self._values])
         if self.logging:
-            self.log_metrics(penalty=self.current["strength"] * value.detach())
+            self._logged = [(name, self.current["strength"] * value.detach()) for name, value in self._values]
+        self._values.clear()
         strength = sign_of_penalties(optimizer) * self.current["strength"]
         self._last_term = value.detach(), strength / self._trainer.accumulate_grad_batches
         return value, self._last_term[1]
+
+    def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
+        """Yield the metrics; the penalty is that of the samples of all ranks."""
+        if self._trainer is not None:
+            answers = answers_of_all(self._trainer, _by_module(self._logged))
+            self._logged.clear()
+            if any(answers):
+                self.log_metrics(penalty=penalty_of_all(answers, _lightning.tensor_parallel_size(self._trainer)))
+        yield from super().collect_metrics()
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
         """Return what it added to the loss of the last batch."""
@@ -213,6 +230,37 @@ class ActivityPenalty(ModuleRegularizer):
     def route(self) -> str:
         """Return where it acts: always on the loss."""
         return "loss"
+
+
+def penalty_of_all(answers: Sequence[dict[str, float]], parts: int) -> float:
+    """Return the penalty on the samples of all ranks, from the values of each rank.
+
+    Args:
+        answers: For each rank, the value of each module that ran.
+        parts: How many ranks in a row share their samples under tensor parallelism. Each has a part of a module's output, and
+            then their values differ, or each has all of it.
+
+    Example:
+        >>> penalty_of_all([{"net.1": 1.0}, {"net.1": 2.0}], parts=1)  # a mean over samples
+        1.5
+        >>> penalty_of_all([{"net.1": 1.0, "net.2": 5.0}, {"net.1": 2.0, "net.2": 5.0}], parts=2)  # columns, and replicas
+        8.0
+    """
+    groups = [answers[start : start + parts] for start in range(0, len(answers), parts)]
+    means = []
+    for module in dict.fromkeys(name for answer in answers for name in answer):
+        of_groups = [[answer[module] for answer in group if module in answer] for group in groups]
+        means.append(fmean(values[0] if len(set(values)) == 1 else sum(values) for values in of_groups if values))
+    return sum(means)
+
+
+def _by_module(values: Sequence[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return the sum of the values of each module, with a single transfer from the device."""
+    numbers = torch.stack([full_tensor(value).float() for _, value in values]).tolist() if values else []
+    sums: dict[str, float] = {}
+    for (name, _), number in zip(values, numbers, strict=True):
+        sums[name] = sums.get(name, 0.0) + number
+    return sums
 
 
 def _is_backward() -> bool:
