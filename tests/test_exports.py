@@ -15,7 +15,7 @@ from lightning_reg._engine.regularizer import Regularizer
 
 KINDS = ("constraints", "dropout", "gradients", "monitors", "penalties", "pruning", "shrinkage")
 BASES = {*custom.__all__, "GradientClipping", "MaskedRegularizer", "RewindingRegularizer"}
-HELPERS = {"injections_of"}
+HELPERS = {"injections_of", "penalty_of_all"}
 
 
 def public(module, kind):
