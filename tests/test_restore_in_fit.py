@@ -91,7 +91,10 @@ def flat(state):
 
 
 REWINDS = Row(lambda: WeightPruning(Linear(0.0, 0.6), rewind_to_step=3), None, None, None, None)
-CASES = {**ROWS, "rewinding": REWINDS}
+STEPS = Row(
+    lambda: WeightPruning({"net.0.*": Linear(0.0, 0.6), "net.4.*": 0.3}, every="3st", keep_zeros=True), None, None, None, None
+)
+CASES = {**ROWS, "rewinding": REWINDS, "pruning by steps": STEPS}
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=name) for name, row in CASES.items()])
