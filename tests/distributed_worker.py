@@ -336,6 +336,9 @@ def sharded_techniques() -> list[Callback]:
         UnitNorm(params="single.weight"),
         AdaptiveGradientClipping(0.01, params="up.weight"),
         UnitNorm(params="up.weight"),
+        PeakGradientDropping(2, params=["all", "!plain_weight"]),
+        RandomShrinkage(0.01),
+        RandomShrinkage(0.02, every="epoch", params="net.6.weight"),
     ]
 
 

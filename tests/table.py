@@ -264,7 +264,7 @@ ROWS = {
         inactive=lambda: PeakGradientDropping(0),
         scheduled=None,
         parts=lambda: [PeakGradientDropping(1, params="net.0.*"), PeakGradientDropping(2, params="net.4.*")],
-        exempt={**DENSE, "sharded": "it needs the largest entries of whole tensors, and does not support shards"},
+        exempt=DENSE,
     ),
     "QuantileGradientClipping": Row(
         active=lambda: QuantileGradientClipping(0.01),
@@ -280,7 +280,7 @@ ROWS = {
         inactive=lambda: RandomShrinkage(0.0),
         scheduled=lambda: RandomShrinkage(Linear(0.0, 0.2)),
         parts=lambda: [RandomShrinkage(0.1, params="net.0.*"), RandomShrinkage(0.2, params="net.4.*")],
-        exempt={**DEVICES, "sharded": "it draws random numbers for whole tensors, and does not support shards"},
+        exempt=DEVICES,
     ),
     "SoftThresholding": Row(
         active=lambda: SoftThresholding(0.05),

@@ -120,6 +120,31 @@ def test_peak_dropping_drops_exactly_k_of_tied_peaks():
     assert theta.grad.count_nonzero() == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("k", [1, 2, 5, 24, 30])
+def test_peak_dropping_drops_the_first_of_tied_peaks(k, dtype):
+    for number in range(20):
+        values = torch.randint(-3, 4, (4, 6), generator=torch.Generator().manual_seed(number)).to(dtype)
+        theta = nn.Parameter(torch.zeros(4, 6, dtype=dtype))
+        theta.grad = values.t().contiguous().t() if number % 2 else values.clone()
+        order = values.abs().flatten().argsort(descending=True, stable=True)[:k]
+        expected = values.flatten().index_fill(0, order, 0.0).view(4, 6)
+        drop_peak_gradients_([theta], k)
+        assert torch.equal(theta.grad, expected), number
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_peak_dropping_is_deterministic(k):
+    tied = [2.0, -2.0, 1.0, 2.0]
+    theta = parameter([0.0] * 4, grad=tied)
+    torch.use_deterministic_algorithms(True)  # noqa: FBT003
+    try:
+        drop_peak_gradients_([theta], k)
+    finally:
+        torch.use_deterministic_algorithms(False)  # noqa: FBT003
+    assert theta.grad.tolist() == [0.0] * k + tied[k:]
+
+
 def repeated_gradient(values=(0.1, 0.2, 0.3, 0.7)):
     """Return a parameter with a sparse gradient of three values for one index, and one for another."""
     p = nn.Parameter(torch.zeros(4, 1))

@@ -65,8 +65,6 @@ class ParameterRegularizer(Regularizer):
     """
 
     params: Params
-    needs_full_tensors: ClassVar[bool] = False
-    """Whether it cannot act on the shards of a tensor."""
     reads_weights: ClassVar[bool] = True
     """Whether it depends on the values of the parameters, and not only on their gradients."""
     supports_complex: ClassVar[bool] = False
@@ -210,8 +208,6 @@ class ParameterRegularizer(Regularizer):
                 f"{self.name} does not work with the flattened parameters of FSDPStrategy: use ModelParallelStrategy (FSDP2) "
                 "or DDP"
             )
-        if self.needs_full_tensors and _lightning.has_shards(trainer, self.tensors.values()):
-            raise ValueError(f"{self.name} does not work with sharded parameters: use DDP")
 
     def _refuse_complex(self, params: Sequence[Tensor]) -> None:
         """Raise an error if some of the parameters are complex, and it is not defined for these."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -49,6 +50,14 @@ def shard_like(tensor: Tensor, sharded: Tensor) -> Tensor:
     return replicated.redistribute(placements=sharded.placements)
 
 
+def gather_shards(part: Tensor, sharded: Tensor) -> Tensor:
+    """Join a vector that each rank computed from its shard of a tensor, of the same length on every rank."""
+    if not isinstance(sharded, DTensor):
+        return part
+    placements = [Shard(0) if divides(placement) else Replicate() for placement in sharded.placements]
+    return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False).full_tensor()
+
+
 def sum_over_shards(part: Tensor, sharded: Tensor) -> Tensor:
     """Return the sum over ranks of what each computed from its shard of a tensor; ``part`` itself if it is not sharded."""
     if not isinstance(sharded, DTensor):
@@ -63,3 +72,45 @@ def min_over_shards(number: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     for mesh in meshes:
         number = DTensor.from_local(number, mesh, [Partial("min")] * mesh.ndim, run_check=False).full_tensor()
     return number
+
+
+def positions(tensor: Tensor, entries: Tensor) -> Tensor:
+    """Return the indices in the flattened full tensor of entries of this rank's flattened part.
+
+    Args:
+        tensor: A tensor, sharded or not.
+        entries: Indices into the flattened part that this rank holds.
+
+    Returns:
+        A tensor of the shape of ``entries``.
+
+    Example:
+        >>> positions(torch.zeros(2, 3), torch.arange(2, 5))
+        tensor([2, 3, 4])
+    """
+    if not isinstance(tensor, DTensor) or not entries.numel():
+        return entries
+    part = local_tensor(tensor)
+    rest, flat_indices = entries, torch.zeros_like(entries)
+    stride = 1
+    for dim in reversed(range(tensor.ndim)):
+        rest, index = rest // part.shape[dim], rest % part.shape[dim]
+        flat_indices += _local_indices(tensor, dim)[index] * stride
+        stride *= tensor.shape[dim]
+    return flat_indices
+
+
+def _local_indices(tensor: DTensor, dim: int) -> Tensor:
+    """Return the indices of a dimension that this rank holds. This communicates nothing."""
+    indices = torch.arange(tensor.shape[dim], device=tensor.to_local().device)
+    mesh = tensor.device_mesh
+    replicated = DTensor.from_local(indices, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    placements = [_along(placement, dim, tensor.ndim) for placement in tensor.placements]
+    return replicated.redistribute(placements=placements).to_local()
+
+
+def _along(placement: Placement, dim: int, ndim: int) -> Placement:
+    """Return how a placement divides a vector along one dimension of a tensor."""
+    if not isinstance(placement, Shard | _StridedShard) or placement.dim % ndim != dim:
+        return Replicate()
+    return Shard(0) if isinstance(placement, Shard) else _StridedShard(0, split_factor=placement.split_factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,10 +12,13 @@ from torch.nn.parameter import is_lazy
 from lightning_reg._engine.arguments import check_integer
 from lightning_reg._engine.technique import Phase
 from lightning_reg._engine.tensor_arguments import tensor_list
+from lightning_reg._tensors.reductions import is_cpu
+from lightning_reg._tensors.shards import gather_shards, is_sharded, local_tensor, positions
 from lightning_reg.gradients.base import GradientProcessing
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
@@ -22,14 +26,17 @@ if TYPE_CHECKING:
     from lightning_reg._engine.selection import Params
     from lightning_reg._engine.tensor_arguments import Tensors
 
+_LAST = 2**62  # after every position
+
 
 @torch.no_grad()
 def drop_peak_gradients_(params: Tensors, k: int = 1) -> None:
     """Set the k entries of largest magnitude in the gradient of each tensor to 0.
 
     Args:
-        params: Tensors whose ``.grad`` is changed in place. Those without one are skipped.
-        k: The number of entries to drop in each tensor, ≥ 0. It is exact even if magnitudes are tied.
+        params: Tensors, sharded or not, whose ``.grad`` is changed in place. Those without one are skipped.
+        k: The number of entries to drop in each tensor, ≥ 0. It is exact even if magnitudes are tied: the first entries of the
+            flattened tensor are dropped. NaN is the largest.
 
     Raises:
         ValueError: If a gradient is sparse.
@@ -45,9 +52,8 @@ def drop_peak_gradients_(params: Tensors, k: int = 1) -> None:
     for p in params:
         if p.grad is not None and p.grad.is_sparse:
             raise ValueError("peak dropping needs a dense gradient, got a sparse one: create the embedding with sparse=False")
-        if p.grad is not None and k > 0:
-            peaks = p.grad.abs().flatten().topk(min(k, p.grad.numel())).indices
-            p.grad.put_(peaks, torch.zeros_like(peaks, dtype=p.grad.dtype))
+        if p.grad is not None and min(k, p.grad.numel()) > 0:
+            _drop_peaks_(p.grad, min(k, p.grad.numel()))
 
 
 class PeakGradientDropping(GradientProcessing):
@@ -59,7 +65,7 @@ class PeakGradientDropping(GradientProcessing):
     No single entry can dominate the step. This is sometimes called gradient clipping, but it removes the peaks instead of
     limiting them.
     A tensor with k entries or fewer never learns. A warning names such tensors when the fit starts.
-    Does not work with sharded parameters, because the largest entries may be on other ranks.
+    Works with sharded parameters (FSDP2): the k largest entries are those of the whole tensor, on whatever ranks they are.
 
     Args:
         k: The number of entries to drop in each tensor, ≥ 0. 0 does nothing.
@@ -68,8 +74,8 @@ class PeakGradientDropping(GradientProcessing):
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
-        ValueError: If ``k`` is not an integer ≥ 0, nothing is selected, parameters are sharded, gradients are sparse, or a
-            fused optimizer is used under float16 loss scaling.
+        ValueError: If ``k`` is not an integer ≥ 0, nothing is selected, gradients are sparse, a fused optimizer is used under
+            float16 loss scaling, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -77,7 +83,6 @@ class PeakGradientDropping(GradientProcessing):
     """
 
     phase = Phase.PEAK_DROPPING
-    needs_full_tensors = True
 
     def __init__(self, k: int = 1, *, params: Params = "all", name: str | None = None) -> None:
         self.k = check_integer("PeakGradientDropping: k", k, 0)
@@ -97,3 +102,50 @@ class PeakGradientDropping(GradientProcessing):
         """Drop the peaks."""
         with self.logging_norms(params, optimizer):
             drop_peak_gradients_(params, self.k)
+
+
+def _drop_peaks_(gradient: Tensor, count: int) -> None:
+    """Set entries of a gradient to 0, by operations that are deterministic."""
+    entries = None if is_sharded([gradient]) else _clear_peaks(gradient, count)
+    if entries is None:
+        local_tensor(gradient).masked_fill_(_peaks(gradient, count), 0.0)
+        return
+    flat = gradient.reshape(-1).index_fill_(0, entries, 0.0)
+    if flat.data_ptr() != gradient.data_ptr():  # a copy, since the memory is not contiguous
+        gradient.copy_(flat.view(gradient.shape))
+
+
+def _clear_peaks(tensor: Tensor, count: int) -> Tensor | None:
+    """Return the indices of the peaks of a tensor without shards, or ``None`` if some of them may equal an entry that stays.
+
+    ``topk`` returns any of equal entries.
+    """
+    magnitudes = tensor.abs().flatten()
+    if count == 1:
+        return magnitudes.argmax().view(1)
+    if not is_cpu(tensor):
+        return None  # reading the entries would wait for the device
+    largest, entries = magnitudes.topk(min(count + 1, len(magnitudes)))
+    is_tied = count < len(magnitudes) and largest[count - 1].item() == largest[count].item() != 0.0
+    return None if is_tied else entries[:count]
+
+
+def _peaks(tensor: Tensor, count: int) -> Tensor:
+    """Return a mask of this rank's part: the peaks of all shards together, the first of equal ones."""
+    part = local_tensor(tensor)
+    magnitudes = part.abs().flatten().nan_to_num_(nan=math.inf, posinf=math.inf)
+    size = len(magnitudes)
+    largest, entries = magnitudes.topk(min(count, size))
+    over_shards = gather_shards(_padded(largest, count, -1.0), tensor).topk(count).values
+    threshold = over_shards[-1]
+    ties = count - (over_shards > threshold).sum()  # how many entries to drop among those that equal the threshold
+    tied = torch.nonzero_static(magnitudes == threshold, size=min(count, size)).view(-1)  # −1 where there are fewer
+    indices = torch.where(tied < 0, _LAST, positions(tensor, tied.clamp(min=0)))
+    last = gather_shards(_padded(indices, count, _LAST), tensor).sort().values.index_select(0, (ties - 1).view(1))
+    dropped = torch.cat([entries.where(largest > threshold, size), tied.where(indices <= last, size)])
+    mask = torch.zeros(size + 1, dtype=torch.bool, device=part.device).index_fill_(0, dropped, True)  # the last is no entry
+    return mask[:size].view(part.shape)
+
+
+def _padded(values: Tensor, length: int, fill: float) -> Tensor:
+    return torch.nn.functional.pad(values, (0, length - len(values)), value=fill)

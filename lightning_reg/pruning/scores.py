@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
-from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like, sum_over_shards
+from lightning_reg._tensors.shards import full_tensor, local_tensor, positions, shard_like, sum_over_shards
 from lightning_reg._tensors.units import Units, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
@@ -148,32 +148,6 @@ def order_keys(scores: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def positions(tensor: Tensor, entries: Tensor) -> Tensor:
-    """Return the indices in the flattened full tensor of entries of this rank's flattened part.
-
-    Args:
-        tensor: A tensor, sharded or not.
-        entries: Indices into the flattened part that this rank holds.
-
-    Returns:
-        A tensor of the shape of ``entries``.
-
-    Example:
-        >>> positions(torch.zeros(2, 3), torch.arange(2, 5))
-        tensor([2, 3, 4])
-    """
-    if not isinstance(tensor, DTensor):
-        return entries
-    part = local_tensor(tensor)
-    rest, flat_indices = entries, torch.zeros_like(entries)
-    stride = 1
-    for dim in reversed(range(tensor.ndim)):
-        rest, index = rest // part.shape[dim], rest % part.shape[dim]
-        flat_indices += _local_indices(tensor, dim)[index] * stride
-        stride *= tensor.shape[dim]
-    return flat_indices
-
-
 def as_shard_of(part: Tensor, tensor: Tensor) -> Tensor:
     """Wrap this rank's part of a tensor that is sharded like another one; return it as it is if that one is not sharded."""
     if not isinstance(tensor, DTensor):
@@ -181,15 +155,6 @@ def as_shard_of(part: Tensor, tensor: Tensor) -> Tensor:
     return DTensor.from_local(
         part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
-
-
-def _local_indices(tensor: DTensor, dim: int) -> Tensor:
-    """Return the indices of a dimension that this rank holds."""
-    indices = torch.arange(tensor.shape[dim], device=tensor.to_local().device)
-    mesh = tensor.device_mesh
-    replicated = DTensor.from_local(indices, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    placements = [Shard(0) if placement.is_shard(dim) else Replicate() for placement in tensor.placements]
-    return replicated.redistribute(placements=placements).to_local()
 
 
 def _hashed_uniform(numbers: Tensor, seed: int) -> Tensor:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_reg._engine.tensor_arguments import tensor_list
-from lightning_reg._tensors.shards import sum_over_shards
-from lightning_reg.pruning.scores import GivenScores, Score, positions
+from lightning_reg._tensors.shards import divides, positions, sum_over_shards
+from lightning_reg.pruning.scores import GivenScores, Score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,4 +176,4 @@ def _histogram(tensors: Sequence[Tensor], keys: Keys, shift: int, width: int, lo
 def _sharding(tensor: Tensor) -> tuple[object, ...]:
     """Return a key that differs between tensors whose counts are on different devices or summed over different ranks."""
     placements = getattr(tensor, "placements", ())
-    return (tensor.device, getattr(tensor, "device_mesh", None), tuple(placement.is_shard() for placement in placements))
+    return (tensor.device, getattr(tensor, "device_mesh", None), tuple(map(divides, placements)))

@@ -11,6 +11,7 @@ from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.technique import Phase
 from lightning_reg._engine.tensor_arguments import tensor_list
 from lightning_reg._tensors.random import generator_for
+from lightning_reg._tensors.shards import local_tensor, shard_like
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -27,9 +28,10 @@ def shrink_randomly_(params: Tensors, epsilon: float, generator: torch.Generator
     """Shrink each entry by a random fraction of itself: θ ← θ − ε·U(0, 1)·θ, with an independent U for each entry.
 
     Args:
-        params: Tensors, which are changed in place.
+        params: Tensors, sharded or not, which are changed in place.
         epsilon: ε in [0, 1], the largest fraction.
-        generator: The random generator, on the device of the tensors; torch's global generator by default.
+        generator: The random generator, on the device of the tensors and in the same state on every rank; torch's global
+            generator by default.
 
     Example:
         >>> theta = torch.ones(1000)
@@ -40,7 +42,7 @@ def shrink_randomly_(params: Tensors, epsilon: float, generator: torch.Generator
     params = tensor_list("shrink_randomly_: params", params)
     for p in params:
         fractions = torch.rand(p.shape, generator=generator, dtype=torch.float32, device=p.device).mul_(epsilon)
-        p.mul_(fractions.neg_().add_(1))
+        local_tensor(p).mul_(local_tensor(shard_like(fractions.neg_().add_(1), p)))
 
 
 class RandomShrinkage(ParameterRegularizer):
@@ -50,9 +52,8 @@ class RandomShrinkage(ParameterRegularizer):
     ``every="epoch"``, the end of each epoch, before its validation.
 
     On average, this is a decay by ε/2. It is sometimes called weight clipping. See ``WeightClipping`` for bounds on weights.
-    The random numbers depend only on ``seed``, ``name``, and the step. They are the same on every rank and after a resume. The
-    global random generators are not used.
-    Does not work with sharded parameters.
+    The random numbers depend only on ``seed``, ``name``, and the step. They are the same on every rank, for sharded parameters
+    (FSDP2), and after a resume. The global random generators are not used.
 
     Args:
         epsilon: ε in [0, 1], the largest fraction, or a schedule.
@@ -64,7 +65,7 @@ class RandomShrinkage(ParameterRegularizer):
 
     Raises:
         ValueError: If ``epsilon`` is outside [0, 1], ``every`` is neither ``"step"`` nor ``"epoch"``, ``seed`` is out of range,
-            nothing is selected, or parameters are sharded.
+            nothing is selected, or FSDP1 has flattened the parameters.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -73,7 +74,7 @@ class RandomShrinkage(ParameterRegularizer):
 
     phase = Phase.SHRINKAGE
     valid_ranges = {"epsilon": PROBABILITY}
-    needs_full_tensors = True
+    supports_fsdp1 = False
 
     def __init__(
         self,
