@@ -137,11 +137,11 @@ def test_peak_dropping_drops_the_first_of_tied_peaks(k, dtype):
 def test_peak_dropping_is_deterministic(k):
     tied = [2.0, -2.0, 1.0, 2.0]
     theta = parameter([0.0] * 4, grad=tied)
-    torch.use_deterministic_algorithms(True)  # noqa: FBT003
+    torch.use_deterministic_algorithms(True)
     try:
         drop_peak_gradients_([theta], k)
     finally:
-        torch.use_deterministic_algorithms(False)  # noqa: FBT003
+        torch.use_deterministic_algorithms(False)
     assert theta.grad.tolist() == [0.0] * k + tied[k:]
 
 
