@@ -116,6 +116,35 @@ def test_steps_of_all_optimizers_count_in_manual_optimization():
     assert model.zeros == [0, 0, *[TOTAL // 2] * 6]
 
 
+@pytest.mark.parametrize("rewind", [None, 1, 3])
+@pytest.mark.parametrize("every", ["3st", "1ep"])
+def test_parameters_that_are_toggled_off_are_pruned_and_rewound(every, rewind):
+    """Within a batch, ``toggle_optimizer`` freezes the parameters of the other optimizers."""
+
+    class Both(Gan):
+        toggles = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                if self.toggles:
+                    self.toggle_optimizer(optimizer)
+                optimizer.zero_grad()
+                self.manual_backward(cross_entropy(self.net(batch[0]), batch[1]))
+                optimizer.step()
+                if self.toggles:
+                    self.untoggle_optimizer(optimizer)
+
+    class Toggles(Both):
+        toggles = True
+
+    def trained(kind):
+        callbacks = [WeightPruning(Cubic(0.0, 0.8), every=every, rewind_to_step=rewind), UnitNorm(params="net.0.weight")]
+        return fit(callbacks, kind(lr=0.1))
+
+    assert same(trained(Toggles), trained(Both))
+    assert sparsity(trained(Toggles)).total.zeros > TOTAL // 2
+
+
 def test_steps_that_lightning_does_not_take_count():
     class Raw(Classifier):
         zeros = ()

@@ -60,6 +60,11 @@ METHODS_OF_MODULE = ("log", "log_dict")
 # Modules ------------------------------------------------------------------------------------------------------------
 
 
+def toggled(pl_module: LightningModule) -> dict[Tensor, bool]:
+    """Return whether parameters require a gradient apart from ``toggle_optimizer``, which freezes some within a batch."""
+    return getattr(pl_module, "_param_requires_grad_state", {})
+
+
 def builds_modules_later(pl_module: LightningModule) -> bool:
     """Return whether modules may be added after the callbacks' ``setup``."""
     return overrides(pl_module, "setup") or overrides(pl_module, "configure_model")

@@ -278,7 +278,8 @@ class ParameterRegularizer(Regularizer):
                 self._follow(params)
             held = _Held(optimizer, ids, [p for p in params if id(p) in self._names])
             self._held[id(optimizer)] = held
-        trained = [p for p in held.selected if p.requires_grad]
+        toggled = _lightning.toggled(self._trainer.lightning_module) if self._trainer is not None else {}
+        trained = [p for p in held.selected if p.requires_grad or (toggled and toggled.get(p))]
         if self._refused:  # another callback may have unfrozen a complex parameter
             self._refuse_complex(trained)
         return trained

@@ -155,7 +155,7 @@ class WeightPruning(RewindingRegularizer):
         for key, value in keyed(sparsity).items():
             check_schedule(f"WeightPruning: {key}", value, structure)
         self._groups: dict[str, str] = {}  # the key of the sparsity of each parameter, by name
-        self._protected: set[str] = set()  # the names of the parameters that kept weights because of min_kept
+        self._protected: set[str] = set()  # the keys of parameters that kept weights because of min_kept
         self._highest: dict[str, float] = {}  # the highest sparsity so far, by its key
         self._final: dict[str, float] = {}  # the last one of the schedule
         self._automatic = True
@@ -234,7 +234,8 @@ class WeightPruning(RewindingRegularizer):
 
     def _warn_of_protected(self, key: str, names: Sequence[str]) -> None:
         """Warn at the first pruning that would take more of a tensor than it may lose."""
-        if names and not self._protected:
+        if names and key not in self._protected:
+            self._protected.add(key)
             instead = " More of the others is pruned instead." if self.scope == "global" else ""
             group = self._state.groups[key]
             rank_zero_warn(
@@ -242,7 +243,6 @@ class WeightPruning(RewindingRegularizer):
                 f"min_kept={self.min_kept:g}: {', '.join(names)}.{instead} The pruned fraction is "
                 f"{group.reached / group.total:.2%}"
             )
-        self._protected.update(names)
 
     def _keep_zeros(self) -> None:
         """Mask the weights that are 0 when the fit starts."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lightning_reg._engine import _lightning
 from lightning_reg._engine.names import canonical_name
 from lightning_reg._engine.selection import select_parameters
 from lightning_reg._engine.steps import with_inner
@@ -17,13 +18,14 @@ from lightning_reg._tensors.shards import local_tensor, shard_like
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from lightning.pytorch import LightningModule
     from torch import Tensor
     from torch.optim import Optimizer
 
 
-def rewindable(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
+def rewindable(module: LightningModule, optimizers: Iterable[Optimizer]) -> dict[str, Tensor]:
     """Return the tensors that rewinding restores, by name: trained parameters and the statistics of batch normalization."""
-    trained = trained_ids(optimizers)
+    trained = trained_ids(module, optimizers)
     tensors: dict[str, Tensor] = {name: p for name, p in select_parameters(module, "all").items() if id(p) in trained}
     for prefix, owner in module.named_modules():
         if isinstance(owner, nn.modules.batchnorm._NormBase):
@@ -31,10 +33,11 @@ def rewindable(module: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, 
     return tensors
 
 
-def trained_ids(optimizers: Iterable[Optimizer]) -> set[int]:
-    """Return the parameters, by ``id``, that optimizers hold and that require a gradient now."""
+def trained_ids(module: LightningModule, optimizers: Iterable[Optimizer]) -> set[int]:
+    """Return the parameters of a module, by ``id``, that optimizers hold and that are not frozen now."""
+    toggled = _lightning.toggled(module)
     groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
-    return {id(p) for params in groups for p in params if p.requires_grad}
+    return {id(p) for params in groups for p in params if p.requires_grad or toggled.get(p)}
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

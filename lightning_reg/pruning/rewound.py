@@ -61,7 +61,10 @@ class RewindingRegularizer(MaskedRegularizer):
         """
         if self._state.is_fresh:
             self._reset_optimizers()
-        if self._state.start and self._trainer and self._saved != (trained := rewinding.trained_ids(self._trainer.optimizers)):
+        if not self._state.start or self._trainer is None:
+            return
+        trained = rewinding.trained_ids(self._trainer.lightning_module, self._trainer.optimizers)
+        if trained != self._saved:
             self._saved = trained
             self._state.start = {**rewinding.snapshot(self._rewindable(self._state.start)), **self._state.start}
 
