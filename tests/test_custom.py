@@ -22,7 +22,7 @@ from lightning_reg import (
     WeightPruning,
     custom,
 )
-from lightning_reg._engine.technique import STATE_LAYOUT
+from lightning_reg._engine.state_checks import STATE_LAYOUT
 from lightning_reg.custom import (
     NON_NEGATIVE,
     POSITIVE,
@@ -286,7 +286,8 @@ def test_checkpoint_of_other_layout_raises(tmp_path, saved, description):
     torch.save(checkpoint, tmp_path / "old.ckpt")
     resumed = Trainer(**QUIET, max_epochs=2, callbacks=[QuantileGradientClipping(0.5)])
     with pytest.raises(
-        ValueError, match=rf"QuantileGradientClipping: .* has {description}, expected layout {STATE_LAYOUT}: another version"
+        ValueError,
+        match=rf"QuantileGradientClipping: .* has {description}, expected layout {STATE_LAYOUT}. Another class or version",
     ):
         resumed.fit(Classifier(), loader(), ckpt_path=tmp_path / "old.ckpt")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.driver import Driver, in_order
 from lightning_reg._engine.front import front_of, install_front
 from lightning_reg._engine.summary import Summary, print_line, summarize
-from lightning_reg._engine.technique import STATE_LAYOUT, Technique
+from lightning_reg._engine.technique import Technique
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -80,7 +81,7 @@ class Regularizer(Technique, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of the run that is resumed. Evaluation needs none, so it accepts any layout."""
-        if not (self._evaluating and state_dict.get("layout") != STATE_LAYOUT):
+        with suppress(ValueError) if self._evaluating else nullcontext():
             super().load_state_dict(state_dict)
 
     def _act_first(self, trainer: Trainer) -> None:

@@ -24,6 +24,7 @@ from lightning_reg._engine.command_line import is_function_path
 from lightning_reg._engine.kinds import KEYWORDS
 from lightning_reg._engine.metrics import RunningMetrics
 from lightning_reg._engine.names import abbreviate
+from lightning_reg._engine.state_checks import STATE_LAYOUT, check_entries, check_state
 from lightning_reg._tensors.shards import full_tensor
 from lightning_reg.schedules import Schedule, Value
 
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.clock import Clock, Moment
     from lightning_reg._engine.plan import Step
-
-STATE_LAYOUT = 2
-"""The layout of a technique's state in a checkpoint. Raise it whenever an older state could be misread."""
 
 _LONG = 4  # entries of a list that the summary shows
 
@@ -301,20 +299,27 @@ class Technique(SignatureRepr, ABC):
         """Take over the state of the run that is resumed.
 
         Raises:
-            ValueError: If the state has another layout.
+            ValueError: If the state is not one of this class and version.
         """
-        if state_dict.get("layout") != STATE_LAYOUT:
-            if "layout" not in state_dict and not self.state and "figures" not in state_dict:  # a subclass has its own state
-                return
-            found = f"layout {state_dict['layout']}" if "layout" in state_dict else f"the keys {sorted(map(str, state_dict))}"
+        has_own = type(self).state_dict is not Technique.state_dict
+        if has_own and "layout" not in state_dict:  # a subclass has its own state, and this class had none
+            return
+        try:
+            check_state(state_dict, has_own=has_own)
+            self._load_state(state_dict)
+        except ValueError as error:
+            if str(error).startswith(f"{self.name}:"):  # it says all
+                raise
             raise ValueError(
-                f"{self.name}: the checkpoint's state of this callback has {found}, expected layout {STATE_LAYOUT}: another "
-                "version of lightning_reg saved it. Resume with that version, or start a new fit from the checkpoint's weights "
-                "(model.load_state_dict(checkpoint['state_dict']))"
-            )
+                f"{self.name}: the checkpoint's state of this callback cannot be used: {error}. Another class or version of "
+                "lightning_reg saved it, or the file is damaged. Resume with what saved it, or start a new fit from the "
+                "checkpoint's weights (model.load_state_dict(checkpoint['state_dict']))"
+            ) from None
+
+    def _load_state(self, state_dict: dict[str, Any]) -> None:
         self.saved_clock = state_dict.get("clock")
-        self.running.load_state_dict(state_dict.get("metrics", {}))
-        self.unpack_state(state_dict.get("state", {}))
+        self.running.load_state_dict(state_dict["metrics"])
+        self.unpack_state(state_dict["state"])
 
     def pack_state(self) -> dict[str, Any]:
         """Return the state as full tensors and plain numbers; empty if there is none."""
@@ -322,10 +327,22 @@ class Technique(SignatureRepr, ABC):
         return packed if any(packed.values()) else {}
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
-        """Take over what ``pack_state`` returned."""
+        """Take over what ``pack_state`` returned.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        check_entries(packed, self.state)
         for name, entry in self.state.items():
+            for key, value in packed.get(name, {}).items():
+                if expected := self.expected_in_state(name, key, value):
+                    raise ValueError(f"state[{name!r}][{key!r}] is {described_value(value)}, expected {expected}")
             entry.clear()
             entry.update(packed.get(name, {}))
+
+    def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
+        """Return what a value in an entry of the state should be, if a checkpoint has something else; else an empty text."""
+        return ""
 
     # Values ---------------------------------------------------------------------------------------------------------
 

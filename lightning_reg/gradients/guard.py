@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -207,6 +207,10 @@ class NonFiniteGradientGuard(GradientProcessing):
         if sum(self.state["bad_steps"].values()) == 1:
             what = "the step is skipped" if self.policy == "skip" else "these entries are set to 0"
             rank_zero_warn(f"{where}: {what}. Later ones are only counted, in a line at the end of the fit")
+
+    def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
+        """Return that it should be a count, by the index of the optimizer."""
+        return "" if isinstance(key, int) and isinstance(value, int) and value >= 0 else "a count for each optimizer"
 
     def fit_summary(self) -> str | None:
         """Return how many steps had infinite or NaN gradients."""

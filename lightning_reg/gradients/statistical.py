@@ -142,6 +142,14 @@ class _StatisticalClipping(GradientClipping):
     def initial_memory(self) -> Tensor:
         """Return the memory before the first step."""
 
+    def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
+        """Return that it should be a memory, by the index of the optimizer."""
+        ndim = self.initial_memory().ndim
+        is_memory = (
+            isinstance(key, int) and isinstance(value, torch.Tensor) and value.ndim == ndim and value.is_floating_point()
+        )
+        return "" if is_memory else "a vector of numbers for each optimizer"
+
     @abstractmethod
     def update_bound(self, memory: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Return the memory after a step of this norm, and the largest norm allowed in the step."""
@@ -220,13 +228,13 @@ class QuantileGradientClipping(_StatisticalClipping):
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
         """Restore the norms of the resumed run."""
+        super().unpack_state(packed)
         for history in packed.get("memory", {}).values():
             if len(history) != self.window:
                 raise ValueError(
                     f"{self.name}: the checkpoint has a window of {len(history)} norms, expected window={self.window}: resume "
                     f"with window={len(history)}"
                 )
-        super().unpack_state(packed)
 
 
 class ZScoreGradientClipping(_StatisticalClipping):
@@ -270,6 +278,11 @@ class ZScoreGradientClipping(_StatisticalClipping):
         self.decay = Interval(0.0, 1.0).check("ZScoreGradientClipping: decay", decay)
         self.warmup = check_integer("ZScoreGradientClipping: warmup", warmup, 1)
         super().__init__(params, name)
+
+    def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
+        """Return that it should be statistics, by the index of the optimizer."""
+        expected = super().expected_in_state(entry, key, value)
+        return expected or ("" if len(value) == len(self.initial_memory()) else "a count, a mean, and a variance")
 
     def initial_memory(self) -> Tensor:
         """Return the statistics of no norms."""

@@ -13,6 +13,7 @@ from lightning_reg._engine import _evaluation, _lightning
 from lightning_reg._engine.arguments import check_choice, check_integer, described_value
 from lightning_reg._engine.names import class_name
 from lightning_reg._engine.regularizer import Regularizer
+from lightning_reg._engine.state_checks import is_number
 from lightning_reg._engine.technique import Phase
 from lightning_reg.monitors.curves import Point, point_of
 from lightning_reg.monitors.evaluation import measure
@@ -187,6 +188,15 @@ class OverfittingMonitor(Regularizer):
         self._note(point_of(trainer.current_epoch, train, val, self._sign, self._best_values()), val)
         _evaluation.log_validation_metrics(trainer, self._metrics())
 
+    def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
+        """Return that it should be a point of the curves, by its epoch, or what is known of the best epoch."""
+        if entry == "best":
+            is_right = is_number(value) if key == "val" else key == "values" and _are_numbers(value)
+            return "" if is_right else "the values of the best epoch"
+        fewest = len(Point._fields) - len(Point._field_defaults)
+        is_point = isinstance(key, int) and _are_numbers(value) and fewest <= len(value) <= len(Point._fields)
+        return "" if is_point else "the numbers of an epoch"
+
     def _is_due(self, epoch: int) -> bool:
         last = max(self.state["curves"], default=None)
         n = self.every_n_epochs
@@ -266,3 +276,7 @@ def _check_samples(samples: Any) -> None:
                 "OverfittingMonitor: samples must be an integer, a DataLoader, or "
                 f"{{'train': <DataLoader>, 'val': <DataLoader>}}, got {described_value(loader)}"
             )
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_number, value))

@@ -243,6 +243,10 @@ class StartingPointPenalty(Penalty):
                 )
             self._references[id(p)] = start if isinstance(start, DTensor) else shard_like(start.to(p.device, p.dtype), p)
 
+    def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
+        """Return that it should be a tensor, by the name of a parameter."""
+        return "" if isinstance(key, str) and isinstance(value, Tensor) else "a tensor for each parameter"
+
     def unpack_state(self, packed: dict[str, Any]) -> None:
         """Restore the starting point of the resumed run."""
         super().unpack_state(packed)

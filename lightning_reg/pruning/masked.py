@@ -14,7 +14,7 @@ from lightning_reg._tensors.layers import layer_units
 from lightning_reg._tensors.units import input_dim
 from lightning_reg.pruning.masks import clear_state_, mask_, mask_copy_, mask_gradients_
 from lightning_reg.pruning.scores import as_shard_of
-from lightning_reg.pruning.state import PruningState
+from lightning_reg.pruning.state import PruningState, check_packed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -159,6 +159,7 @@ class MaskedRegularizer(ParameterRegularizer):
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
         """Restore the masks of a checkpoint: when the fit starts, or now if the fit goes on from an earlier point."""
+        check_packed(packed)
         self._restored = packed
         self._restore()
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from lightning_reg._engine.arguments import described_value
+from lightning_reg._engine.state_checks import check_keys
 from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like, sum_over_shards
 from lightning_reg.pruning.masks import pack_bits, unpack_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
+    from collections.abc import Callable, Mapping
 
     from lightning_reg.pruning.structures import Structure
 
@@ -34,6 +37,45 @@ class Pruned:
     names: set[str] = field(default_factory=set)
     total: int = 0
     reached: int = 0
+
+
+def check_packed(packed: Any) -> None:
+    """Raise an error if something is not what :meth:`PruningState.packed` returns, as far as that can be said without a model.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    check_keys("state", packed, [part.name for part in fields(PruningState)] if packed else ())
+    for part, is_right in _PARTS.items() if packed else ():
+        if not is_right(packed[part]):
+            raise ValueError(
+                f"state[{part!r}] is {described_value(packed[part])}, which is no such part of the state of pruning"
+            )
+
+
+def _is_mask(value: Any) -> bool:
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], Tensor)):
+        return False
+    bits, shape = value
+    is_shape = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+    return is_shape and bits.dtype == torch.uint8 and list(bits.shape) == [-(-math.prod(shape) // 8)]
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {part.name for part in fields(Pruned)}
+
+
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    "masks": lambda value: isinstance(value, dict) and all(map(_is_mask, value.values())),
+    "start": lambda value: isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values()),
+    "trained": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "steps": lambda value: isinstance(value, int),
+    "done": lambda value: isinstance(value, int),
+    "groups": lambda value: isinstance(value, dict) and all(map(_is_group, value.values())),
+    "is_fresh": lambda value: isinstance(value, bool),
+    "structure": lambda value: isinstance(value, str),
+}
+"""What each part of the packed state is."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from lightning_reg._engine.names import counted
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.regularizer import Regularizer
 from lightning_reg._engine.selection import check_params, select_parameters
+from lightning_reg._engine.state_checks import is_number
 from lightning_reg._engine.steps import evaluates_once
 from lightning_reg._engine.technique import Phase
 from lightning_reg._engine.tensor_arguments import tensor_list
@@ -249,6 +250,10 @@ class WeightDecayScheduler(Regularizer):
             (group, self.state["original"].get(f"{optimizer}/{number}", 0.0)) for (optimizer, number), group in self._groups()
         ]
         return [(group, value) for group, value in found if value]
+
+    def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
+        """Return that it should be a number, by the indices of an optimizer and a group."""
+        return "" if isinstance(key, str) and is_number(value) else "a number for each parameter group"
 
     def update(self, moment: Moment) -> None:
         """Set the weight decay of each group, also of one that was added since the last batch or came with a new optimizer."""
