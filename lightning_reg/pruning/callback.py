@@ -37,7 +37,7 @@ from lightning_reg.pruning.timing import (
 from lightning_reg.schedules import Schedule, Values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
@@ -117,7 +117,6 @@ class WeightPruning(RewindingRegularizer):
     phase = Phase.PRUNING
     valid_ranges = {"sparsity": Interval(0.0, 1.0, open_high=True)}
     accept_mappings = frozenset({"sparsity"})
-    fit_attributes = ("_optimizer_states", "_saved")
 
     def __init__(
         self,
@@ -211,10 +210,10 @@ class WeightPruning(RewindingRegularizer):
         self._log_pruned()
         return bool(masks)
 
-    def _is_outdated(self, key: str, params: Container[str]) -> bool:
+    def _is_outdated(self, key: str, params: Collection[str]) -> bool:
         """Return whether other parameters are trained than at the last pruning, or another sparsity is asked for."""
         last, target = self._state.groups.get(key, Pruned()), self._highest[key]
-        return bool(target and params) and (last.target, last.names) != (target, set(params))  # type: ignore[call-overload]
+        return bool(target and params) and (last.target, last.names) != (target, set(params))
 
     def _grown_masks(self, key: str, params: dict[str, Parameter], step: Step) -> dict[str, Tensor]:
         """Return larger masks of parameters that are pruned together; none if they stay as they are."""
