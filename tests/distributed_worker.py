@@ -291,7 +291,7 @@ def failure(callbacks: list[Callback], model: LightningModule, ranks: list[int],
     """Train and return the error message, or an empty string."""
     try:
         train(callbacks, model, ranks, **trainer)
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         return str(error) or type(error).__name__
     return ""
 
@@ -362,6 +362,23 @@ def descending_scores(name: str, p: Tensor) -> Tensor:
 def scores_of_this_rank(name: str, p: Tensor) -> Tensor:
     """Return scores that differ between ranks, like statistics of their samples."""
     return random_scores(p, int(os.environ["RANK"]))
+
+
+def scores_of_shards(name: str, p: Tensor) -> Tensor:
+    """Return scores for what this rank holds only."""
+    return (p.to_local() if hasattr(p, "to_local") else p).detach().abs()
+
+
+def scores_of_one_rank(name: str, p: Tensor) -> Tensor | None:
+    """Return scores on one of the ranks only."""
+    return None if os.environ["RANK"] == "1" else p.detach().abs()
+
+
+WRONG_SCORES: dict[str, tuple[Callable[[str, Tensor], Any], str]] = {
+    "shards": (scores_of_shards, "net.1.weight"),
+    "empty shard": (scores_of_shards, "single.weight"),  # the other rank holds all of it
+    "one rank": (scores_of_one_rank, "net.1.weight"),
+}
 
 
 def mean_scores(name: str, p: Tensor) -> Tensor:
@@ -446,6 +463,9 @@ def main(folder: Path) -> None:
     for name, options in PRUNING.items():
         results[f"masks, DDP, {name}"] = masks_of(Digits(), options, [rank], **ddp())
         results[f"masks, sharded, {name}"] = masks_of(Sharded(), options, [rank], **sharded())
+    for name, (criterion, params) in WRONG_SCORES.items():
+        pruning = WeightPruning(0.5, criterion=criterion, params=params)
+        results[f"error, {name}"] = failure([pruning], Sharded(), [rank], max_epochs=1, **sharded())
     results["masks, scores of each rank"] = masks_of(Digits(), {"criterion": scores_of_this_rank}, [rank], **ddp())
     results["pruned, sharded"] = train_and_prune([rank], **sharded())
     results["pruned again, sharded"] = train_and_prune([rank], results["pruned, sharded"][0], **sharded())

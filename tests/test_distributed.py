@@ -162,6 +162,22 @@ def test_pruning_averages_scores_over_ranks(ranks):
     assert not identical(not_averaged, expected)
 
 
+def test_wrong_scores_raise_on_every_rank(ranks):
+    """No rank waits for scores that another one cannot send."""
+    where = "for '{}' as a tensor of its shape, got "
+    part = (
+        "scores of shape {}, expected {} (this rank's part: compute scores from the sharded parameter, not from p.to_local())"
+    )
+    for run, name, *got in (
+        ("shards", "net.1.weight", *[part.format((16, 64), (32, 64))] * 2),
+        ("empty shard", "single.weight", part.format((0, 4), (1, 4)) + ", on rank 1", part.format((0, 4), (1, 4))),
+        ("one rank", "net.1.weight", "None of type NoneType, on rank 1", "None of type NoneType"),
+    ):
+        for rank, text in zip(ranks, got, strict=True):
+            message = rank[f"error, {run}"].partition(": ")[2]
+            assert message == f"the criterion must return finite scores {where.format(name)}{text}"
+
+
 def test_threshold_per_rank_gives_other_masks(ranks):
     scores = {name: p.detach().abs() for name, p in Sharded().named_parameters() if p.ndim > 1}
     halves = [{name: score.chunk(2)[rank] for name, score in scores.items() if len(score) > 1} for rank in (0, 1)]

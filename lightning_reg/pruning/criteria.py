@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from lightning_reg._engine import _lightning
 from lightning_reg._tensors.random import hashed
-from lightning_reg.pruning.scores import GivenScores, MagnitudeScores, RandomScores, Score
+from lightning_reg.pruning.scores import GivenScores, MagnitudeScores, RandomScores, Score, scores_over_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,13 +50,8 @@ def _given_scores(
     what: str, criterion: Callable[[str, Parameter], Any], name: str, p: Parameter, trainer: Trainer
 ) -> GivenScores:
     scores = criterion(name, p)
-    expected = f"{what}: the criterion must return finite scores for {name!r} as a tensor of its shape, got"
-    if not isinstance(scores, Tensor):
-        raise TypeError(f"{expected} {scores!r:.80} of type {type(scores).__name__}")
-    if not isinstance(scores, DTensor):
-        copied = scores.detach().to(torch.float32, copy=True)  # they may be the weights themselves, or of half precision
-        scores = _lightning.mean_over_ranks(trainer, copied)
     try:
-        return GivenScores(p, scores)
-    except ValueError as error:
-        raise ValueError(f"{expected} {error}") from None
+        return GivenScores(p, scores_over_ranks(trainer, p, scores))
+    except (TypeError, ValueError) as error:
+        expected = f"{what}: the criterion must return finite scores for {name!r} as a tensor of its shape, got"
+        raise type(error)(f"{expected} {error}") from None

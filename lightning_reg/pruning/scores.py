@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.ranks import answers_of_all
 from lightning_reg._tensors.shards import full_tensor, local_tensor, positions, shard_like, sum_over_shards
 from lightning_reg._tensors.units import Units, unit_norms, unit_size, unit_view
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from lightning.pytorch import Trainer
 
 _UINT32 = 0xFFFFFFFF
 
@@ -127,6 +130,46 @@ class GivenScores(Score):
         view = unit_view(scores, units)
         dims = [dim for dim in range(view.ndim) if reduced_shape[dim] != view.shape[dim]]
         return view.mean(dims, keepdim=True) if dims else view
+
+
+def scores_over_ranks(trainer: Trainer, tensor: Tensor, scores: Any) -> Tensor:
+    """Return a criterion's scores as the mean over all ranks in float32; those that are sharded as they are.
+
+    The ranks compare what their criteria returned before they reduce anything. So if it is wrong on one, every rank raises.
+
+    Args:
+        trainer: The trainer, each of whose ranks must call this.
+        tensor: The tensor that has the scores, sharded or not.
+        scores: What the criterion returned.
+
+    Raises:
+        TypeError: If the scores are no tensor on some rank.
+        ValueError: If they have another shape on some rank, or are sharded on some ranks only.
+    """
+    kinds = answers_of_all(trainer, (isinstance(scores, Tensor), isinstance(scores, DTensor), _wrong_scores(tensor, scores)))
+    wrong = {rank: text for rank, (_, _, text) in enumerate(kinds) if text}
+    if wrong:
+        rank = trainer.global_rank if trainer.global_rank in wrong else min(wrong)
+        error = ValueError if kinds[rank][0] else TypeError
+        raise error(wrong[rank] if rank == trainer.global_rank else f"{wrong[rank]}, on rank {rank}")
+    if len({is_sharded for _, is_sharded, _ in kinds}) > 1:
+        raise ValueError("sharded scores on some ranks only")
+    if isinstance(scores, DTensor):
+        return scores if isinstance(tensor, DTensor) else full_tensor(scores)
+    copied = scores.detach().to(torch.float32, copy=True)  # they may be the weights themselves, or of half precision
+    return _lightning.mean_over_ranks(trainer, copied)
+
+
+def _wrong_scores(tensor: Tensor, scores: Any) -> str:
+    """Say what is wrong with the type or the shape of scores; empty if nothing is."""
+    if not isinstance(scores, Tensor):
+        return f"{scores!r:.80} of type {type(scores).__name__}"
+    if scores.shape == tensor.shape:
+        return ""
+    hint = ""
+    if isinstance(tensor, DTensor) and scores.shape == local_tensor(tensor).shape:
+        hint = " (this rank's part: compute scores from the sharded parameter, not from p.to_local())"
+    return f"scores of shape {tuple(scores.shape)}, expected {tuple(tensor.shape)}{hint}"
 
 
 def order_keys(scores: Tensor) -> Tensor:
