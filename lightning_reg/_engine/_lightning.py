@@ -353,6 +353,23 @@ def ddp_tracks_parameters(trainer: Trainer) -> bool:
     return isinstance(model, DistributedDataParallel) and (model.find_unused_parameters or model.static_graph)
 
 
+def ddp_finds_unused_parameters(trainer: Trainer) -> bool:
+    """Return whether DDP looks for parameters that the forward pass did not use."""
+    model: Any = trainer.strategy.model
+    return isinstance(model, DistributedDataParallel) and bool(model.find_unused_parameters)
+
+
+def ddp_has_hooks(trainer: Trainer) -> bool:
+    """Return whether a communication hook replaces DDP's mean of the gradients."""
+    model: Any = trainer.strategy.model
+    return isinstance(model, DistributedDataParallel) and bool(getattr(model, "_comm_hooks", None))
+
+
+def uses_ddp(trainer: Trainer) -> bool:
+    """Return whether DDP reduces the gradients."""
+    return isinstance(trainer.strategy.model, DistributedDataParallel)
+
+
 def tensor_parallel_size(trainer: Trainer) -> int:
     """Return how many ranks in a row share the samples of a batch under tensor parallelism."""
     mesh: Any = getattr(trainer.strategy, "_device_mesh", None)

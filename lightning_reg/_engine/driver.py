@@ -17,7 +17,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.clock import Clock
 from lightning_reg._engine.forward import ForwardChanges
 from lightning_reg._engine.plan import Step
-from lightning_reg._engine.ranks import Agreement, agree, mean_of_all
+from lightning_reg._engine.ranks import Agreement, agree, may_differ, mean_of_all
 from lightning_reg._engine.rows import LoggerRows
 from lightning_reg._engine.steps import (
     SkippedStep,
@@ -107,7 +107,6 @@ class Driver:
         self._set_recording(True)
         for technique in self.techniques:
             technique.attach(self.trainer, self.pl_module)
-        self._adding = [technique for technique in self.techniques if technique.adds_to_loss]
         self._unseen = self._unseen_steps()
         self._scaler = _lightning.grad_scaler(self.trainer)
         self._warn_of_other_weights()
@@ -166,6 +165,7 @@ class Driver:
             self._undo += _lightning.wrap_average_updates(self.trainer, self._after_average_update)
         for technique in self._acting["data_ready"]:
             technique.data_ready()
+        self._adding = [technique for technique in self.techniques if technique.adds_to_loss]
 
     def _set_recording(self, records: bool) -> None:
         """Switch the metrics of techniques on or off."""
@@ -207,6 +207,8 @@ class Driver:
         if self._adding and loss.requires_grad:  # else torch's own error must come, that the loss has no graph
             optimizer = self._current_optimizer or self.trainer.optimizers[0]
             self._penalized = not _lightning.accumulates(self.trainer)
+            for technique in self._adding:
+                technique.before_loss_term(loss)
             for technique in self._adding:
                 if term := technique.loss_term(optimizer, self._penalized):
                     _add_(loss, *term, self._scaler)
@@ -373,7 +375,7 @@ class Driver:
         Every rank computes them, also one without a logger. What techniques of a user log may depend on a rank's data.
         """
         numbers = dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True))
-        if of_users := tuple(f"reg/{cb.name}/" for cb in self.techniques if not is_of_this_package(cb)):
+        if of_users := tuple(f"reg/{cb.name}/" for cb in self.techniques if may_differ(cb)):
             numbers |= mean_of_all(self.trainer, {key: value for key, value in numbers.items() if key.startswith(of_users)})
         self._rows.add(numbers)
 
@@ -428,11 +430,6 @@ class Driver:
 def in_order(techniques: Iterable[AnyTechnique]) -> list[AnyTechnique]:
     """Sort techniques as they act: by phase, then by class and name."""
     return sorted(techniques, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
-
-
-def is_of_this_package(technique: Technique) -> bool:
-    """Return whether a technique is one of this package, and not of a user."""
-    return type(technique).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _add_(loss: Tensor, value: Tensor, factor: float, scaler: torch.amp.GradScaler | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_reg._engine import _lightning
@@ -125,6 +126,12 @@ class ParameterRegularizer(Regularizer):
     def chosen(self, module: Module) -> dict[str, bool]:
         """Return whether it acts on each parameter, by name."""
         return selection_mask(module, self.params)
+
+    def sparse_embeddings(self, pl_module: LightningModule) -> list[str]:
+        """Return the names of the selected embeddings that have sparse gradients."""
+        embeddings = ((name, m) for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+        selected = {id(p) for p in self.tensors.values()}
+        return [name for name, module in embeddings if module.sparse and id(module.weight) in selected]
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import constructor_arguments, readable
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.technique import Technique
 
-__all__ = ["Agreement", "agree", "answers_of_all", "mean_of_all"]
+__all__ = ["Agreement", "agree", "answers_of_all", "may_differ", "mean_of_all", "mean_tensors_of_all"]
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -75,6 +76,32 @@ def mean_of_all(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]
     answers = answers_of_all(trainer, metrics)
     keys = dict.fromkeys(key for answer in answers for key in answer)
     return {key: fmean(answer[key] for answer in answers if key in answer) for key in keys}
+
+
+def mean_tensors_of_all(trainer: Trainer, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the mean of tensors over the ranks of a fit; every rank must call it.
+
+    Args:
+        trainer: The trainer of the fit.
+        tensors: The tensors of this rank; ``None`` counts as zeros.
+        like: For each, a tensor of its shape, dtype, and device.
+
+    Returns:
+        The means, with ``None`` where no rank has a tensor.
+    """
+    if not tensors or not _are_joint(trainer):
+        return list(tensors)
+    present = torch.tensor([tensor is not None for tensor in tensors], device=like[0].device)
+    anywhere = _lightning.any_rank(trainer, present).tolist()
+    filled = [torch.zeros_like(shape) if tensor is None else tensor for tensor, shape in zip(tensors, like, strict=True)]
+    return [
+        _lightning.mean_over_ranks(trainer, tensor) if found else None for tensor, found in zip(filled, anywhere, strict=True)
+    ]
+
+
+def may_differ(technique: Technique) -> bool:
+    """Return whether what a technique computes may depend on a rank's data: if a user wrote it."""
+    return type(technique).__module__.partition(".")[0] != __name__.partition(".")[0]
 
 
 def _are_joint(trainer: Trainer) -> bool:

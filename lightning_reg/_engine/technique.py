@@ -159,9 +159,17 @@ class Technique(SignatureRepr, ABC):
         """
 
     @property
+    def zeroes_gradients(self) -> bool:
+        """Whether it may set gradients to zero before penalties are added to them."""
+        return False
+
+    @property
     def adds_to_loss(self) -> bool:
         """Whether it adds ``loss_term`` to the loss in this fit."""
         return False
+
+    def before_loss_term(self, loss: Tensor) -> None:
+        """Look at the loss of a batch before terms are added to it; called before ``loss_term``."""
 
     def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
         """Return a value to add to a batch's loss and its factor, or ``None``; ``last`` if the optimizer steps after it."""

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
 from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._tensors.gradients import existing_gradients
@@ -67,10 +66,7 @@ class GradientProcessing(ParameterRegularizer):
 
     def _check_dense(self, pl_module: LightningModule) -> None:
         """Raise an error if a selected embedding has sparse gradients."""
-        embeddings = ((name, m) for name, m in pl_module.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
-        selected = {id(p) for p in self.tensors.values()}
-        sparse = [name for name, module in embeddings if module.sparse and id(module.weight) in selected]
-        if sparse:
+        if sparse := self.sparse_embeddings(pl_module):
             names = ", ".join(sparse)
             raise ValueError(f"{self.name} needs dense gradients: create {names} with sparse=False, or exclude it from params")
 

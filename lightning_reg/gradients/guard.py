@@ -134,6 +134,11 @@ class NonFiniteGradientGuard(GradientProcessing):
         self._judged = True  # whether there was a step since the last batch
         self._bad_step: tuple[int, int] | None = None
 
+    @property
+    def zeroes_gradients(self) -> bool:
+        """Whether it may set gradients to zero: with ``policy="zero"``."""
+        return self.policy == "zero"
+
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise an error if the Trainer clips values, because that fails in a skipped step, which has no gradients."""
         super().prepare(trainer, pl_module)

@@ -13,11 +13,13 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
 from lightning_reg._engine.modules import ForwardHook, ModuleRegularizer
+from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.outputs import batch_size, describe_output, is_float, main_output
 from lightning_reg._engine.ranks import answers_of_all
 from lightning_reg._engine.steps import sign_of_penalties
 from lightning_reg._engine.technique import Phase
 from lightning_reg._engine.tensor_arguments import check_tensor
+from lightning_reg._tensors.graphs import leaves
 from lightning_reg._tensors.reductions import in_accumulation_dtype, real_pairs, sum_scalars
 from lightning_reg._tensors.shards import full_tensor
 from lightning_reg.dropout.rates import restore_class_, swap_class_
@@ -119,6 +121,7 @@ class ActivityPenalty(ModuleRegularizer):
         self._logged: list[tuple[str, Tensor]] = []  # the values of the last batch that is logged
         self._last_term: tuple[Tensor, float] | None = None
         self._trainer: Trainer | None = None
+        self._checks_loss = False  # whether to look for parameters that the loss ignores
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
         """Return the modules whose outputs are penalized."""
@@ -142,6 +145,7 @@ class ActivityPenalty(ModuleRegularizer):
                 "maximize for all groups or for none"
             )
         self._trainer = trainer
+        self._checks_loss = _lightning.ddp_finds_unused_parameters(trainer)
         for name, module in self.modules_found.items():
             self._handles.append(module.register_forward_hook(self._forward_hook(name)))
             swap_class_(module)  # graphs that were compiled before would ignore the hook
@@ -201,6 +205,22 @@ class ActivityPenalty(ModuleRegularizer):
     def adds_to_loss(self) -> bool:
         """Whether it adds to the loss: always, since its gradient depends on the forward pass."""
         return True
+
+    def before_loss_term(self, loss: Tensor) -> None:
+        """Raise an error in the first batch if DDP takes parameters for unused that only the penalty uses.
+
+        DDP looks for unused parameters in the graph of the loss, and would reduce their gradients twice.
+        """
+        if not self._checks_loss or not self._values:
+            return
+        self._checks_loss = False
+        used = leaves(loss)
+        if ignored := [name for name, value in self._values if leaves(value) - used]:
+            raise ValueError(
+                f"{self.name}: the loss does not depend on all parameters behind {abbreviate(ignored)}, and DDP with "
+                "find_unused_parameters=True takes these for unused: use the output in the loss, exclude the module with "
+                f"'!{ignored[0]}', or use find_unused_parameters=False"
+            )
 
     def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
         """Return the mean over this batch, and λ divided by the number of accumulated batches, as the loss is divided."""

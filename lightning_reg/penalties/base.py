@@ -15,6 +15,7 @@ from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import NON_NEGATIVE, check_choice
 from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.parameters import ParameterRegularizer
+from lightning_reg._engine.ranks import may_differ, mean_tensors_of_all
 from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.steps import by_sign, sign_of_penalties, with_inner
 from lightning_reg._engine.technique import Phase
@@ -59,8 +60,8 @@ class Penalty(ParameterRegularizer):
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
             loss wherever that is exact, and the gradients in manual optimization, if the module overrides ``optimizer_step``
-            (it may accumulate gradients by itself), for sharded parameters, and under DDP with ``find_unused_parameters`` or
-            ``static_graph``.
+            (it may accumulate gradients by itself), for sharded parameters, under DDP with ``find_unused_parameters``,
+            ``static_graph``, a communication hook, or sparse gradients, and beside a guard that sets gradients to zero.
         name: The name in metrics and checkpoints. By default it is made from the class and the selection.
 
     Raises:
@@ -78,7 +79,7 @@ class Penalty(ParameterRegularizer):
 
     phase = Phase.PENALTY
     valid_ranges = {"strength": NON_NEGATIVE}
-    fit_attributes: ClassVar[tuple[str, ...]] = ("_logged",)
+    fit_attributes: ClassVar[tuple[str, ...]] = ("_logged", "_trainer")
     deepspeed_alternative = "add the penalty to the loss in training_step, or use DDP or FSDP2"
 
     def __init__(
@@ -95,6 +96,7 @@ class Penalty(ParameterRegularizer):
         super().__init__(params, name)
         self._uses_loss = False
         self._logged: dict[int, Tensor] = {}  # the last value for each optimizer
+        self._trainer: Trainer | None = None
 
     @abstractmethod
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -103,11 +105,15 @@ class Penalty(ParameterRegularizer):
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
         """Add λ ∇R(θ) to the gradients. By default, autograd differentiates ``value``.
 
-        Sharded parameters are gathered for this, so that ``value`` sees full tensors.
+        Sharded parameters are gathered for this, so that ``value`` sees full tensors. If it depends on the data of a rank, the
+        gradient is the mean over the ranks, as for a loss.
         """
         full_tensors = [full_tensor(p.detach()).requires_grad_() for p in params]
         with torch.enable_grad():
-            addends = torch.autograd.grad(strength * self._checked_value(full_tensors), full_tensors, allow_unused=True)
+            value = strength * self._checked_value(full_tensors)
+            addends: Sequence[Tensor | None] = torch.autograd.grad(value, full_tensors, allow_unused=True)
+        if self._trainer is not None and may_differ(self):
+            addends = mean_tensors_of_all(self._trainer, addends, full_tensors)
         for p, gradient, addend in zip(params, dense_gradients(params), addends, strict=True):
             if addend is not None:
                 gradient.add_(local_tensor(shard_like(addend, p)))
@@ -130,7 +136,16 @@ class Penalty(ParameterRegularizer):
         """Look up the parameters, and choose between the loss and the gradients."""
         super().attach(trainer, pl_module)
         self._logged.clear()
+        self._trainer = trainer
         self._refuse_sparse_only(trainer)
+        self._choose_route(trainer, pl_module)
+
+    def data_ready(self) -> None:
+        """Choose again, since a module or a callback may have registered a communication hook when the fit started."""
+        if self._uses_loss and self._trainer is not None:
+            self._choose_route(self._trainer, self._trainer.lightning_module)
+
+    def _choose_route(self, trainer: Trainer, pl_module: LightningModule) -> None:
         obstacle = self._loss_obstacle(trainer, pl_module)
         if self.inject == "loss" and obstacle:
             raise ValueError(f"{self.name}: inject='loss' is not exact {obstacle}; use inject='gradient' or 'auto'")
@@ -141,6 +156,11 @@ class Penalty(ParameterRegularizer):
                 self._warn_of_accumulation_by_hand(pl_module)
         if not self._uses_loss:
             self.require_unscaled_gradients(trainer)
+
+    def detach(self) -> None:
+        """Release the tensors and the trainer."""
+        super().detach()
+        self._trainer = None
 
     def _refuse_sparse_only(self, trainer: Trainer) -> None:
         """Raise an error for parameters of an optimizer that takes only sparse gradients: that of a penalty is dense."""
@@ -177,6 +197,16 @@ class Penalty(ParameterRegularizer):
             return "for sharded parameters"
         if _lightning.ddp_tracks_parameters(trainer):
             return "under DDP with find_unused_parameters or static_graph"
+        return self._reduction_obstacle(trainer, pl_module)
+
+    def _reduction_obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        """Return what would change the gradient of a penalty in the loss, and not one that is added later."""
+        if _lightning.ddp_has_hooks(trainer):
+            return "under DDP with a communication hook, which may round it"
+        if _lightning.uses_ddp(trainer) and (sparse := self.sparse_embeddings(pl_module)):
+            return f"under DDP with sparse gradients ({abbreviate(sparse)})"
+        if guard := next((cb.name for cb in regularizers_of(trainer) if cb.zeroes_gradients), None):
+            return f"beside {guard}, which may set its gradient to zero"
         return None
 
     @property
