@@ -15,6 +15,7 @@ from lightning_reg.custom import Regularizer
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 DOCS = Path(__file__).parent.parent
 GROUPS = {
@@ -30,7 +31,7 @@ GROUPS = {
 """The packages of techniques, in the order of the index, with their titles."""
 
 MEMBERS = {
-    "OverfittingMonitor": "verdict, figure",
+    "OverfittingMonitor": "verdict, points",
     "Penalty": "value, add_gradient_",
     "StartingPointPenalty": "reset",
 }
@@ -50,8 +51,7 @@ def techniques() -> dict[str, list[str]]:
     """Return the names of all callbacks by their group's title."""
     callbacks = [value for name in lightning_reg.__all__ if inspect.isclass(value := getattr(lightning_reg, name))]
     packages = {cls.__name__: cls.__module__.split(".")[1] for cls in callbacks if issubclass(cls, Regularizer)}
-    written = [name for name in sorted(packages) if (DOCS / "cards" / f"{name}.md").exists()]
-    return {title: [name for name in written if packages[name] == package] for package, title in GROUPS.items()}
+    return {title: [name for name in sorted(packages) if packages[name] == package] for package, title in GROUPS.items()}
 
 
 def overhead(name: str, benchmarks: str) -> str:
@@ -129,8 +129,14 @@ def draw(app: Sphinx) -> None:
     pictures.draw_all(DOCS / "generated")
 
 
+def outdated(app: Sphinx, env: BuildEnvironment, *changes: set[str]) -> list[str]:
+    """Return the pages to read in each build, because they depend on docstrings, benchmarks, and each other."""
+    return [page for page in env.found_docs if page.startswith("cards/")]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx."""
     app.connect("builder-inited", draw)
+    app.connect("env-get-outdated", outdated)
     app.connect("source-read", frame)
     return {"parallel_read_safe": True}

@@ -19,14 +19,15 @@ def escaped(line: str) -> str:
         >>> print(escaped("L1: J = L + λ Σ|θ|, see ``a|b``"))
         L1: J = L + λ Σ\|θ\|, see ``a|b``
     """
-    if line.lstrip().startswith((">>>", "...")):
-        return line
     return "".join(part if CODE.fullmatch(part) else MARKUP.sub(r"\\\1", part) for part in CODE.split(line))
 
 
 def escape(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Escape the lines of a docstring of this package in place."""
-    lines[:] = map(escaped, lines)
+    code = False
+    for number, line in enumerate(lines):
+        code = bool(line.strip()) and (code or line.lstrip().startswith(">>>"))  # a doctest ends at an empty line
+        lines[number] = line if code else escaped(line)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
