@@ -90,6 +90,31 @@ def test_sparsity_is_known_to_callbacks_in_validation_and_after_the_epoch():
     assert [target for _, target in seen] == pytest.approx([0.2, 0.2, 0.4, 0.4, 0.6, 0.6])
 
 
+def test_sparsity_is_known_between_logged_steps():
+    """From the start of the fit on, and right after each pruning: a checkpoint that monitors it must find it at any time."""
+    seen = []
+
+    class Looks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(trainer.callback_metrics[PRUNED].item())
+
+        def on_train_batch_end(self, trainer, *args):
+            seen.append(trainer.callback_metrics[PRUNED].item())
+
+    callbacks = [Looks(), WeightPruning(Linear(0.0, 0.6, until="6st"), every="3st")]
+    fit(callbacks, Validated(), **DEFAULT, logger=Memory())
+    assert seen == pytest.approx([0.0, 0.0, 0.0, 0.3, 0.3, 0.3, 0.6, 0.6, 0.6], abs=1e-3)
+
+
+def test_checkpoints_monitor_the_sparsity_within_an_epoch(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor=PRUNED, mode="max", save_top_k=-1, filename="{step}")
+    callbacks = [checkpoint, WeightPruning(Linear(0.0, 0.6, until="6st"), every="3st")]
+    options = {"max_epochs": -1, "max_steps": 6, "val_check_interval": 2, "enable_checkpointing": True}
+    fit(callbacks, Validated(), loader(16 * 100), **options)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    assert checkpoint.best_model_score == pytest.approx(0.6, abs=1e-3)
+
+
 def test_shrinkage_after_an_epoch_is_known():
     trainer = Trainer(**QUIET, **DEFAULT, max_epochs=1, callbacks=[RandomShrinkage(0.1, every="epoch"), L1Penalty(0.1)])
     trainer.fit(Classifier(), loader())

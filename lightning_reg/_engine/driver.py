@@ -166,6 +166,7 @@ class Driver:
         for technique in self._acting["data_ready"]:
             technique.data_ready()
         self._adding = [technique for technique in self.techniques if technique.adds_to_loss]
+        self._publish(self.techniques)
 
     def _set_recording(self, records: bool) -> None:
         """Switch the metrics of techniques on or off."""
@@ -329,9 +330,9 @@ class Driver:
             for technique in self._acting["weights"]:
                 if params := technique.parameters_of(optimizer):
                     technique.weights(params, optimizer, step)
-            changes = [technique.step_end(step, done) for technique in self._acting["step_end"]]
-            if any(changes):
+            if changed := [technique for technique in self._acting["step_end"] if technique.step_end(step, done)]:
                 self._reproject()
+                self._publish(changed)
 
     def end_step(self) -> None:
         """Change the weights for a forward pass again."""
@@ -378,6 +379,11 @@ class Driver:
         if of_users := tuple(f"reg/{cb.name}/" for cb in self.techniques if may_differ(cb)):
             numbers |= mean_of_all(self.trainer, {key: value for key, value in numbers.items() if key.startswith(of_users)})
         self._rows.add(numbers)
+
+    def _publish(self, techniques: Iterable[Technique]) -> None:
+        """Make known to callbacks what they may monitor before a step is logged or an epoch ends."""
+        mine = [cb for cb in techniques if not may_differ(cb)]  # what others return may depend on a rank's data
+        self._rows.publish({f"reg/{cb.name}/{key}": value for cb in mine for key, value in cb.epoch_metrics().items()})
 
     def before_validation(self) -> None:
         """End an epoch that is cut short, so that what is validated is what is saved."""

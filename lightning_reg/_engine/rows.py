@@ -36,6 +36,10 @@ class LoggerRows:
         """Add metrics to the next row, and make them available to callbacks that monitor one, with and without a logger."""
         if self._trainer.loggers:
             self._waiting.update(metrics)
+        self.publish(metrics)
+
+    def publish(self, metrics: Mapping[str, float]) -> None:
+        """Make metrics available to callbacks that monitor one."""
         device = self._trainer.strategy.root_device
         available = _lightning.available_metrics(self._trainer)
         available.update({key: torch.tensor(value, device=device) for key, value in metrics.items()})

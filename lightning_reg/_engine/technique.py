@@ -274,7 +274,10 @@ class Technique(SignatureRepr, ABC):
         self._step_metrics.update(metrics)
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Return metrics of what happens at the end of an epoch; they are known at each epoch's end, whatever is logged."""
+        """Return metrics of what happens at the end of an epoch, or in ``step_end`` where that returns ``True``.
+
+        They are logged at each epoch's end, on every step or not, and known to other callbacks from the start of the fit on.
+        """
         return {}
 
     def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
