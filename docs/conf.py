@@ -24,7 +24,7 @@ copybutton_prompt_is_regexp = True
 
 add_module_names = False
 autodoc_inherit_docstrings = False
-autodoc_typehints = "signature"
+autodoc_typehints = "none"
 autodoc_preserve_defaults = True
 napoleon_custom_sections = [("Reference", "References")]
 python_maximum_signature_line_length = 88

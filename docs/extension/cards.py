@@ -103,7 +103,9 @@ def framed(name: str, heart: str) -> str:
 def entry(name: str) -> str:
     """Return the link to a technique in the index, with its picture and the first line of its docstring."""
     image = f'<img src="../_static/{name}.svg" alt="">' if name in pictures.PICTURES else ""
-    summary = (inspect.getdoc(getattr(lightning_reg, name)) or "").partition("\n")[0].partition(":")[0].rstrip(".")
+    summary = (
+        (inspect.getdoc(getattr(lightning_reg, name)) or "").partition("\n")[0].partition(":")[0].rstrip(".").replace("``", "")
+    )
     return f'<a href="{name}.html">{image}<strong>{name}</strong><span>{escape(summary)}</span></a>'
 
 
