@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
+from fractions import Fraction
 from itertools import combinations
 from statistics import stdev
 
 import numpy as np
 import pytest
+from processes import ROOT
 from sklearn.datasets import make_moons
 from sklearn.model_selection import RepeatedStratifiedKFold, cross_val_score
 from sklearn.svm import SVC
@@ -165,3 +168,16 @@ def test_one_standard_error_takes_the_simplest_within_one_error_of_the_best() ->
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_the_documentation_prints_the_power() -> None:
+    lines = [
+        line.split("|")[1:-1]
+        for line in (ROOT / "docs" / "choosing.md").read_text().splitlines()
+        if re.match(r"\| 1(/\d)? \(", line)
+    ]
+    assert len(lines) == 16
+    for ratio, repeats, *printed in lines:
+        overlap = float(Fraction(ratio.split()[0]))
+        expected = [power(1.5, int(repeats), overlap, math.sqrt(2 * (1 - correlation))) for correlation in (0, 0.5, 0.75)]
+        assert [float(number) for number in printed] == pytest.approx(expected, abs=0.006)
