@@ -20,6 +20,7 @@ LONGEST = [
     "test_distributed_laws",
     "test_laws",
     "test_distributed",
+    "test_distributed_mesh",
     "test_cli",
     "test_tuning_storage",
     "test_pytorch_lightning",

@@ -114,7 +114,15 @@ def _norms(view: Tensor, reduced: list[int], dtype: torch.dtype = torch.float32)
     if not reduced:
         return view.abs().to(dtype.to_real())
     norms: Tensor = torch.linalg.vector_norm(view, dim=reduced, keepdim=True, dtype=dtype)
-    return norms
+    return _joined(norms)
+
+
+def _joined(norms: Tensor) -> Tensor:
+    """Join the norms of the parts of units that span ranks. DTensor would sum over units before it joins these."""
+    if not isinstance(norms, DTensor):
+        return norms
+    placements = [Replicate() if placement.is_partial() else placement for placement in norms.placements]
+    return norms.redistribute(placements=placements)
 
 
 def smooth_unit_norms(tensor: Tensor, units: Units) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torchmetrics import Metric
 
-from lightning_reg._engine import _evaluation
+from lightning_reg._engine import _evaluation, _lightning
 from lightning_reg._engine.arguments import close_matches
 from lightning_reg._engine.names import class_name
 from lightning_reg.monitors.isolation import empty, own_random_numbers, untouched
@@ -115,7 +115,8 @@ class _Results:
         whole = self._merged(last.value) if isinstance(last.value, Metric) else None
         values = torch.stack([value.double().cpu() for value in self._values]) if self._values else torch.zeros(0)
         of_ranks = _evaluation.over_ranks(trainer, torch.stack([values.double(), torch.tensor(self.weights[: len(values)])]))
-        numbers, weights = of_ranks.transpose(0, 1).reshape(2, -1).tolist()
+        different = of_ranks[:: _lightning.tensor_parallel_size(trainer)]  # others have evaluated the same samples
+        numbers, weights = different.transpose(0, 1).reshape(2, -1).tolist()
         if whole is None and last.is_mean:
             return Measured(metric, estimate(numbers, weights).mean, numbers, weights)
         value = float(whole) if whole is not None else float(_reduced(torch.tensor(numbers), last.reduce))

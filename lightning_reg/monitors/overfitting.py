@@ -148,7 +148,8 @@ class OverfittingMonitor(Regularizer):
                 self._measure(trainer, kind, most=1)
 
     def _sample(self, trainer: Trainer, kind: str) -> Sample:
-        rank, ranks = trainer.global_rank, trainer.world_size
+        parts = _lightning.tensor_parallel_size(trainer)  # ranks in a row that must see the same samples
+        rank, ranks = trainer.global_rank // parts, trainer.world_size // parts
         given = self._given(kind)
         if given is not None:
             return Given(given, SAMPLES, rank, ranks)
