@@ -14,7 +14,7 @@ import rich
 import torch
 from rich.table import Table
 
-from tests.benchmarks import cuda, dropout, gradients, penalties, pruning, scaling, steps
+from tests.benchmarks import cuda, dropout, gradients, penalties, pruning, scaling, steps, watching
 from tests.benchmarks.measuring import DEVICE, Comparison, measure_both, parameters, shapes_of_124m
 
 SMALL, LARGE = "600 tensors of 32 × 32", "124M parameters in 148 tensors"
@@ -96,6 +96,7 @@ def main() -> None:
         )
     rich.print(scaling_table(seconds))
     rich.print(step_table())
+    rich.print(watching.coverage_table())
 
 
 if __name__ == "__main__":

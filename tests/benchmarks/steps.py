@@ -21,11 +21,13 @@ if TYPE_CHECKING:
 class Tiny(LightningModule):
     """A model of 100 parameters that records when each step ends. The callbacks of the table select its layers by name."""
 
-    def __init__(self, weight_decay: float = 0.0) -> None:
+    def __init__(self, weight_decay: float = 0.0, validates: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
         self.weight_decay = weight_decay
+        if validates:
+            self.__class__ = Validated
         self.ends: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -39,6 +41,18 @@ class Tiny(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return plain gradient descent."""
         return torch.optim.SGD(self.parameters(), lr=1e-3, weight_decay=self.weight_decay)
+
+
+class Validated(Tiny):
+    """The model with a validation after the last step."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log a loss."""
+        self.log("val/loss", self.net(batch).square().mean())
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Return random data."""
+        return DataLoader(torch.zeros(64, 8), batch_size=4)
 
 
 def step_times(callback: Callback, steps: int, with_logger: bool, **options: float) -> list[float]:
