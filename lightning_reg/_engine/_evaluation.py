@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -158,3 +159,16 @@ def over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
 def least(trainer: Trainer) -> Callable[[int], int]:
     """Return a function that returns the least of the numbers of all ranks; every rank must call it."""
     return lambda number: int(over_ranks(trainer, torch.tensor(number)).min())
+
+
+def log_directory(trainer: Trainer) -> Path | None:
+    """Return the directory of the first logger that has one, if there is a logger; every rank must call it."""
+    if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    directory = trainer.log_dir
+    return Path(directory) if isinstance(directory, (str, Path)) and str(directory) else None
+
+
+def tensorboards(trainer: Trainer) -> list[Any]:
+    """Return the loggers that write for TensorBoard."""
+    return [logger for logger in trainer.loggers if _lightning.is_instance_of(logger, "TensorBoardLogger")]

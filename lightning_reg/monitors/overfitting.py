@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
@@ -17,6 +20,7 @@ from lightning_reg._engine.state_checks import is_number
 from lightning_reg._engine.technique import Phase
 from lightning_reg.monitors.curves import Point, point_of
 from lightning_reg.monitors.evaluation import measure
+from lightning_reg.monitors.figure import draw_curves
 from lightning_reg.monitors.isolation import own_random_numbers
 from lightning_reg.monitors.samples import DrawError, Given, sample_of
 from lightning_reg.monitors.verdict import Verdict, judge
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 SAMPLES = 2048
 """The number of samples that are drawn by default."""
+
+_UNSAFE = r"[^\w.-]+"  # in the name of a file
 
 _DATA = {"train": "training data", "val": "validation data"}
 
@@ -52,7 +58,8 @@ class OverfittingMonitor(Regularizer):
     be without it. Random augmentations of a dataset are the same at each evaluation.
     The interval is Student's t over small batches. A metric that is not a mean over samples, such as an AUROC, has none.
     Each rank evaluates an equal share of the samples.
-    When the fit ends, it prints :attr:`verdict` in one line.
+    When the fit ends, it prints ``verdict`` in one line. With a logger and matplotlib (``lightning-reg[plots]``), it saves
+    ``figure()`` as ``<name>.png`` in the log directory, and shows it in TensorBoard.
 
     Args:
         metric: The name under which ``validation_step`` logs the metric. ``None`` takes the only name that contains "loss".
@@ -105,6 +112,7 @@ class OverfittingMonitor(Regularizer):
         super().__init__(name)
         self._samples: dict[str, Sample] = {}
         self._trainer: Trainer | None = None
+        self._found = ""  # the name of the metric that was measured
 
     # Samples --------------------------------------------------------------------------------------------------------
 
@@ -205,7 +213,9 @@ class OverfittingMonitor(Regularizer):
 
     def _measure(self, trainer: Trainer, kind: str, most: int | None = None) -> Measured:
         with self._named():
-            return measure(trainer, trainer.lightning_module, self._samples[kind], self.metric, _DATA[kind], most)
+            measured = measure(trainer, trainer.lightning_module, self._samples[kind], self.metric, _DATA[kind], most)
+        self._found = measured.metric
+        return measured
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -246,7 +256,34 @@ class OverfittingMonitor(Regularizer):
             values |= {"gap_low": last.gap - last.gap_margin, "gap_high": last.gap + last.gap_margin}
         return {f"reg/{self.name}/{key}": value for key, value in values.items()}
 
-    # Reports --------------------------------------------------------------------------------------------------------
+    # Reports ---------------------------------------------------------------------------------------------------------
+
+    def figure(self) -> Any:
+        """Return a figure of the curves so far, as a ``matplotlib.figure.Figure``; ``figure.savefig("curves.png")`` saves it.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If no epoch has been evaluated.
+        """
+        if not self.points:
+            raise ValueError(f"{self.name} has no curves: no epoch has been evaluated yet")
+        return draw_curves(self.points, self._found or self.metric or "metric", self.verdict, self._sign)
+
+    def fit_over(self) -> None:
+        """Save the figure in the log directory, and hand it to TensorBoard."""
+        assert self._trainer is not None, "the fit has not been torn down yet"
+        trainer = self._trainer
+        folder = _evaluation.log_directory(trainer)  # on every rank
+        if not (self.points and trainer.is_global_zero and find_spec("matplotlib")):
+            return
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                self.figure().savefig(folder / f"{re.sub(_UNSAFE, '_', self.name)}.png", dpi=150)
+        except OSError as error:
+            rank_zero_warn(f"{self.name} could not save its figure: {error}")  # the fit itself has succeeded
+        for logger in _evaluation.tensorboards(trainer):
+            logger.experiment.add_figure(f"reg/{self.name}", self.figure(), trainer.global_step)
 
     def fit_summary(self) -> str | None:
         """Return the verdict."""
