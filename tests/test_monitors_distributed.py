@@ -1,0 +1,33 @@
+"""``OverfittingMonitor`` on two ranks: it changes nothing, and each rank evaluates an equal share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+WORKER = "monitors_worker.py"
+strategies = pytest.mark.parametrize("strategy", ["DDP", "FSDP2"])
+
+
+@strategies
+def test_nothing_changes(ranks, strategy):
+    for rank in ranks:
+        ours, plain = rank[strategy], rank[f"{strategy}, plain"]
+        assert_close(ours["state"], plain["state"], rtol=0.0, atol=0.0)
+        assert str(ours["logged"]) == str(plain["logged"])
+        assert torch.equal(ours["random"], plain["random"])
+        assert plain["metrics"].items() <= ours["metrics"].items()
+
+
+@strategies
+def test_values_are_equal_on_all_ranks_and_those_of_the_samples(ranks, strategy):
+    first, second = (rank[strategy] for rank in ranks)
+    assert first["points"] == second["points"]
+    assert len(first["points"]) == 4  # two monitors, two epochs
+    assert first["batches"] == second["batches"]
+    assert all(2 * count >= 20 for count in first["batches"])
+    # 151 of 303 samples on each rank, so one is left out
+    assert first["metrics"]["reg/loss/val"] == pytest.approx(first["metrics"]["val/loss"], abs=0.02)
+    assert first["metrics"]["reg/accuracy/val"] == pytest.approx(first["metrics"]["val/accuracy"], abs=0.01)
+    assert first["metrics"]["reg/accuracy/gap_low"] < first["metrics"]["reg/accuracy/gap_high"]
