@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections.abc
 import copy
 import inspect
 import pickle
 import pydoc
+import typing
 
 import pytest
 import torch
@@ -339,6 +341,24 @@ def test_class_in_place_of_an_instance_raises(others, checkpointing):
     for callbacks in ([*others, L1Penalty], [L1Penalty, *others]):
         with pytest.raises(TypeError, match=r"must be instances, got the class L1Penalty: .*callbacks=\[L1Penalty\(…\)\]"):
             Trainer(**{**QUIET, "enable_checkpointing": checkpointing}, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_class_in_place_of_a_list_raises(checkpointing):
+    with pytest.raises(TypeError, match=r"must be instances, got the class L1Penalty: .*callbacks=\[L1Penalty\(…\)\]"):
+        Trainer(**{**QUIET, "enable_checkpointing": checkpointing}, callbacks=L1Penalty)
+
+
+def test_classes_are_like_any_other_class():
+    """Not iterable, and subscriptable only if they are generic."""
+    assert not isinstance(L1Penalty, collections.abc.Iterable)
+    with pytest.raises(TypeError, match="type 'L1Penalty' is not subscriptable"):
+        L1Penalty[0]
+
+    class Kept(L1Penalty, typing.Generic[typing.TypeVar("T")]):
+        pass
+
+    assert typing.get_origin(Kept[int]) is Kept
 
 
 def test_class_that_a_module_returns_raises():

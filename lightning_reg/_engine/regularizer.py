@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from abc import ABCMeta
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -34,14 +35,28 @@ class _KeyOfInstance(property):
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None and owner is not None and _lightning.is_code_of_lightning(sys._getframe(1)):
-            raise TypeError(
-                f"callbacks must be instances, got the class {owner.__name__}: create one, as in "
-                f"Trainer(callbacks=[{owner.__name__}(…)])"
-            )
+            raise TypeError(_class_message(owner))
         return super().__get__(instance, owner)
 
 
-class Regularizer(Technique, Callback):
+class _CallbackClass(ABCMeta):
+    """The class of callback classes, which raises a clear error if Lightning takes one for the list of callbacks."""
+
+    def __getitem__(cls, key: Any) -> Any:
+        if isinstance(key, int) and _lightning.is_code_of_lightning(sys._getframe(1)):  # the first entry of a loop
+            raise TypeError(_class_message(cls))
+        if not hasattr(cls, "__class_getitem__"):
+            raise TypeError(f"type {cls.__name__!r} is not subscriptable")
+        return cls.__class_getitem__(key)
+
+
+def _class_message(cls: type) -> str:
+    return (
+        f"callbacks must be instances, got the class {cls.__name__}: create one, as in Trainer(callbacks=[{cls.__name__}(…)])"
+    )
+
+
+class Regularizer(Technique, Callback, metaclass=_CallbackClass):
     """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
 
     Args:
