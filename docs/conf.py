@@ -25,7 +25,6 @@ copybutton_prompt_is_regexp = True
 add_module_names = False
 autodoc_inherit_docstrings = False
 autodoc_typehints = "none"
-autodoc_preserve_defaults = True
 napoleon_custom_sections = [("Reference", "References")]
 python_maximum_signature_line_length = 88
 
@@ -33,4 +32,6 @@ html_theme = "furo"
 html_title = f"lightning_reg {release}"
 html_static_path = ["static", "generated"]
 html_css_files = ["site.css"]
-html_theme_options = {"navigation_with_keys": True}
+html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
+html_show_sourcelink = False
+html_copy_source = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import io
 import re
 import sys
@@ -78,6 +79,23 @@ def test_members_exist():
 
 
 def test_docstrings_are_escaped_outside_code():
-    lines = ["J = L + λ Σ|θ| (see ``a|b``), in_place_ and :attr:`x_`", "", ">>> '*'", "'*'", "", "a * b"]
+    lines = ["    Y. Gal", "J = L + λ Σ|θ| (see ``a|b``), in_place_ and :attr:`x_`", "", ">>> '*'", "'*'", "", "a * b"]
+    assert doctest.testmod(docstrings).failed == 0
     docstrings.escape(None, "", "", None, None, lines)
-    assert lines == [r"J = L + λ Σ\|θ\| (see ``a|b``), in_place\_ and :attr:`x_`", "", ">>> '*'", "'*'", "", r"a \* b"]
+    assert lines == [
+        r"    \Y. Gal",
+        r"J = L + λ Σ\|θ\| (see ``a|b``), in_place\_ and :attr:`x_`",
+        "",
+        ">>> '*'",
+        "'*'",
+        "",
+        r"a \* b",
+    ]
+
+
+def test_pictures_show_what_their_descriptions_say():
+    """The validation loss falls and rises, and the gap grows."""
+    train, val, gap = (line.get_ydata() for line in pictures.draw("OverfittingMonitor").axes[0].lines)
+    assert train[-1] < 0.2 < train[0]
+    assert val.min() < 0.95 * min(val[0], val[-1])
+    assert gap[-1] > gap[20] > gap[0]

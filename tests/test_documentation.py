@@ -392,6 +392,8 @@ def test_links_work(page, target):
 def test_every_guide_is_linked():
     guides = {path.name for path in GUIDES} - {"index.md"}
     linked = {target.partition("#")[0] for page, target in LINKS if page == "docs/index.md"}
+    index = re.findall(r"^```{toctree}\n(.*?)^```", PAGES["docs/index.md"], re.DOTALL | re.MULTILINE)
+    assert guides <= {f"{page}.md" for tree in index for page in tree.split()}
     assert linked >= guides | {f"pages/{path.name}" for path in SITE if path.parent.name == "pages"} | {"cards/index.md"}
     assert {f"docs/{name}" for name in guides} <= {target.partition("#")[0] for page, target in LINKS if page == "README.md"}
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 CODE = re.compile(r"(``.*?``|:\w+:`[^`]*`)")
+INITIAL = re.compile(r"^( *)(?=[A-Z]\. )")  # of an author, which would begin a list
 MARKUP = re.compile(r"([|*]|(?<=\w)_(?!\w))")
 
 
@@ -19,6 +20,7 @@ def escaped(line: str) -> str:
         >>> print(escaped("L1: J = L + λ Σ|θ|, see ``a|b``"))
         L1: J = L + λ Σ\|θ\|, see ``a|b``
     """
+    line = INITIAL.sub(r"\1\\", line)
     return "".join(part if CODE.fullmatch(part) else MARKUP.sub(r"\\\1", part) for part in CODE.split(line))
 
 

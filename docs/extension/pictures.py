@@ -436,15 +436,15 @@ def scheduler(figure: Figure) -> None:
 
 @picture("MonteCarloDropout")
 def monte_carlo(figure: Figure) -> None:
-    """Predictions spread out where there is no training data."""
+    """Predictions spread out most in the gap between the training data."""
     x, grid = torch.cat([torch.rand(60) * 2 - 3, torch.rand(60) + 1.5])[:, None], torch.linspace(-4, 4, 200)[:, None]
     y = x.sin() + 0.05 * torch.randn_like(x)
     model = torch.nn.Sequential(
-        torch.nn.Linear(1, 128), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(128, 128), torch.nn.ReLU(),
-        torch.nn.Dropout(0.1), torch.nn.Linear(128, 1),
+        torch.nn.Linear(1, 256), torch.nn.ReLU(), torch.nn.Dropout(0.2),
+        torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(256, 1),
     )  # fmt: skip
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(400):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    for _ in range(1500):
         optimizer.zero_grad()
         mse_loss(model(x), y).backward()
         optimizer.step()
@@ -464,16 +464,16 @@ def monte_carlo(figure: Figure) -> None:
 @picture("OverfittingMonitor")
 def overfitting(figure: Figure) -> None:
     """The training loss falls, the validation loss rises again, and the gap between them grows."""
-    x = torch.randn(2040, 20, generator=torch.Generator().manual_seed(3))
-    y = x[:, :1] + 0.7 * torch.randn(2040, 1)
-    model = torch.nn.Sequential(torch.nn.Linear(20, 128), torch.nn.ReLU(), torch.nn.Linear(128, 1))
-    optimizer, train, val = torch.optim.Adam(model.parameters(), lr=0.002), [], []
-    for _ in range(100):
+    x = torch.randn(2060, 10)
+    y = x[:, :1] + torch.randn(2060, 1)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1))
+    optimizer, train, val = torch.optim.Adam(model.parameters(), lr=0.003), [], []
+    for _ in range(80):
         with torch.no_grad():
-            train.append(mse_loss(model(x[:40]), y[:40]))
-            val.append(mse_loss(model(x[40:]), y[40:]))
+            train.append(mse_loss(model(x[:60]), y[:60]))
+            val.append(mse_loss(model(x[60:]), y[60:]))
         optimizer.zero_grad()
-        mse_loss(model(x[:40]), y[:40]).backward()
+        mse_loss(model(x[:60]), y[:60]).backward()
         optimizer.step()
     curves = {"train": torch.stack(train), "val": torch.stack(val)}
     lines(figure.subplots(), "epoch", "loss in eval mode", **curves, gap=curves["val"] - curves["train"])
