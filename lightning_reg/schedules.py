@@ -325,7 +325,8 @@ def _in_stretch(part: Schedule, since: float | str, until: float | str) -> list[
     try:
         absolute = [marker_in_whole(marker, since, until) for marker in part.markers]
     except ValueError as error:
-        raise ValueError(f"{what}, but its marker {error}: use a fraction of the stretch, or the unit of {since!r}") from None
+        unit = f", or the unit of {since!r}" if isinstance(since, str) else ""
+        raise ValueError(f"{what}, but its marker {error}: use fractions of the stretch{unit}") from None
     if None in absolute and any(isinstance(marker, str) for marker in part.markers):
         raise ValueError(f"{what}, where fractions cannot be compared with its other markers: use only one of the two")
     return absolute

@@ -113,6 +113,7 @@ def test_tensor_or_iterable_equals_list(name, wrap):
     assert changes is (name.endswith("_") and name not in NO_CHANGE)
 
 
+SGD = torch.optim.SGD([nn.Parameter(OTHER)])
 WRONG = {
     "a module of class Linear: pass its .parameters()": nn.Linear(2, 1),
     "a module of class ReLU at position 0: pass its .parameters()": nn.Sequential(nn.ReLU()),
@@ -120,6 +121,8 @@ WRONG = {
     "got 'w' at position 0: pass its .values()": {"w": torch.zeros(1)},
     "got 1.0": 1.0,
     "got None": None,
+    "for p in group['params']]": SGD,
+    "at position 0: pass [p for group in optimizer.param_groups for p in group['params']]": SGD.param_groups,
     "got 1.5 at position 0": [1.5],
     "got [tensor([0.])] at position 0": [[torch.zeros(1)]],
     "got 't' at position 0": "text",

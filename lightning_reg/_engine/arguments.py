@@ -228,7 +228,7 @@ def described_value(value: Any) -> str:
         return f"a module of class {type(value).__name__}"
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    return f"{value!r:.80}"
+    return f"{' '.join(repr(value).split()):.80}"
 
 
 def readable(value: Any) -> str:

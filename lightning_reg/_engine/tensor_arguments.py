@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_reg._engine.arguments import described_value
 from lightning_reg._tensors.units import Units
@@ -132,6 +133,8 @@ def _fix(given: Any, entry: Any) -> str:
     """Return what to pass instead, where that can be told from what was passed."""
     if any(isinstance(value, nn.Module) for value in (given, entry)):
         return ": pass its .parameters()"
+    if isinstance(given, Optimizer) or (isinstance(entry, dict) and "params" in entry):
+        return ": pass [p for group in optimizer.param_groups for p in group['params']]"
     if isinstance(given, dict):
         return ": pass its .values()"
     if isinstance(entry, tuple):
