@@ -23,7 +23,7 @@ from lightning_reg.gradients import (
     QuantileGradientClipping,
     ZScoreGradientClipping,
 )
-from lightning_reg.monitors import OverfittingMonitor
+from lightning_reg.monitors import OverfittingMonitor, ParameterMonitor
 from lightning_reg.penalties import (
     ActivityPenalty,
     ElasticNetPenalty,
@@ -74,6 +74,7 @@ __all__ = [
     "NonNegative",
     "OrthogonalityPenalty",
     "OverfittingMonitor",
+    "ParameterMonitor",
     "PeakGradientDropping",
     "Penalty",
     "QuantileGradientClipping",

@@ -39,6 +39,7 @@ from lightning_reg import (
     NonNegative,
     OrthogonalityPenalty,
     OverfittingMonitor,
+    ParameterMonitor,
     PeakGradientDropping,
     QuantileGradientClipping,
     RandomShrinkage,
@@ -99,7 +100,7 @@ MASKS = {
     "tensor_parallel": "each rank draws masks for its part of the activations, as torch's dropout does",
 }
 
-WATCHES = {"changes_training": "it only watches, see test_monitors.py"}
+WATCHES = {"changes_training": "it only watches, see test_overfitting.py and test_parameter_monitor.py"}
 
 ROWS = {
     "ActivityPenalty": Row(
@@ -256,6 +257,14 @@ ROWS = {
         scheduled=None,
         parts=None,
         options={"validates": True},
+        exempt=WATCHES,
+    ),
+    "ParameterMonitor": Row(
+        active=lambda: ParameterMonitor(every_n_steps=2),
+        holds=observed.unchanged,
+        inactive=lambda: ParameterMonitor(),
+        scheduled=None,
+        parts=lambda: [ParameterMonitor(params="net.0.*"), ParameterMonitor(params="net.4.*")],
         exempt=WATCHES,
     ),
     "PeakGradientDropping": Row(

@@ -16,6 +16,7 @@ from lightning_reg.custom import Regularizer
 WITHOUT_REFERENCE = {
     "MinMaxNorm": "it joins two bounds, each with its own source",
     "NonFiniteGradientGuard": "common practice, no paper",
+    "ParameterMonitor": "it measures, and every norm is a definition",
     "PeakGradientDropping": "a rule of this package",
     "RandomShrinkage": "a rule of this package",
     "Penalty": "an abstract base",

@@ -138,8 +138,8 @@ def _batches_left(trainer: Trainer) -> float:
     return (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
 
 
-def log_validation_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Log metrics of a validation at once, as Lightning logs its own, and make them available to callbacks."""
+def log_now(trainer: Trainer, metrics: dict[str, float]) -> None:
+    """Log metrics at once, as Lightning logs its own, and make them available to callbacks."""
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
         logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)

@@ -53,6 +53,7 @@ _METHODS = (
     "before_update",
     "weights",
     "step_end",
+    "after_step",
     "epoch_end",
     "reproject",
     "data_ready",
@@ -224,7 +225,7 @@ class Driver:
     @property
     def acts_on_weights(self) -> bool:
         """Whether some technique acts only if there is an update."""
-        return any(self._acting[method] for method in ("before_update", "weights", "step_end"))
+        return any(self._acting[method] for method in ("before_update", "weights", "step_end", "after_step"))
 
     @property
     def _current_optimizer(self) -> Optimizer | None:
@@ -309,6 +310,10 @@ class Driver:
         if self._acting["weights"] or self._acting["step_end"]:
             self._unknown_steps += not known
             self._change_weights(optimizer, self.trainer.global_step + known + self._unknown_steps)
+        for technique in self._acting["after_step"]:
+            if params := technique.parameters_of(optimizer):
+                with torch.no_grad():
+                    technique.after_step(params, optimizer)
         self._steps_in_batch += 1
         if not known:
             self._unseen.unknown_step(optimizer)

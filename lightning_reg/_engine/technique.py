@@ -42,7 +42,16 @@ if TYPE_CHECKING:
 _LONG = 4  # entries of a list that the summary shows
 
 
-_PARAMETER_METHODS = ("before_forward", "begin_step", "should_step", "gradients", "before_update", "weights", "reproject")
+_PARAMETER_METHODS = (
+    "before_forward",
+    "begin_step",
+    "should_step",
+    "gradients",
+    "before_update",
+    "weights",
+    "after_step",
+    "reproject",
+)
 
 
 class Phase(IntEnum):
@@ -206,6 +215,9 @@ class Technique(SignatureRepr, ABC):
         Lightning has not taken.
         """
         return False
+
+    def after_step(self, params: list[Parameter], optimizer: Optimizer) -> None:
+        """Look at the stepping optimizer's selected parameters after all that was done to them in this step."""
 
     def epoch_end(self, params: list[Parameter], step: Step) -> None:
         """Change all optimizers' selected parameters after the last batch of an epoch, before its validation."""

@@ -1,5 +1,6 @@
 """Callbacks that watch a fit and change nothing: whether it over-fits, and what regularization does to parameters."""
 
 from lightning_reg.monitors.overfitting import OverfittingMonitor
+from lightning_reg.monitors.parameters import ParameterMonitor
 
-__all__ = ["OverfittingMonitor"]
+__all__ = ["OverfittingMonitor", "ParameterMonitor"]

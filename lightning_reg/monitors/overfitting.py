@@ -195,7 +195,7 @@ class OverfittingMonitor(Regularizer):
             self._samples["val"] = self._sample(trainer, "val")
         train, val = (self._measure(trainer, kind) for kind in ("train", "val"))
         self._note(point_of(trainer.current_epoch, train, val, self._sign, self._best_values()), val)
-        _evaluation.log_validation_metrics(trainer, self._metrics())
+        _evaluation.log_now(trainer, self._metrics())
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
         """Return that it should be a point of the curves, by its epoch, or what is known of the best epoch."""

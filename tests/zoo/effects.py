@@ -41,6 +41,7 @@ from lightning_reg import (
     NonNegative,
     OrthogonalityPenalty,
     OverfittingMonitor,
+    ParameterMonitor,
     PeakGradientDropping,
     QuantileGradientClipping,
     RandomShrinkage,
@@ -349,6 +350,9 @@ CASES = {
     "OverfittingMonitor": Case(
         lambda x, model: OverfittingMonitor(), lambda x: observed.unchanged, changes_training=False, validates=True
     ),
+    "ParameterMonitor": Case(
+        lambda x, model: ParameterMonitor(every_n_steps=1), lambda x: observed.unchanged, changes_training=False
+    ),
     "PeakGradientDropping": Case(
         lambda x, model: PeakGradientDropping(x), lambda x: observed.gradients_are(observed.peak_dropped), 1
     ),
@@ -404,6 +408,7 @@ def together(model: Model) -> list[Regularizer]:
         NonFiniteGradientGuard(),
         NonNegative(params=["all", "!weights"]),
         OrthogonalityPenalty(1e-5),
+        ParameterMonitor(every_n_steps=1),
         PeakGradientDropping(),
         QuantileGradientClipping(0.5),
         RandomShrinkage(0.01),

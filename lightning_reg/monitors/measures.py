@@ -1,0 +1,119 @@
+"""Sums of squares of parameters, their gradients, and their updates, and the norms of the gradients of penalties."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_reg._engine.steps import by_sign
+from lightning_reg._tensors.chunks import chunks
+from lightning_reg._tensors.reductions import accumulation_dtype
+from lightning_reg._tensors.shards import local_tensor, sum_over_shards
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from lightning_reg.penalties.base import Penalty
+
+
+def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
+    """Return Σ|g|² over this rank's part of gradients.
+
+    Example:
+        >>> sum_of_squares([torch.tensor([3.0, 4.0])])
+        tensor(25.)
+    """
+    total = torch.zeros(())
+    for gradient in gradients:
+        local = gradient.coalesce()._values() if gradient.is_sparse else local_tensor(gradient)
+        for (part,) in chunks(local):
+            square = _square(part)
+            total = square + total.to(square)
+    return total
+
+
+def update_sums(before: Tensor, after: Tensor) -> list[Tensor]:
+    """Return Σ|θ_after|², Σ|θ_after − θ_before|², Σ|θ_before|², and the number of zeros after an update.
+
+    Args:
+        before: A copy of the weights, which is overwritten.
+        after: The weights.
+
+    Example:
+        >>> [float(total) for total in update_sums(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))]
+        [1.0, 4.0, 5.0, 1.0]
+    """
+    totals: list[Tensor] | None = None
+    for old, new in chunks(before, after):
+        sums = [_square(new), _square(old)]
+        difference = old.sub_(new)
+        sums[1:1] = [_square(difference)]
+        sums.append((new.numel() - torch.count_nonzero(new)).to(sums[0]))
+        totals = sums if totals is None else [total + one for total, one in zip(totals, sums, strict=True)]
+    assert totals is not None, "there is at least one chunk"
+    return totals
+
+
+def relative_norms(penalties: Sequence[Penalty], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return for each penalty the norm of its gradient, relative to that of the data's gradient. Gradients are not changed.
+
+    Args:
+        penalties: The penalties of a fit.
+        optimizer: The optimizer that is about to step. Its gradients contain the penalties that are part of the loss.
+    """
+    added: dict[int, Tensor] = {}  # what penalties in the loss have added to each gradient
+    norms: dict[str, Tensor] = {}
+    params = {penalty.name: penalty.parameters_of(optimizer) for penalty in penalties}
+    for penalty in penalties:
+        gradients = _gradients_of(penalty, params[penalty.name], optimizer)
+        if gradients:
+            norms[penalty.name] = _norm(gradients, params[penalty.name])
+        if penalty.adds_to_loss:
+            for p, gradient in zip(params[penalty.name], gradients, strict=False):
+                added[id(p)] = added[id(p)] + gradient if id(p) in added else gradient
+    for name, norm in norms.items():
+        norms[name] = norm / _norm([_of_data(p, added.get(id(p))) for p in params[name]], params[name])
+    return norms
+
+
+def _gradients_of(penalty: Penalty, params: Sequence[Parameter], optimizer: Optimizer) -> list[Tensor]:
+    """Return this rank's part of the gradient of a penalty."""
+    if not params or not penalty.scale:
+        return []
+    kept = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        for sign, signed in by_sign(optimizer, params).items():
+            if signed:
+                penalty.add_gradient_(signed, sign * penalty.scale)
+        return [local_tensor(p.grad) for p in params if p.grad is not None]
+    finally:
+        for p, gradient in zip(params, kept, strict=True):
+            p.grad = gradient
+
+
+def _of_data(p: Parameter, added: Tensor | None) -> Tensor:
+    """Return this rank's part of the gradient of the data: the gradient without what penalties have added."""
+    if p.grad is None:
+        gradient = torch.zeros_like(local_tensor(p.detach()))
+    else:
+        gradient = local_tensor(p.grad.to_dense() if p.grad.is_sparse else p.grad).detach()
+    return gradient if added is None else gradient - added
+
+
+def _norm(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """Return the norm of gradients over all shards of their parameters."""
+    squares = [sum_over_shards(sum_of_squares([g]).to(g.device), p) for g, p in zip(gradients, params, strict=True)]
+    return torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
+
+
+def _square(tensor: Tensor) -> Tensor:
+    dtype = None if tensor.is_complex() else accumulation_dtype(tensor.dtype)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return norm * norm
