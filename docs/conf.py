@@ -19,6 +19,7 @@ suppress_warnings = ["myst.header"]  # pages that include a part of the README b
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
+highlight_language = "text"  # of blocks that name none
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 

@@ -69,12 +69,14 @@ def durations(name: str, benchmarks: str) -> list[str]:
 
 
 def cost(name: str, benchmarks: str) -> str:
-    """Return the section about the measured cost."""
+    """Return the section about the measured cost, or nothing if the benchmarks do not measure it."""
     lines = []
     if span := overhead(name, benchmarks):
         lines.append(f"On a tiny model, where only overhead counts, it adds {span} to a step.")
     if times := durations(name, benchmarks):
         lines.append(f"For 124M parameters on two CPU threads: {'; '.join(times)}.")
+    if not lines:
+        return ""
     lines.append("[Benchmarks](../benchmarks.md) has the method and all numbers.")
     return "## Cost\n\n" + " ".join(lines) + "\n\n"
 

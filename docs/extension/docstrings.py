@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
-CODE = re.compile(r"(``.*?``|:\w+:`[^`]*`)")
+CODE = re.compile(r"(``.*?``|:\w+:`[^`]*`|(?<!\w)\*\w+\*(?!\w))")  # and emphasis
 INITIAL = re.compile(r"^( *)(?=[A-Z]\. )")  # of an author, which would begin a list
 MARKUP = re.compile(r"([|*]|(?<=\w)_(?!\w))")
 
