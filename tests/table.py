@@ -260,7 +260,7 @@ ROWS = {
         exempt=WATCHES,
     ),
     "ParameterMonitor": Row(
-        active=lambda: ParameterMonitor(every_n_steps=2),
+        active=lambda: ParameterMonitor(every_n_steps=1),
         holds=observed.unchanged,
         inactive=lambda: ParameterMonitor(),
         scheduled=None,

@@ -87,6 +87,7 @@ def main() -> None:
     rich.print(comparison_table(comparisons, seconds))
     for label, params in ((SMALL, small), (LARGE, large)):
         rich.print(penalties.report_floor(label, params, seconds))
+        rich.print(watching.report_cost(label, params, seconds))
     rich.print(pruning.report_threshold(LARGE, large, 0.8))
     rich.print(dropout.report_graphs())
     if gradients.load_timm_clipping() is None:
