@@ -7,14 +7,14 @@ import io
 
 import pytest
 import torch
-from helpers import Classifier, fit, same, traces
-from lightning.pytorch import Callback
+from helpers import QUIET, Classifier, fit, loader, same, traces
+from lightning.pytorch import Callback, Trainer
 from processes import run_script
 from table import every_callback, everything, model
 from torch import nn
 from torch.testing import assert_close
 
-from lightning_reg import ActivityPenalty, DropoutInjection, DropoutScheduler, Linear
+from lightning_reg import ActivityPenalty, DropoutInjection, DropoutScheduler, Linear, MonteCarloDropout
 from lightning_reg.dropout.rates import Rate
 
 X = torch.linspace(0.0, 1.0, 4 * 64).view(4, 64)
@@ -195,3 +195,33 @@ def test_an_exported_program_keeps_its_rate():
     programs = in_mid_fit(lambda: [DropoutScheduler(Linear(0.8, 0.0))], check, Classifier())
     assert [program.constants for program in programs] == [{}, {}]
     assert Rate(0.5).p == 0.5
+
+
+class InPredictions(Callback):
+    """Copies and saves the network before the first predicted batch, and after each."""
+
+    def __init__(self):
+        self.copies = []
+
+    def on_predict_start(self, trainer, pl_module):
+        data = saved(pl_module.net)
+        assert b"lightning_reg" not in data
+        self.copies += [copy.deepcopy(pl_module.net), loaded(data)]
+
+    def on_predict_batch_end(self, trainer, pl_module, *args):
+        self.on_predict_start(trainer, pl_module)
+
+
+class Predicts(Classifier):
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+
+def test_copies_in_predictions_need_no_package():
+    """``MonteCarloDropout`` watches the first batch, by hooks that do nothing in copies."""
+    probe, trained = InPredictions(), Predicts()
+    callbacks = [MonteCarloDropout(2), DropoutInjection(0.3, after="ReLU"), probe]
+    Trainer(**QUIET, inference_mode=False, callbacks=callbacks).predict(trained, loader())
+    assert len(probe.copies) == 10
+    for made in probe.copies:
+        assert_close(made.eval()(X), trained.net.eval()(X))

@@ -47,6 +47,21 @@ class ForwardHook:
         return getattr, (nullcontext(), "__exit__")
 
 
+class ForwardPreHook(ForwardHook):
+    """A hook before the forward pass that does nothing in copies and pickles of its module.
+
+    Args:
+        act: Called with the module and its arguments; returns other arguments, or ``None``.
+    """
+
+    def __init__(self, act: Callable[[nn.Module, Any], Any]) -> None:
+        self.before = act
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> Any:
+        """Act on the arguments."""
+        return self.before(module, args)
+
+
 class ModuleRegularizer(Regularizer):
     """Base of callbacks that act on modules, which a subclass finds.
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_reg._engine import _lightning
 from lightning_reg._engine.arguments import check_integer, described_value
+from lightning_reg._engine.modules import ForwardPreHook
 from lightning_reg._engine.names import abbreviate
 from lightning_reg._engine.regularizer import Regularizer, regularizers_of
 from lightning_reg._engine.technique import Phase
@@ -181,8 +182,9 @@ class MonteCarloDropout(Regularizer):
                     "not use it, or other modules may read its rate and keep it off in predictions"
                 )
 
-        modules = [*(site.module for site in sites), *(reader.module for reader in readers)]
-        handles += [module.register_forward_pre_hook(record) for module in {id(module): module for module in modules}.values()]
+        watched = [*(site.module for site in sites), *(reader.module for reader in readers)]
+        modules = {id(module): module for module in watched}
+        handles += [module.register_forward_pre_hook(ForwardPreHook(record)) for module in modules.values()]
         self._undo.append(partial(_remove, handles))
         self._undo.append(_lightning.wrap_method(pl_module, "predict_step", partial(_checked_once, check=check)))
 
