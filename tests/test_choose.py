@@ -148,6 +148,11 @@ def test_the_report_where_nothing_is_left():
     assert "confirmed" not in str(list(choice.table().columns[0].cells))
 
 
+def test_a_very_small_p_value_is_not_shown_as_zero():
+    choice = studied(0, 50.0)
+    assert choice.summary() == "Helpful: better than plain (p < 0.001)"
+
+
 def test_real_training_with_the_default_techniques():
     choice = choose(
         Linear,

@@ -227,7 +227,7 @@ def test_examples_are_found():
     """The patterns above match."""
     assert {"README.md", "docs/dropout.md", "docs/other-libraries.md", "docs/pruning.md", "docs/custom.md"} <= set(WITH_PYTHON)
     assert WITH_YAML == ["docs/command-line.md"]
-    assert sorted(BARE) == ["examples/dropout_schedules.py", "examples/pruning_curve.py"]
+    assert sorted(BARE) == ["examples/choose_digits.py", "examples/dropout_schedules.py", "examples/pruning_curve.py"]
     assert {words[0] for words in WITH_FLAGS} == {"examples/digits.py"}
 
 

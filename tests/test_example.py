@@ -191,3 +191,16 @@ def test_pruning_curve_example(tmp_path):
     assert accuracies[0][0] == accuracies[0][1] > accuracies[98][0]
     assert "curve.png" in printed
     assert matplotlib.image.imread(tmp_path / "curve.png")[..., :3].std() > 0.05
+
+
+@pytest.mark.slow
+def test_choose_digits_example(tmp_path):
+    """Shortened. The same command goes on, and the file that it writes trains."""
+    script, flags = str(ROOT / "examples" / "choose_digits.py"), ["--trials=6", "--confirm=3", "--epochs=3"]
+    printed = run_script(script, *flags, folder=tmp_path, columns=200)
+    assert "claimed by the best of 6 trials" in printed
+    assert run_script(script, *flags, folder=tmp_path, columns=200) == printed
+    folder = tmp_path / "runs" / "choose_digits"
+    assert matplotlib.image.imread(folder / "choice.png")[..., :3].std() > 0.05
+    fit = ["fit", f"--config={folder / 'reg.yaml'}", "--trainer.max_epochs=1", "--trainer.logger=false"]
+    run_script(str(ROOT / "examples" / "digits.py"), *fit, folder=tmp_path)

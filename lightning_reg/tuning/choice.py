@@ -23,6 +23,7 @@ from lightning_reg.tuning.results import (
     decimals,
     difference,
     known_overlap,
+    p_in_words,
     paired_differences,
     smallest_difference,
 )
@@ -93,7 +94,7 @@ class Choice(Report):
             return "keep plain: nothing that the search found earned its place"
         confirmed = self.differences["chosen"]
         if self.verdict == "better":
-            return f"{', '.join(self.kept)}: better than plain (p = {confirmed.p_value:.3f})"
+            return f"{', '.join(self.kept)}: better than plain ({p_in_words(confirmed.p_value)})"
         if self.verdict == "plain":
             return f"keep plain: no gain of {self.rope:.2g} or more was confirmed"
         return "undecided: the gain was not confirmed for sure, so keep plain or repeat more often"

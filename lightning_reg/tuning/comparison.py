@@ -11,7 +11,15 @@ from lightning.pytorch import Callback
 from lightning_reg._engine.arguments import check_integer, described_value
 from lightning_reg.tuning.files import described_callbacks
 from lightning_reg.tuning.progress import progress_bar
-from lightning_reg.tuning.results import Difference, Report, difference, known_overlap, paired_differences, smallest_difference
+from lightning_reg.tuning.results import (
+    Difference,
+    Report,
+    difference,
+    known_overlap,
+    p_in_words,
+    paired_differences,
+    smallest_difference,
+)
 from lightning_reg.tuning.runs import check_splits, checked_run, measure, shared_settings
 from lightning_reg.tuning.statistics import corrected_t_test, holm
 from lightning_reg.tuning.storage import open_storage, open_study
@@ -41,7 +49,7 @@ class Comparison(Report):
         """Return the result in one sentence."""
         plain = next(iter(self.runs))
         if self.verdict == "better":
-            return f"{self.best} is better than {plain} (p = {self.differences[self.best].p_value:.3f})"
+            return f"{self.best} is better than {plain} ({p_in_words(self.differences[self.best].p_value)})"
         if self.verdict == "plain":
             return f"keep {plain}: no candidate gains {self.rope:.2g} or more"
         return f"undecided: no candidate is better than {plain} for sure"

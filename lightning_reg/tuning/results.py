@@ -226,6 +226,16 @@ def repeats_in_words(found: Difference) -> str:
     return "" if math.isnan(found.repeats) else "∞" if math.isinf(found.repeats) else f"{found.repeats:.0f}"
 
 
+def p_in_words(p_value: float) -> str:
+    """Return a p-value as text.
+
+    Example:
+        >>> p_in_words(0.0123), p_in_words(1e-7)
+        ('p = 0.012', 'p < 0.001')
+    """
+    return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
+
+
 def decimals(spread: float) -> int:
     """Return how many decimals show two digits of a spread.
 

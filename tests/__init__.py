@@ -1,0 +1,1 @@
+"""The tests of lightning_reg, and its benchmarks."""
