@@ -25,8 +25,7 @@ HEADINGS = ["When to use it", "When not to", "Values", "Pitfalls"]
 WRITTEN = {path.stem: path.read_text() for path in (ROOT / "docs" / "cards").glob("*.md") if path.stem != "index"}
 
 
-def test_every_technique_has_a_card():
-    assert set(WRITTEN) == {*ROWS, "Penalty"}
+def test_every_card_is_in_the_index():
     assert {name for names in cards.techniques().values() for name in names} == set(WRITTEN)
 
 

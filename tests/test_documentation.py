@@ -260,6 +260,13 @@ def test_readme_lists_every_callback():
     assert len(listed) == len(set(listed))
 
 
+def test_every_callback_has_a_card():
+    """Its picture is tested in ``test_cards.py``."""
+    written = {path.stem for path in SITE if path.parent.name == "cards"} - {"index"}
+    assert {*ROWS, "Penalty"} - written == set(), "write docs/cards/NAME.md, with the sections of the others"
+    assert written == {*ROWS, "Penalty"}
+
+
 def test_techniques_page_has_every_formula():
     """The first cells of its tables are calls."""
     calls = [

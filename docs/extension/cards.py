@@ -31,7 +31,7 @@ GROUPS = {
 """The packages of techniques, in the order of the index, with their titles."""
 
 MEMBERS = {
-    "OverfittingMonitor": "verdict, points",
+    "OverfittingMonitor": "verdict, points, figure",
     "Penalty": "value, add_gradient_",
     "StartingPointPenalty": "reset",
 }

@@ -477,3 +477,28 @@ def overfitting(figure: Figure) -> None:
         optimizer.step()
     curves = {"train": torch.stack(train), "val": torch.stack(val)}
     lines(figure.subplots(), "epoch", "loss in eval mode", **curves, gap=curves["val"] - curves["train"])
+
+
+@picture("ParameterMonitor")
+def updates(figure: Figure) -> None:
+    """The relative update of a layer in each step, for two learning rates: one near the rule of thumb, and one far above."""
+    ax = figure.subplots()
+    lines(ax, "step", "relative update", **{f"lr {lr}": relative_updates(lr) for lr in (0.1, 0.001)})
+    ax.axhline(1e-3, color=BOUND, linewidth=1, linestyle="--")
+    ax.set_yscale("log")
+
+
+def relative_updates(lr: float) -> Tensor:
+    """Return how far each step of Adam moves the weights of a layer, relative to their norm."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 10)
+    y = x.sin().sum(1, keepdim=True)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 64), torch.nn.ReLU(), torch.nn.Linear(64, 1))
+    optimizer, ratios = torch.optim.Adam(model.parameters(), lr=lr), []
+    for _ in range(200):
+        before = model[0].weight.detach().clone()
+        optimizer.zero_grad()
+        mse_loss(model(x), y).backward()
+        optimizer.step()
+        ratios.append((model[0].weight.detach() - before).norm() / before.norm())
+    return torch.stack(ratios)
