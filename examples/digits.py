@@ -45,7 +45,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_reg import DropoutInjection, GradientNormClipping, L1Penalty, L2Penalty, WeightClipping
+from lightning_reg import DropoutInjection, GradientNormClipping, L1Penalty, L2Penalty, OverfittingMonitor, WeightClipping
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -209,6 +209,8 @@ def train(name: str, seed: int, show_callbacks: bool = False) -> Run:
     if show_callbacks:
         callbacks.append(ModelSummary(max_depth=0))  # with depth 0, only the summary of the regularization remains
     log = name in (PLAIN, ALL) and seed == SEEDS[0]
+    if log:
+        callbacks.append(OverfittingMonitor(metric="val/loss", name=name))  # prints a verdict, and saves a figure in the log
     trainer = Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
@@ -385,6 +387,8 @@ def compare() -> None:
     runs = train_all()
     draw(runs, OUTPUT / "digits.png")
     rich.print(table(runs))
+    for path in sorted(OUTPUT.glob("*/version_*/*.png")):
+        print(f"Overfitting: {path}")
     print(f"Figure: {OUTPUT / 'digits.png'}\nTensorBoard: tensorboard --logdir {OUTPUT}")
 
 

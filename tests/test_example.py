@@ -80,6 +80,10 @@ def test_output_names_figure_and_logs(job):
     folder, printed = job
     assert "Figure: runs/digits/digits.png" in printed
     assert "tensorboard --logdir runs/digits" in printed
+    assert re.search("^plain: over-fits since epoch \\d+: ", printed, re.MULTILINE)  # what OverfittingMonitor says
+    for curves in ("all_five/version_0/all_five.png", "plain/version_0/plain.png"):
+        assert matplotlib.image.imread(folder / "runs/digits" / curves)[..., :3].std() > 0.05
+        assert f"Overfitting: runs/digits/{curves}" in printed
     image = matplotlib.image.imread(folder / "runs/digits/digits.png")
     assert image[..., :3].std() > 0.05  # not blank
     logs = {log.parent.relative_to(folder / "runs/digits") for log in folder.rglob("events.out.tfevents.*")}
