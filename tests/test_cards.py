@@ -74,6 +74,12 @@ def test_cost_comes_from_the_benchmarks():
     assert all(len(cards.durations(name, BENCHMARKS)) == len(parts) for name, parts in cards.WORK.items())
 
 
+def test_index_links_every_card():
+    page = cards.index("# All", lambda name: f"{name}.html")
+    assert {name for name in WRITTEN if f'href="{name}.html"' in page} == set(WRITTEN)
+    assert page.count("_static/") == len(pictures.PICTURES)
+
+
 def test_members_exist():
     for name, members in cards.MEMBERS.items():
         assert all(hasattr(getattr(lightning_reg, name), member) for member in members.split(", "))

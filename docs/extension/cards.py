@@ -14,6 +14,8 @@ import lightning_reg
 from lightning_reg.custom import Regularizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
 
@@ -102,22 +104,23 @@ def framed(name: str, heart: str) -> str:
     return f"{start}\n{picture(name)}{main}{cost(name, benchmarks)}{found}{pitfalls}{reference(name)}"
 
 
-def entry(name: str) -> str:
+def entry(name: str, address: str) -> str:
     """Return the link to a technique in the index, with its picture and the first line of its docstring."""
     image = f'<img src="../_static/{name}.svg" alt="">' if name in pictures.PICTURES else ""
     summary = (
         (inspect.getdoc(getattr(lightning_reg, name)) or "").partition("\n")[0].partition(":")[0].rstrip(".").replace("``", "")
     )
-    return f'<a href="{name}.html">{image}<strong>{name}</strong><span>{escape(summary)}</span></a>'
+    return f'<a href="{address}">{image}<strong>{name}</strong><span>{escape(summary)}</span></a>'
 
 
-def index(start: str) -> str:
-    """Return the page that lists all techniques in groups."""
+def index(start: str, address: Callable[[str], str]) -> str:
+    """Return the page that lists all techniques in groups, with links to their addresses."""
     parts = [start]
     for title, names in techniques().items():
         if names:
+            links = "".join(entry(name, address(name)) for name in names)
             tree = "\n".join([f"```{{toctree}}\n:hidden:\n:caption: {title}\n", *names, "```"])
-            parts.append(f'\n## {title}\n\n<div class="cards">{"".join(map(entry, names))}</div>\n\n{tree}\n')
+            parts.append(f'\n## {title}\n\n<div class="cards">{links}</div>\n\n{tree}\n')
     return "\n".join(parts)
 
 
@@ -125,7 +128,11 @@ def frame(app: Sphinx, page: str, source: list[str]) -> None:
     """Complete a page of ``docs/cards/`` as Sphinx reads it."""
     folder, _, name = page.rpartition("/")
     if folder == "cards":
-        source[0] = index(source[0]) if name == "index" else framed(name, source[0])
+
+        def address(other: str) -> str:
+            return app.builder.get_relative_uri(page, f"cards/{other}")
+
+        source[0] = index(source[0], address) if name == "index" else framed(name, source[0])
 
 
 def draw(app: Sphinx) -> None:
