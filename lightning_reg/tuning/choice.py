@@ -27,7 +27,7 @@ from lightning_reg.tuning.results import (
     paired_differences,
     smallest_difference,
 )
-from lightning_reg.tuning.runs import check_splits, checked_run, measure, shared_settings
+from lightning_reg.tuning.runs import check_splits, checked_run, may_start_ranks, measure, shared_settings
 from lightning_reg.tuning.statistics import LEVEL, standard_error
 from lightning_reg.tuning.storage import open_storage, open_study, perform
 from lightning_reg.tuning.techniques import Technique, default_techniques
@@ -246,7 +246,8 @@ class _Engine:
             return self.run(self.build(values["setting"]), SEARCH_SPLIT, self.seed + SEARCH_SPLIT)
 
         with progress_bar("Searching", trials, self.mode, self.progress) as report:
-            outcomes = perform(study, tasks, suggest, execute, report, lambda number: sampler(self.seed, number))
+            suggests = lambda number: sampler(self.seed, number)  # noqa: E731
+            outcomes = perform(study, tasks, suggest, execute, report, suggests, may_start_ranks(self.run))
         return list(outcomes.values())
 
     def measure(self, keys: Sequence[str], splits: Sequence[int], what: str) -> dict[str, list[Outcome]]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_reg.tuning.ranks import follows
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -37,7 +39,7 @@ def progress_bar(what: str, total: int, mode: Mode, shown: bool) -> Iterator[Cal
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=False, compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, speed_estimate_period=3600) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown or follows(), speed_estimate_period=3600) as bar:
         task = bar.add_task(what, total=total, best="–")
         yield lambda outcomes: bar.update(task, completed=len(outcomes), best=best_of(outcomes, mode))
 

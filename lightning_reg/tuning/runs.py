@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_reg.tuning.experiment import Run
     from lightning_reg.tuning.storage import Outcome
 
-__all__ = ["check_splits", "checked_run", "measure", "shared_settings"]
+__all__ = ["check_splits", "checked_run", "may_start_ranks", "measure", "shared_settings"]
 
 
 def measure(
@@ -51,8 +51,9 @@ def measure(
     def execute(values: dict[str, Any]) -> float:
         return run(build(values["candidate"]), values["split"], seed + values["split"])
 
+    tasks: dict[str, dict[str, Any]] = {key: {} for key in keys.values()}
     outcomes = perform(
-        study, {key: {} for key in keys.values()}, lambda trial: json.loads(trial.user_attrs["task"]), execute, report
+        study, tasks, lambda trial: json.loads(trial.user_attrs["task"]), execute, report, joint=may_start_ranks(run)
     )
     return {name: [outcomes[keys[name, split]] for split in splits] for name in candidates}
 
@@ -87,6 +88,13 @@ def checked_run(
     if overlap is None:
         raise ValueError("run= needs overlap=, the number of test samples divided by the number of training samples")
     return run
+
+
+def may_start_ranks(run: Run) -> bool:
+    """Return whether a run may be trained by several ranks."""
+    if not isinstance(run, TrainerRun):
+        return False
+    return str(run.trainer.get("devices", 1)) not in ("1", "[0]") or run.trainer.get("num_nodes", 1) != 1
 
 
 def check_splits(run: Run, splits: Sequence[int]) -> None:

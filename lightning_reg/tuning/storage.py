@@ -25,6 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from lightning_reg.tuning.experiment import Measured, SetupError
+from lightning_reg.tuning.ranks import Leader, follow, follows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,6 +161,7 @@ def perform(
     execute: Callable[[dict[str, Any]], float],
     report: Callable[[dict[str, Outcome]], None] = lambda outcomes: None,
     sampler: Callable[[int], BaseSampler] | None = None,
+    joint: bool = False,
 ) -> dict[str, Outcome]:
     """Do the tasks that no process has done yet, wait for those that others do, and return the outcome of each.
 
@@ -171,12 +173,34 @@ def perform(
         report: Function that is called with the outcomes so far, at the start and after each run.
         sampler: Function that returns what suggests the values of a trial, by its number. The same number suggests the same,
             also in a study that goes on.
+        joint: Whether a run may start further ranks, which then do what this one does.
 
     Raises:
         RunsFailedError: If three runs in a row failed.
         SetupError: If the call is wrong, so that no run can succeed.
     """
-    worker = _Worker(study, suggest, execute)
+    if not joint:
+        return _perform(study, tasks, _Worker(study, suggest, execute), report, sampler)
+    if follows():
+        return follow(execute)
+    with Leader() as leader:
+
+        def told(values: dict[str, Any]) -> float:
+            leader.tell(values)
+            return execute(values)
+
+        outcomes = _perform(study, tasks, _Worker(study, suggest, told), report, sampler)
+        leader.finish(outcomes)
+    return outcomes
+
+
+def _perform(
+    study: Study,
+    tasks: Mapping[str, Mapping[str, Any]],
+    worker: _Worker,
+    report: Callable[[dict[str, Outcome]], None],
+    sampler: Callable[[int], BaseSampler] | None,
+) -> dict[str, Outcome]:
     while True:
         trials = study.get_trials(deepcopy=False)
         outcomes = {key: found for key, found in done(trials, study).items() if key in tasks}

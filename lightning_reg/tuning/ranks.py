@@ -1,0 +1,104 @@
+"""Runs under DDP, where Lightning starts the script again for each further rank.
+
+Rank 0 decides what is run, keeps the outcomes, and tells the other ranks. Before the first fit there are no other ranks, and no
+process group. What they have missed is in a file, whose path they inherit in their environment.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning_reg.tuning.storage import Outcome
+
+__all__ = ["Leader", "follow", "follows"]
+
+VARIABLE = "LIGHTNING_REG_TUNING_FILE"
+
+_finished: list[dict[str, Outcome]] = []
+"""The outcomes of each set of tasks that this process has finished, in order."""
+
+
+def follows() -> bool:
+    """Return whether this process is a rank that does what rank 0 says."""
+    return dist.get_rank() > 0 if _is_joint() else VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def follow(execute: Callable[[dict[str, Any]], float]) -> dict[str, Outcome]:
+    """Run what rank 0 runs, until all of a set of tasks is done, and return its outcomes."""
+    if not _is_joint():
+        missed = pickle.loads(Path(os.environ[VARIABLE]).read_bytes())  # of the parent process
+        if len(_finished) < len(missed["finished"]):
+            _finished.append(missed["finished"][len(_finished)])
+            return _finished[-1]
+        _try(execute, missed["values"])
+    while True:
+        kind, content = _hear()
+        if kind == "failed":
+            raise RuntimeError(content)
+        if kind == "finished":
+            _finished.append(content)
+            return _finished[-1]
+        _try(execute, content)
+
+
+def _hear() -> tuple[str, Any]:
+    """Wait for what rank 0 says."""
+    message: list[Any] = [None]
+    dist.broadcast_object_list(message)
+    kind, content = message[0]
+    return kind, content
+
+
+class Leader:
+    """Tells other ranks what this one does, in a ``with`` statement around a set of tasks.
+
+    Example:
+        >>> with Leader() as leader:
+        ...     leader.tell({"split": 0})  # nobody follows
+    """
+
+    def __enter__(self) -> Leader:
+        self._folder = tempfile.TemporaryDirectory(prefix="lightning_reg_")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, Exception) and _is_joint():
+            dist.broadcast_object_list([("failed", str(error))])
+        if os.environ.get(VARIABLE, "").startswith(self._folder.name):
+            del os.environ[VARIABLE]
+        self._folder.cleanup()
+
+    def tell(self, values: dict[str, Any]) -> None:
+        """Say what is run next: to the ranks that there are, or to those that the run will start."""
+        if _is_joint():
+            dist.broadcast_object_list([("run", values)])
+            return
+        path = Path(self._folder.name) / "missed"
+        path.write_bytes(pickle.dumps({"finished": _finished, "values": values}))
+        os.environ[VARIABLE] = str(path)
+
+    def finish(self, outcomes: dict[str, Outcome]) -> None:
+        """Say that all is done."""
+        _finished.append(outcomes)
+        if _is_joint():
+            dist.broadcast_object_list([("finished", outcomes)])
+
+
+def _is_joint() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _try(execute: Callable[[dict[str, Any]], float], values: dict[str, Any]) -> None:
+    """Run; what fails here fails on rank 0 too, which keeps the reason."""
+    with suppress(Exception):
+        execute(values)
