@@ -19,7 +19,7 @@ from pathlib import Path
 import optuna
 import pytest
 from processes import HERE, environment
-from tuning_worker import CONFIRM, TRIALS
+from tuning_worker import CONFIRM, RACED, TRIALS
 
 from lightning_reg.tuning.storage import open_storage
 
@@ -135,6 +135,14 @@ def test_two_processes_share_a_study(address, tmp_path):
     search.check()
     assert len(search.results()) == 2
     assert len({run["process"] for run in search.runs()}) == 2
+
+
+def test_processes_never_take_the_same_task(address, tmp_path):
+    """Three of them, as fast as they can. SQLite needs a lock for this that Optuna does not take."""
+    search = Search(address, tmp_path)
+    for process in [search.start("race") for _ in range(3)]:
+        finish(process)
+    assert Counter(run["task"] for run in search.runs()) == {str(number): 1 for number in range(RACED)}
 
 
 def test_a_killed_process_loses_no_run(address, tmp_path):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
 storage.HEARTBEAT_SECONDS, storage.GRACE_SECONDS = 1, 12  # a busy machine may delay a heartbeat for seconds
-TRIALS, CONFIRM = 12, 4
+TRIALS, CONFIRM, RACED = 12, 4, 60
 
 
 def main(address: str, folder: Path, hang_at: int) -> None:
@@ -46,6 +46,20 @@ def main(address: str, folder: Path, hang_at: int) -> None:
     (folder / f"{os.getpid()}.json").write_text(json.dumps(result))
 
 
+def race(address: str, folder: Path) -> None:
+    """Do tasks that take no time, so that processes often ask for the next one at the same moment."""
+    warnings.simplefilter("ignore")
+
+    def execute(values: dict[str, str]) -> float:
+        log(folder, values)
+        return 1.0
+
+    with storage.open_storage(address) as opened:
+        study = storage.open_study(opened, "race", "min", {})
+        tasks: dict[str, dict[str, object]] = {str(number): {} for number in range(RACED)}
+        storage.perform(study, tasks, lambda trial: {"task": trial.user_attrs["task"]}, execute)
+
+
 def log(folder: Path, entry: dict[str, object]) -> None:
     """Append an entry to the log that all processes share."""
     with (folder / "runs.log").open("a") as file:
@@ -53,4 +67,7 @@ def log(folder: Path, entry: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[3] == "race":
+        race(sys.argv[1], Path(sys.argv[2]))
+    else:
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -21,6 +21,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
+    from sqlalchemy import Connection
 
     from lightning_reg.tuning.experiment import Mode
 
@@ -105,8 +107,11 @@ def _database(storage: str) -> RDBStorage:
         url = make_url(storage)
         if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        options = {"connect_args": {"timeout": 60}} if url.get_backend_name() == "sqlite" else {"pool_pre_ping": True}
-        return _connected(storage, options)
+        if url.get_backend_name() != "sqlite":
+            return _connected(storage, {"pool_pre_ping": True})
+        database = _connected(storage, {"connect_args": {"timeout": 60, "isolation_level": None}})
+        event.listen(database.engine, "begin", _begin_with_lock)
+        return database
     except ArgumentError as error:
         raise SetupError(
             f'storage must be the address of a database, such as "sqlite:///runs/choose.db", got {storage!r}'
@@ -114,6 +119,14 @@ def _database(storage: str) -> RDBStorage:
     except (ImportError, SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise SetupError(f"the database {_without_password(storage)} cannot be reached: {reason}") from error
+
+
+def _begin_with_lock(connection: Connection) -> None:
+    """Lock the file before anything is read, so that two processes never take the same task.
+
+    By default, Python's sqlite3 begins a transaction at the first write, and what was read before may have changed.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _connected(storage: str, options: dict[str, Any], tries: int = 5) -> RDBStorage:
