@@ -402,7 +402,8 @@ def test_matrix_has_no_empty_cell():
     for name, cells in EXPECTED.items():
         assert list(cells) == list(PHASES), name
         assert all(cells.values()), name
-    assert set(PHASES_OF) == set(ROWS) - {"MonteCarloDropout"}  # which acts in predict
+    watching = {"OverfittingMonitor", "ParameterMonitor"}
+    assert set(PHASES_OF) == set(ROWS) - watching - {"MonteCarloDropout"}  # which acts in predict
     assert {phase for phases in PHASES_OF.values() for phase in phases} == set(PHASES)
 
 

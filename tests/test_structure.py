@@ -18,8 +18,8 @@ ROOT = Path(lightning_reg.__file__).parent
 MODULES = {
     info.name: ROOT.parent.joinpath(*info.name.split(".")) for info in pkgutil.walk_packages([str(ROOT)], "lightning_reg.")
 }
-PUBLIC = {"lightning_reg", *(f"lightning_reg.{name}" for name in ("custom", "functional", "schedules"))}
-PACKAGES = {"constraints", "dropout", "gradients", "penalties", "pruning", "shrinkage"}
+PUBLIC = {"lightning_reg", *(f"lightning_reg.{name}" for name in ("custom", "functional", "schedules", "tuning.statistics"))}
+PACKAGES = {"constraints", "dropout", "gradients", "monitors", "penalties", "pruning", "shrinkage", "tuning"}
 
 
 def tree_of(name):

@@ -74,16 +74,34 @@ def address(request, tmp_path):
     return url
 
 
+@pytest.fixture
+def search(address, tmp_path):
+    """Return a search on an empty database, and end its processes whatever happens."""
+    search = Search(address, tmp_path)
+    yield search
+    search.end()
+
+
 class Search:
     """Processes that call ``choose`` on one database."""
 
     def __init__(self, address, folder):
         self.address, self.folder = address, folder
+        self.processes = []
+
+    def end(self):
+        """Kill what still runs, and close the pipes."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            if not process.stderr.closed:
+                process.communicate()
 
     def start(self, hang_at=0):
         """Start a process, which may hang in a run until it is stopped."""
         command = [sys.executable, str(HERE / "tuning_worker.py"), self.address, str(self.folder), str(hang_at)]
-        return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
+        self.processes.append(subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True))
+        return self.processes[-1]
 
     def wait_for(self, process, runs):
         """Wait until a process has started some runs."""
@@ -127,8 +145,7 @@ def finish(process):
     assert process.returncode == 0, errors[-2000:]
 
 
-def test_two_processes_share_a_study(address, tmp_path):
-    search = Search(address, tmp_path)
+def test_two_processes_share_a_study(search):
     processes = [search.start(), search.start()]
     for process in processes:
         finish(process)
@@ -137,17 +154,15 @@ def test_two_processes_share_a_study(address, tmp_path):
     assert len({run["process"] for run in search.runs()}) == 2
 
 
-def test_processes_never_take_the_same_task(address, tmp_path):
+def test_processes_never_take_the_same_task(search):
     """Three of them, as fast as they can. SQLite needs a lock for this that Optuna does not take."""
-    search = Search(address, tmp_path)
     for process in [search.start("race") for _ in range(3)]:
         finish(process)
     assert Counter(run["task"] for run in search.runs()) == {str(number): 1 for number in range(RACED)}
 
 
-def test_a_killed_process_loses_no_run(address, tmp_path):
+def test_a_killed_process_loses_no_run(search):
     """The run it was in is done again, once, by a process that was there or by one that comes later."""
-    search = Search(address, tmp_path)
     killed, other = search.start(hang_at=3), search.start()
     search.wait_for(killed, 3)
     killed.kill()
@@ -156,10 +171,10 @@ def test_a_killed_process_loses_no_run(address, tmp_path):
     search.check(extra=1)
 
 
-def test_an_interrupted_process_goes_on(tmp_path):
+@pytest.mark.parametrize("address", ["sqlite"], indirect=True)
+def test_an_interrupted_process_goes_on(search):
     """In a run after the search. Nobody waits for a heartbeat."""
     hang_at = TRIALS + 4
-    search = Search(f"sqlite:///{tmp_path}/choose.db", tmp_path)
     process = search.start(hang_at)
     search.wait_for(process, hang_at)
     process.send_signal(signal.SIGINT)

@@ -365,6 +365,12 @@ def ddp_has_hooks(trainer: Trainer) -> bool:
     return isinstance(model, DistributedDataParallel) and bool(getattr(model, "_comm_hooks", None))
 
 
+def ddp_hook_keeps_errors(trainer: Trainer) -> bool:
+    """Return whether a communication hook of DDP keeps parts of gradients for later steps, as PowerSGD does."""
+    hooks = getattr(trainer.strategy.model, "_comm_hooks", None) or ()
+    return any(getattr(state, "use_error_feedback", False) or getattr(state, "warm_start", False) for _, state in hooks)
+
+
 def uses_ddp(trainer: Trainer) -> bool:
     """Return whether DDP reduces the gradients."""
     return isinstance(trainer.strategy.model, DistributedDataParallel)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_reg._engine import _lightning
+from lightning_reg._engine.averaging import wrap_averagers
 from lightning_reg._engine.clock import Clock
 from lightning_reg._engine.forward import ForwardChanges
 from lightning_reg._engine.plan import Step
@@ -164,6 +165,7 @@ class Driver:
             technique.resolve(self._clock)
         if self._acting["reproject"]:
             self._undo += _lightning.wrap_average_updates(self.trainer, self._after_average_update)
+            self._undo += wrap_averagers(self.trainer, self._after_average_over_ranks)
         for technique in self._acting["data_ready"]:
             technique.data_ready()
         self._adding = [technique for technique in self.techniques if technique.adds_to_loss]
@@ -433,6 +435,11 @@ class Driver:
         with torch.no_grad():
             for technique in self._acting["reproject"]:
                 technique.reproject_copy(average)
+
+    def _after_average_over_ranks(self) -> None:
+        """Let the average of the ranks' weights satisfy the constraints, which the average of satisfying weights may not."""
+        with torch.no_grad():
+            self._reproject()
 
     def _all_parameters(self, technique: Technique) -> list[Parameter]:
         return list(dict.fromkeys(p for optimizer in self.trainer.optimizers for p in technique.parameters_of(optimizer)))

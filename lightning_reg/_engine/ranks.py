@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.technique import Technique
 
-__all__ = ["Agreement", "agree", "answers_of_all", "may_differ", "mean_of_all", "mean_tensors_of_all"]
-
 TIMEOUT = timedelta(seconds=60)
 
 

@@ -187,7 +187,7 @@ class NonFiniteGradientGuard(GradientProcessing):
         if self.policy == "raise" or consecutive >= self.patience:
             raise RuntimeError(
                 f"{where} {', '.join(names)}: look for bad data, a division by zero, or a logarithm or square root of zero, or "
-                "lower the learning rate"
+                f"lower the learning rate{self._hint_of_hook(consecutive)}"
             )
         if not (self.policy == "skip" and step.evaluation):  # which is an error
             self._warn_once(f"{where} {abbreviate(names)}")
@@ -207,6 +207,15 @@ class NonFiniteGradientGuard(GradientProcessing):
             self._bad_step = step.key
         elif not is_bad and not step.evaluation:
             counts[index] = 0
+
+    def _hint_of_hook(self, consecutive: int) -> str:
+        assert self._trainer is not None, "attached"
+        if consecutive < 2 or not _lightning.ddp_hook_keeps_errors(self._trainer):
+            return ""
+        return (
+            ". The error feedback of the DDP communication hook may hold the NaN of an earlier step: set "
+            "use_error_feedback=False and warm_start=False in PowerSGDState"
+        )
 
     def _warn_once(self, where: str) -> None:
         if sum(self.state["bad_steps"].values()) == 1:

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch.nn import Parameter
 
+from lightning_reg._engine import _lightning
+from lightning_reg._engine.averaging import averagers
 from lightning_reg._tensors.random import hashed
+from lightning_reg._tensors.reductions import accumulation_dtype
 from lightning_reg.pruning.scores import GivenScores, MagnitudeScores, RandomScores, Score, scores_over_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lightning.pytorch import Trainer
+    from torch import Tensor
 
 Criterion = Literal["magnitude", "random"] | Callable[[str, Parameter], Any]
 """``"magnitude"``, ``"random"``, or a callable ``(name, parameter) -> scores``. The lowest scores are pruned first.
@@ -39,11 +43,17 @@ def scores_of(
         ValueError: If its scores have the wrong shape or are not finite.
     """
     if criterion == "magnitude":
-        return [MagnitudeScores(p) for p in params.values()]
+        replicas_differ = bool(averagers(trainer))
+        return [MagnitudeScores(_mean_weights(trainer, p) if replicas_differ else p) for p in params.values()]
     if criterion == "random":
         return [RandomScores(p, hashed(what, name, *key)) for name, p in params.items()]
     assert callable(criterion), "checked by the constructor"
     return [_given_scores(what, criterion, name, p, trainer) for name, p in params.items()]
+
+
+def _mean_weights(trainer: Trainer, p: Parameter) -> Tensor:
+    """Return the mean over the ranks, so that all of them prune the same weights."""
+    return _lightning.mean_over_ranks(trainer, p.detach().to(accumulation_dtype(p.dtype), copy=True))
 
 
 def _given_scores(

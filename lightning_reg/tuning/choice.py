@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from lightning_reg.tuning.experiment import Data, Mode, Run
     from lightning_reg.tuning.storage import Outcome, Storage
 
-__all__ = ["Choice", "Worth", "choose"]
-
 Setting: TypeAlias = "dict[str, dict[str, Any]]"
 """The techniques that are on, by their names, each with the values of its arguments."""
 
@@ -123,6 +121,11 @@ class Choice(Report):
         return (
             f"{self.summary()}\nPositive is better ({better} {self.metric}). Differences below {self.rope:.2g} do not matter."
         )
+
+    def pairs(self) -> list[float]:
+        """Return the paired differences of the confirmation."""
+        chosen, plain = ([run.value for run in self.runs[name]] for name in ("chosen", "plain"))
+        return paired_differences(chosen, plain, self.mode)
 
     def figure(self) -> Figure:
         """Draw the trials of the search, what the best claimed, and what was confirmed."""

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from lightning_reg.tuning.experiment import Data, Mode, Run
     from lightning_reg.tuning.storage import Outcome, Storage
 
-__all__ = ["Comparison", "compare"]
-
 
 @dataclass(kw_only=True)
 class Comparison(Report):

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Callback
 
-__all__ = ["Data", "Measured", "Mode", "Run", "SetupError", "TrainerRun"]
-
 Mode: TypeAlias = Literal["min", "max"]
 Loaders: TypeAlias = "LightningDataModule | tuple[Any, Any]"
 Data: TypeAlias = "Callable[[int], Loaders]"

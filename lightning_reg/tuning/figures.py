@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-
-from lightning_reg.tuning.results import paired_differences
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lightning_reg.tuning.choice import Choice
-    from lightning_reg.tuning.path import StrengthPath
-    from lightning_reg.tuning.results import Report
-
-__all__ = ["draw_choice", "draw_differences", "draw_path"]
 
 COLORS = {"better": "#0072B2", "undecided": "#7F7F7F", "plain": "#D55E00"}  # distinct for color-blind readers too
 
 
-def draw_differences(report: Report) -> Figure:
-    """Draw the gain of each candidate over the first, with its interval and what it means."""
+def draw_differences(report: Any) -> Figure:
+    """Draw the gain of each candidate of a `Report` over the first, with its interval and what it means."""
     names = list(report.differences)
     figure = Figure(figsize=(8, 1.6 + 0.5 * len(names)), layout="constrained")
     axis = figure.subplots()
@@ -43,8 +36,8 @@ def draw_differences(report: Report) -> Figure:
     return figure
 
 
-def draw_path(path: StrengthPath) -> Figure:
-    """Draw the metric over the strength with error bars, and mark the best and the chosen strength."""
+def draw_path(path: Any) -> Figure:
+    """Draw a `StrengthPath`: the metric over the strength with error bars, and the best and the chosen strength."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     logarithmic = path.values[0] > 0
@@ -66,8 +59,8 @@ def draw_path(path: StrengthPath) -> Figure:
     return figure
 
 
-def draw_choice(choice: Choice) -> Figure:
-    """Draw the trials of the search, the gain that the best one claims, and the gain that was confirmed."""
+def draw_choice(choice: Any) -> Figure:
+    """Draw a `Choice`: the trials of the search, the gain that the best one claims, and the gain that was confirmed."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     sign = 1 if choice.mode == "max" else -1
@@ -78,8 +71,7 @@ def draw_choice(choice: Choice) -> Figure:
     left.set(xlabel="trial of the search, on one split", ylabel=f"gain in {choice.metric} over plain")
     left.legend(frameon=False)
     if confirmed := choice.differences.get("chosen"):
-        chosen, plains = ([run.value for run in choice.runs[name]] for name in ("chosen", "plain"))
-        each = paired_differences(chosen, plains, choice.mode)
+        each = choice.pairs()
         right.plot([0.0] * len(each), each, "o", color="#7F7F7F", markersize=4)
         error = [[confirmed.mean - confirmed.low], [confirmed.high - confirmed.mean]]
         right.errorbar(

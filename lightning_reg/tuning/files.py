@@ -14,8 +14,6 @@ from lightning_reg.schedules import Schedule
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 
-__all__ = ["config_of", "described_callbacks"]
-
 
 def config_of(callback: Callback) -> dict[str, Any]:
     """Return a callback as the mapping that ``trainer.callbacks`` of a LightningCLI file takes.

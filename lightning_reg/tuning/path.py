@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from lightning_reg.tuning.experiment import Data, Mode, Run
     from lightning_reg.tuning.storage import Outcome, Storage
 
-__all__ = ["StrengthPath", "strength_path"]
-
 
 @dataclass(kw_only=True)
 class StrengthPath(Runs):

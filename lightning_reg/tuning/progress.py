@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lightning_reg.tuning.experiment import Mode
     from lightning_reg.tuning.storage import Outcome
 
-__all__ = ["progress_bar"]
-
 
 @contextmanager
 def progress_bar(what: str, total: int, mode: Mode, shown: bool) -> Iterator[Callable[[dict[str, Outcome]], None]]:

@@ -18,13 +18,9 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lightning_reg.tuning.storage import Outcome
-
-__all__ = ["Leader", "follow", "follows"]
-
 VARIABLE = "LIGHTNING_REG_TUNING_FILE"
 
-_finished: list[dict[str, Outcome]] = []
+_finished: list[dict[str, Any]] = []
 """The outcomes of each set of tasks that this process has finished, in order."""
 
 
@@ -33,7 +29,7 @@ def follows() -> bool:
     return dist.get_rank() > 0 if _is_joint() else VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def follow(execute: Callable[[dict[str, Any]], float]) -> dict[str, Outcome]:
+def follow(execute: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
     """Run what rank 0 runs, until all of a set of tasks is done, and return its outcomes."""
     if not _is_joint():
         missed = pickle.loads(Path(os.environ[VARIABLE]).read_bytes())  # of the parent process
@@ -87,7 +83,7 @@ class Leader:
         path.write_bytes(pickle.dumps({"finished": _finished, "values": values}))
         os.environ[VARIABLE] = str(path)
 
-    def finish(self, outcomes: dict[str, Outcome]) -> None:
+    def finish(self, outcomes: dict[str, Any]) -> None:
         """Say that all is done."""
         _finished.append(outcomes)
         if _is_joint():

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lightning_reg.tuning.experiment import Mode
     from lightning_reg.tuning.storage import Outcome
 
-__all__ = ["Difference", "Report", "Runs", "paired_differences"]
-
 
 class Difference(NamedTuple):
     """A candidate against plain, signed so that positive is better whatever the mode.

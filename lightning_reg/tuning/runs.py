@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from lightning_reg.tuning.experiment import Run
     from lightning_reg.tuning.storage import Outcome
 
-__all__ = ["check_splits", "checked_run", "may_start_ranks", "measure", "shared_settings"]
-
 
 def measure(
     study: Study,

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
     from lightning_reg.tuning.experiment import Mode
 
-__all__ = ["Outcome", "RunsFailedError", "open_storage", "open_study", "perform"]
-
 Storage: TypeAlias = "str | BaseStorage | None"
 
 HEARTBEAT_SECONDS = 10

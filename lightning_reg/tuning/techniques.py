@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from optuna import Trial
     from torch import nn
 
-__all__ = ["DEFAULT_RANGES", "Technique", "default_techniques", "smaller_is_stronger"]
-
 ACTIVATIONS = (
     "CELU",
     "ELU",
