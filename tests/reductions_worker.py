@@ -66,6 +66,14 @@ class Bad(Digits):
         return super().training_step(batch, batch_idx) + factor * (self.net[6].weight[0, 0] + self.net[6].bias[1])
 
 
+class OnceBad(Digits):
+    """One gradient is NaN in the second step, and PowerSGD keeps it."""
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        factor = float("nan") if self.trainer.fit_loop.total_batch_idx == 4 else 0.0
+        return super().training_step(batch, batch_idx) + factor * self.net[1].weight.sum()
+
+
 class Weighted(Penalty):
     """A penalty that depends on the samples of a rank: on the first it weighs twice as much, and only there counts a bias."""
 
@@ -130,6 +138,8 @@ def main(folder: Path) -> None:
         "fp16": both(Still, WEAK, fp16_options, rank),
         "fp16, later": train([L2Penalty(WEAK), RegistersLater()], Still(), [rank], **ddp()),
         "PowerSGD": both(Digits, STRENGTH, powersgd_options, rank),
+        "PowerSGD, NaN": failure([NonFiniteGradientGuard(patience=4)], OnceBad(), [rank], **powersgd_options()),
+        "no hook, NaN": failure([NonFiniteGradientGuard(patience=4)], OnceBad(), [rank], **ddp()),
         "fp16, loss": failure([L2Penalty(WEAK, inject="loss")], Still(), [rank], **fp16_options()),
         "sparse": train([L2Penalty(STRENGTH, params="all")], Embedded(), [rank], **ddp()),
         "sparse, loss": failure([L2Penalty(STRENGTH, params="all", inject="loss")], Embedded(), [rank], **ddp()),

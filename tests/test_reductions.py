@@ -53,6 +53,15 @@ def test_a_weak_penalty_survives_a_hook_that_rounds_to_float16(ranks):
         assert moved == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_guard_names_the_hook_that_keeps_a_nan(ranks):
+    """One bad batch. Without the hook, the next step is good."""
+    error = ranks[0]["PowerSGD, NaN"]
+    assert (
+        "The error feedback of the DDP communication hook may hold the NaN of an earlier step: set use_error_feedback=" in error
+    )
+    assert ranks[0]["no hook, NaN"] == ""
+
+
 def test_sparse_gradients_are_penalized(ranks):
     expected = one_process([L2Penalty(STRENGTH, params="all")], Embedded())
     assert_close(ranks[0]["sparse"], expected, **TOLERANCE)
