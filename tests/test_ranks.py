@@ -67,7 +67,7 @@ def test_activities_are_a_mean_over_the_samples_of_all_ranks(ranks, kind, model)
     assert found != pytest.approx(0.1 * activities.batches[-1], rel=1e-4)  # those of one rank
 
 
-@pytest.mark.parametrize("name", ["L2Penalty", "GradientNormClipping", "MaxNorm", "WeightPruning"])
+@pytest.mark.parametrize("name", ["L2Penalty", "GradientNormClipping", "MaxNorm", "ParameterMonitor", "WeightPruning"])
 @pytest.mark.parametrize("kind", ["DDP", "sharded"])
 def test_values_are_those_of_one_process(ranks, kind, name):
     model = {"DDP": Digits, "sharded": Sharded}[kind]
