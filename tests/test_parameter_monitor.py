@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import Classifier, Gan, Memory, fit, loader, same
 from lightning.pytorch import Callback
+from torch.testing import assert_close
 
 from lightning_reg import (
     ActivityPenalty,
@@ -17,7 +18,8 @@ from lightning_reg import (
     StartingPointPenalty,
     WeightDecay,
 )
-from lightning_reg.monitors.measures import update_sums
+from lightning_reg.monitors import parameters
+from lightning_reg.monitors.measures import SMALL, squares_of_each, update_sums, update_sums_of_each
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 
@@ -129,7 +131,8 @@ def test_it_changes_nothing_beside_penalties():
 def test_only_every_nth_step(monkeypatch):
     logger = Memory()
     copies = []
-    monkeypatch.setattr(ParameterMonitor, "_row", lambda self, p, row=ParameterMonitor._row: copies.append(p) or row(self, p))
+    measure = lambda before, after: copies.extend(before) or update_sums_of_each(before, after)  # noqa: E731
+    monkeypatch.setattr(parameters, "update_sums_of_each", measure)
     fit([ParameterMonitor(every_n_steps=3)], logger=logger, log_every_n_steps=50)
     assert list(logger.steps) == [2, 5]
     assert len(copies) == 2 * len(list(Classifier().parameters()))
@@ -154,6 +157,20 @@ def test_activity_penalties_are_left_out_and_named(capsys):
         "ParameterMonitor does not measure ActivityPenalty-ReLU, because its gradient needs a backward pass of its own"
         in printed
     )
+
+
+def test_tensors_that_are_measured_together():
+    """As each by itself, whatever their sizes, shapes, and dtypes."""
+    shapes = [(3, 4), (3, 4), (7,), (), (0,), (SMALL,), (SMALL + 1,), (2, 3, 4)]
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    after = [torch.randn(shape).to(dtype) for shape in shapes for dtype in dtypes]
+    after[0][0] = 0
+    before = [tensor + torch.randn_like(tensor) for tensor in after]
+    expected = [torch.stack(update_sums(one.clone(), other)).float() for one, other in zip(before, after, strict=True)]
+    squares = [tensor.double().square().sum() for tensor in after]
+    assert_close(torch.stack([square.double() for square in squares_of_each(after)]), torch.stack(squares), rtol=1e-5, atol=0)
+    found = update_sums_of_each(before, after)
+    assert_close(torch.stack([row.float() for row in found]), torch.stack(expected), rtol=1e-5, atol=0)
 
 
 def test_edges():

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lightning_reg.penalties.base import Penalty
 
 
+SMALL = 1 << 16
+"""The most entries of a tensor that is measured together with others."""
+
+
 def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
     """Return Σ|g|² over this rank's part of gradients.
 
@@ -57,6 +61,46 @@ def update_sums(before: Tensor, after: Tensor) -> list[Tensor]:
         totals = sums if totals is None else [total + one for total, one in zip(totals, sums, strict=True)]
     assert totals is not None, "there is at least one chunk"
     return totals
+
+
+def squares_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return Σ|x|² of each tensor, of small ones in one call.
+
+    Example:
+        >>> squares_of_each([torch.tensor([3.0, 4.0]), torch.tensor([2.0])])
+        [tensor(25.), tensor(4.)]
+    """
+    small = [tensor for tensor in tensors if _is_small(tensor)]
+    squares = iter((torch.stack(torch._foreach_norm(small)) ** 2).unbind() if small else ())
+    return [next(squares) if _is_small(tensor) else sum_of_squares([tensor]) for tensor in tensors]
+
+
+def update_sums_of_each(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
+    """Return ``update_sums`` of each pair of tensors as one tensor, of small ones in a few calls. ``before`` is overwritten."""
+    is_small = [_is_small(old) and _is_small(new) for old, new in zip(before, after, strict=True)]
+    old, new = ([tensor for tensor, small in zip(given, is_small, strict=True) if small] for given in (before, after))
+    rows = iter(_sums_of_small(old, new).unbind() if old else ())
+    pairs = zip(before, after, is_small, strict=True)
+    return [next(rows) if small else torch.stack(update_sums(one, other)) for one, other, small in pairs]
+
+
+def _sums_of_small(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    new, old = (torch.stack(torch._foreach_norm(tensors)) for tensors in (after, before))
+    torch._foreach_sub_(before, after)
+    return torch.stack([new**2, torch.stack(torch._foreach_norm(before)) ** 2, old**2, _zeros_of_each(after)], 1)
+
+
+def _zeros_of_each(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the number of zeros of each tensor. Those of one shape are counted together."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_shape.setdefault(tensor.shape, []).append(index)
+    counts = torch.empty(len(tensors), device=tensors[0].device, dtype=tensors[0].dtype)
+    for indices in by_shape.values():
+        stacked = torch.stack([tensors[index] for index in indices])
+        zeros = (stacked == 0).flatten(1).sum(1) if stacked.ndim > 1 else (stacked == 0)
+        counts[torch.tensor(indices, device=counts.device)] = zeros.to(counts)
+    return counts
 
 
 def relative_norms(penalties: Sequence[Penalty], optimizer: Optimizer) -> dict[str, Tensor]:
@@ -111,6 +155,11 @@ def _norm(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
     """Return the norm of gradients over all shards of their parameters."""
     squares = [sum_over_shards(sum_of_squares([g]).to(g.device), p) for g, p in zip(gradients, params, strict=True)]
     return torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Return whether a tensor has few entries, so that one sum in float32 is exact enough, and calls cost more than memory."""
+    return tensor.dtype is torch.float32 and 0 < tensor.numel() <= SMALL and tensor.layout is torch.strided
 
 
 def _square(tensor: Tensor) -> Tensor:

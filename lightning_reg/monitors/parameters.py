@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -13,11 +13,13 @@ from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.selection import selection_mask
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.shards import local_tensor, sum_over_shards
-from lightning_reg.monitors.measures import relative_norms, sum_of_squares, update_sums
+from lightning_reg.monitors.measures import relative_norms, squares_of_each, sum_of_squares, update_sums_of_each
 from lightning_reg.penalties.activity import ActivityPenalty
 from lightning_reg.penalties.base import Penalty
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
     from torch.nn import Parameter
@@ -112,7 +114,7 @@ class ParameterMonitor(ParameterRegularizer):
         if (step.number + 1) % self.every_n_steps or step.evaluation:
             return
         assert self._trainer is not None, "the fit has started"
-        self._measured.update({id(p): sum_of_squares([] if p.grad is None else [p.grad]) for p in params})
+        self._measured.update(zip(map(id, params), _squares_of_gradients(params), strict=True))
         penalties = [cb for cb in regularizers_of(self._trainer) if isinstance(cb, Penalty)]
         self._shares.update({f"{name}/relative_norm": value for name, value in relative_norms(penalties, optimizer).items()})
         self._before.update({id(p): local_tensor(p.detach()).clone() for p in params})
@@ -123,20 +125,16 @@ class ParameterMonitor(ParameterRegularizer):
         if not measured:
             return
         assert self._trainer is not None, "the fit has started"
-        rows = {self.name_of(p): (p.numel(), self._row(p)) for p in measured}
+        before, squares = ([held.pop(id(p)) for p in measured] for held in (self._before, self._measured))
+        sums = update_sums_of_each(before, [local_tensor(p.detach()) for p in measured])
+        rows = _numbers([sum_over_shards(row, p) for row, p in zip(sums, measured, strict=True)])
+        gradients = _numbers([sum_over_shards(square.to(p.device), p) for square, p in zip(squares, measured, strict=True)])
+        found = zip(measured, rows, gradients, strict=True)
+        metrics = self._by_key({self.name_of(p): (p.numel(), [row[0], square, *row[1:]]) for p, row, square in found})
         shares, self._shares = self._shares, {}
-        numbers = torch.stack([row.double().cpu() if row.device.type == "mps" else row.double() for _, row in rows.values()])
-        counts = {name: count for name, (count, _) in rows.items()}
-        metrics = self._by_key({name: (counts[name], row) for name, row in zip(rows, numbers.tolist(), strict=True)})
-        found = torch.stack([share.float() for share in shares.values()]).tolist() if shares else []
-        metrics.update({self.label(key, optimizer): value for key, value in zip(shares, found, strict=True)})
+        relative = zip(shares, _numbers(list(shares.values())), strict=True)
+        metrics.update({self.label(key, optimizer): value for key, value in relative})
         _evaluation.log_now(self._trainer, {f"reg/{self.name}/{key}": value for key, value in metrics.items()})
-
-    def _row(self, p: Parameter) -> Tensor:
-        """Return sums over all shards: of squares of new weights, gradients, updates, old weights; of zeros."""
-        before, after = self._before.pop(id(p)), local_tensor(p.detach())
-        sums = update_sums(before, after)
-        return sum_over_shards(torch.stack([sums[0], self._measured.pop(id(p)).to(sums[0]), *sums[1:]]), p)
 
     def _by_key(self, rows: dict[str, tuple[int, list[float]]]) -> dict[str, float]:
         """Return the metrics of each parameter, or of each group."""
@@ -166,3 +164,21 @@ class ParameterMonitor(ParameterRegularizer):
     def route(self) -> str:
         """Return when it measures."""
         return f"every {self.every_n_steps} steps"
+
+
+def _squares_of_gradients(params: Sequence[Parameter]) -> list[Tensor]:
+    """Return the sum of squares of this rank's part of each gradient."""
+    gradients = [None if p.grad is None or p.grad.is_sparse else local_tensor(p.grad) for p in params]
+    squares = iter(squares_of_each([gradient for gradient in gradients if gradient is not None]))
+    return [
+        next(squares) if gradient is not None else sum_of_squares([] if p.grad is None else [p.grad])
+        for p, gradient in zip(params, gradients, strict=True)
+    ]
+
+
+def _numbers(tensors: Sequence[Tensor]) -> list[Any]:
+    """Return the values of tensors of one shape, with a single transfer from a device if they are on one."""
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) != 1:
+        return [tensor.tolist() for tensor in tensors]
+    values: list[Any] = torch.stack(list(tensors)).tolist()
+    return values

@@ -10,7 +10,7 @@ from gap_truth import SHARES, covered, missed_by_logs, outcomes
 from rich.table import Table
 
 from lightning_reg.functional import add_l2_gradient_
-from lightning_reg.monitors.measures import sum_of_squares, update_sums
+from lightning_reg.monitors.measures import squares_of_each, update_sums_of_each
 from tests.benchmarks.measuring import measure
 
 if TYPE_CHECKING:
@@ -47,9 +47,8 @@ def report_cost(label: str, params: list[Tensor], seconds: float) -> str:
     gradients, weights = [p.grad for p in params if p.grad is not None], [p.detach() for p in params]
 
     def monitor() -> None:
-        for gradient, weight in zip(gradients, weights, strict=True):
-            sum_of_squares([gradient])
-            update_sums(weight.clone(), weight)
+        squares_of_each(gradients)
+        update_sums_of_each([weight.clone() for weight in weights], weights)
 
     def penalty() -> None:
         for p in params:
@@ -58,10 +57,8 @@ def report_cost(label: str, params: list[Tensor], seconds: float) -> str:
 
     def measured_penalty() -> None:
         penalty()
-        for p, gradient in zip(params, gradients, strict=True):
-            assert p.grad is not None
-            sum_of_squares([p.grad])
-            sum_of_squares([gradient])
+        squares_of_each([p.grad for p in params if p.grad is not None])
+        squares_of_each(gradients)
 
     floor = lambda: torch._foreach_add_(gradients, weights, alpha=1e-4)  # noqa: E731
     base, ours, alone, with_norms = measure([floor, monitor, penalty, measured_penalty], seconds)
