@@ -24,7 +24,14 @@ def test_ddp_started_from_the_calling_script(tmp_path):
 
 @pytest.mark.parametrize(
     ("trainer", "expected"),
-    [({}, False), ({"devices": 1}, False), ({"devices": 2}, True), ({"devices": "auto"}, True), ({"num_nodes": 2}, True)],
+    [
+        ({}, True),
+        ({"accelerator": "cpu"}, False),
+        ({"devices": 1}, False),
+        ({"devices": 2, "accelerator": "cpu"}, True),
+        ({"devices": "auto"}, True),
+        ({"devices": 1, "num_nodes": 2}, True),
+    ],
 )
 def test_which_runs_may_start_ranks(trainer, expected):
     assert may_start_ranks(TrainerRun(lambda: None, lambda split: None, "loss", trainer)) is expected

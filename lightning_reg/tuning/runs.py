@@ -92,7 +92,9 @@ def may_start_ranks(run: Run) -> bool:
     """Return whether a run may be trained by several ranks."""
     if not isinstance(run, TrainerRun):
         return False
-    return str(run.trainer.get("devices", 1)) not in ("1", "[0]") or run.trainer.get("num_nodes", 1) != 1
+    devices = str(run.trainer.get("devices", "auto"))  # all that there are; of CPUs, one
+    is_one = devices in ("1", "[0]") or (devices == "auto" and run.trainer.get("accelerator") == "cpu")
+    return not is_one or run.trainer.get("num_nodes", 1) != 1
 
 
 def check_splits(run: Run, splits: Sequence[int]) -> None:
