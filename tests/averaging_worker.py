@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.distributed import new_subgroups
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from torch.distributed.optim import PostLocalSGDOptimizer
 
 from lightning_reg import UnitNorm, WeightPruning
 
@@ -58,6 +57,8 @@ class Averaged(Digits):
         optimizer.step()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        from torch.distributed.optim import PostLocalSGDOptimizer  # which warns when it is imported
+
         optimizer = super().configure_optimizers()
         wrapped = PostLocalSGDOptimizer(optimizer, PeriodicModelAverager(PERIOD, warmup_steps=0))
         wrapped.defaults = optimizer.defaults  # Lightning asks for them

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import warnings
@@ -67,6 +68,7 @@ def log(folder: Path, entry: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background may ignore
     if sys.argv[3] == "race":
         race(sys.argv[1], Path(sys.argv[2]))
     else:

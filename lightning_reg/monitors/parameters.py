@@ -41,7 +41,8 @@ class ParameterMonitor(ParameterRegularizer):
     masks), and ``zeros`` (the fraction of entries that are 0). For each penalty of the trainer it logs
     ``reg/<name>/<penalty>/relative_norm``: the norm of its gradient, divided by that of the data's gradient, over what
     it penalizes. ``ActivityPenalty`` is left out, because its gradient needs a backward pass of its own.
-    The values are in ``trainer.callback_metrics``, with and without a logger. Other steps cost nothing.
+    The values are in ``trainer.callback_metrics``, with and without a logger. Other steps cost nothing. One copy of the
+    parameters is kept during the fit.
     Sharded parameters are measured as a whole. A step that accumulates batches is one step.
 
     Args:
@@ -64,7 +65,7 @@ class ParameterMonitor(ParameterRegularizer):
     phase = Phase.MONITOR
     reads_weights = False
     supports_complex = True
-    fit_attributes: ClassVar[tuple[str, ...]] = ("_measured", "_before", "_shares", "_group_of")
+    fit_attributes: ClassVar[tuple[str, ...]] = ("_measured", "_before", "_copies", "_shares", "_group_of")
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class ParameterMonitor(ParameterRegularizer):
         self.groups = groups
         super().__init__(params, name)
         self._before: dict[int, Tensor] = {}  # copies of this rank's parts, by id
+        self._copies: dict[int, Tensor] = {}  # their memory, which is kept for the next step
         self._measured: dict[int, Tensor] = {}  # sums of squares of the gradients, by id
         self._shares: dict[str, Tensor] = {}
         self._group_of: dict[str, list[str]] = {}
@@ -106,7 +108,7 @@ class ParameterMonitor(ParameterRegularizer):
     def detach(self) -> None:
         """Release the tensors."""
         super().detach()
-        for held in (self._before, self._measured, self._shares, self._group_of):
+        for held in (self._before, self._copies, self._measured, self._shares, self._group_of):
             held.clear()
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
@@ -117,7 +119,14 @@ class ParameterMonitor(ParameterRegularizer):
         self._measured.update(zip(map(id, params), _squares_of_gradients(params), strict=True))
         penalties = [cb for cb in regularizers_of(self._trainer) if isinstance(cb, Penalty)]
         self._shares.update({f"{name}/relative_norm": value for name, value in relative_norms(penalties, optimizer).items()})
-        self._before.update({id(p): local_tensor(p.detach()).clone() for p in params})
+        self._before.update({id(p): self._copied(id(p), local_tensor(p.detach())) for p in params})
+
+    def _copied(self, key: int, part: Tensor) -> Tensor:
+        """Return a copy, in the memory of the last one: new memory would cost more than all else."""
+        kept = self._copies.get(key)
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (part.shape, part.dtype, part.device):
+            kept = self._copies[key] = torch.empty_like(part)
+        return kept.copy_(part)
 
     def after_step(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Measure the weights and the update, and log."""

@@ -46,9 +46,12 @@ def report_cost(label: str, params: list[Tensor], seconds: float) -> str:
     """
     gradients, weights = [p.grad for p in params if p.grad is not None], [p.detach() for p in params]
 
+    copies = [torch.empty_like(weight) for weight in weights]
+
     def monitor() -> None:
         squares_of_each(gradients)
-        update_sums_of_each([weight.clone() for weight in weights], weights)
+        torch._foreach_copy_(copies, weights)
+        update_sums_of_each(copies, weights)
 
     def penalty() -> None:
         for p in params:
