@@ -19,7 +19,7 @@ from lightning_reg import (
     WeightDecay,
 )
 from lightning_reg.monitors import parameters
-from lightning_reg.monitors.measures import SMALL, squares_of_each, update_sums, update_sums_of_each
+from lightning_reg.monitors.measures import SMALL, copy_with_squares, squares_of_each, update_sums, update_sums_of_each
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 
@@ -169,12 +169,20 @@ def test_tensors_that_are_measured_together():
     expected = [torch.stack(update_sums(one.clone(), other)).float() for one, other in zip(before, after, strict=True)]
     squares = [tensor.double().square().sum() for tensor in after]
     assert_close(torch.stack([square.double() for square in squares_of_each(after)]), torch.stack(squares), rtol=1e-5, atol=0)
+    copies = [torch.empty_like(tensor) for tensor in before]
+    assert_close(
+        [square.double() for square in copy_with_squares(copies, before)],
+        [one.double().square().sum() for one in before],
+        rtol=1e-5,
+        atol=0,
+    )
+    assert all(map(torch.equal, copies, before))
     found = update_sums_of_each(before, after)
     assert_close(torch.stack([row.float() for row in found]), torch.stack(expected), rtol=1e-5, atol=0)
 
 
 def test_edges():
-    assert [float(total) for total in update_sums(torch.zeros(0), torch.zeros(0))] == [0.0] * 4
+    assert [float(total) for total in update_sums(torch.zeros(0), torch.zeros(0))] == [0.0] * 3
     with pytest.raises(ValueError, match="ParameterMonitor: every_n_steps must be an integer ≥ 1, got 0"):
         ParameterMonitor(every_n_steps=0)
     with pytest.raises(ValueError, match=r"no parameter has a name that matches 'nett\.\*'"):

@@ -13,7 +13,13 @@ from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.selection import selection_mask
 from lightning_reg._engine.technique import Phase
 from lightning_reg._tensors.shards import local_tensor, sum_over_shards
-from lightning_reg.monitors.measures import relative_norms, squares_of_each, sum_of_squares, update_sums_of_each
+from lightning_reg.monitors.measures import (
+    copy_with_squares,
+    relative_norms,
+    squares_of_each,
+    sum_of_squares,
+    update_sums_of_each,
+)
 from lightning_reg.penalties.activity import ActivityPenalty
 from lightning_reg.penalties.base import Penalty
 
@@ -84,7 +90,7 @@ class ParameterMonitor(ParameterRegularizer):
         self.every_n_steps = every_n_steps
         self.groups = groups
         super().__init__(params, name)
-        self._before: dict[int, Tensor] = {}  # copies of this rank's parts, by id
+        self._before: dict[int, list[Tensor]] = {}  # copies of this rank's parts, and their sums of squares, by id
         self._copies: dict[int, Tensor] = {}  # their memory, which is kept for the next step
         self._measured: dict[int, Tensor] = {}  # sums of squares of the gradients, by id
         self._shares: dict[str, Tensor] = {}
@@ -119,14 +125,17 @@ class ParameterMonitor(ParameterRegularizer):
         self._measured.update(zip(map(id, params), _squares_of_gradients(params), strict=True))
         penalties = [cb for cb in regularizers_of(self._trainer) if isinstance(cb, Penalty)]
         self._shares.update({f"{name}/relative_norm": value for name, value in relative_norms(penalties, optimizer).items()})
-        self._before.update({id(p): self._copied(id(p), local_tensor(p.detach())) for p in params})
+        parts = [local_tensor(p.detach()) for p in params]
+        copies = [self._memory(id(p), part) for p, part in zip(params, parts, strict=True)]
+        squares = copy_with_squares(copies, parts)
+        self._before.update({id(p): found for p, *found in zip(params, copies, squares, strict=True)})
 
-    def _copied(self, key: int, part: Tensor) -> Tensor:
-        """Return a copy, in the memory of the last one: new memory would cost more than all else."""
+    def _memory(self, key: int, part: Tensor) -> Tensor:
+        """Return the memory of the last copy: new memory would cost more than all else."""
         kept = self._copies.get(key)
         if kept is None or (kept.shape, kept.dtype, kept.device) != (part.shape, part.dtype, part.device):
             kept = self._copies[key] = torch.empty_like(part)
-        return kept.copy_(part)
+        return kept
 
     def after_step(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Measure the weights and the update, and log."""
@@ -134,12 +143,19 @@ class ParameterMonitor(ParameterRegularizer):
         if not measured:
             return
         assert self._trainer is not None, "the fit has started"
-        before, squares = ([held.pop(id(p)) for p in measured] for held in (self._before, self._measured))
-        sums = update_sums_of_each(before, [local_tensor(p.detach()) for p in measured])
-        rows = _numbers([sum_over_shards(row, p) for row, p in zip(sums, measured, strict=True)])
-        gradients = _numbers([sum_over_shards(square.to(p.device), p) for square, p in zip(squares, measured, strict=True)])
-        found = zip(measured, rows, gradients, strict=True)
-        metrics = self._by_key({self.name_of(p): (p.numel(), [row[0], square, *row[1:]]) for p, row, square in found})
+        gradients = [self._measured.pop(id(p)) for p in measured]
+        copies, before = zip(*(self._before.pop(id(p)) for p in measured), strict=True)
+        sums = update_sums_of_each(copies, [local_tensor(p.detach()) for p in measured])
+        found = [
+            _numbers([sum_over_shards(value.to(p.device), p) for value, p in zip(values, measured, strict=True)])
+            for values in (gradients, before, sums)
+        ]
+        metrics = self._by_key(
+            {
+                self.name_of(p): (p.numel(), [new, gradient, change, old, zeros])
+                for p, gradient, old, (new, change, zeros) in zip(measured, *found, strict=True)
+            }
+        )
         shares, self._shares = self._shares, {}
         relative = zip(shares, _numbers(list(shares.values())), strict=True)
         metrics.update({self.label(key, optimizer): value for key, value in relative})

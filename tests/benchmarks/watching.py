@@ -10,7 +10,7 @@ from gap_truth import SHARES, covered, missed_by_logs, outcomes
 from rich.table import Table
 
 from lightning_reg.functional import add_l2_gradient_
-from lightning_reg.monitors.measures import squares_of_each, update_sums_of_each
+from lightning_reg.monitors.measures import copy_with_squares, squares_of_each, update_sums_of_each
 from tests.benchmarks.measuring import measure
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def report_cost(label: str, params: list[Tensor], seconds: float) -> str:
 
     def monitor() -> None:
         squares_of_each(gradients)
-        torch._foreach_copy_(copies, weights)
+        copy_with_squares(copies, weights)
         update_sums_of_each(copies, weights)
 
     def penalty() -> None:
