@@ -196,7 +196,7 @@ class Validated(Watched):
     """The same with a validation step."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        loss = super(Watched, self).training_step(batch, batch_idx)
+        loss = type(self).__bases__[-1].training_step(self, batch, batch_idx)  # that of the model, unobserved
         self.log("val/loss", loss["loss"] if isinstance(loss, dict) else loss)
 
 
@@ -348,7 +348,10 @@ CASES = {
         0.01,
     ),
     "OverfittingMonitor": Case(
-        lambda x, model: OverfittingMonitor(), lambda x: observed.unchanged, changes_training=False, validates=True
+        lambda x, model: OverfittingMonitor(metric="val/loss"),
+        lambda x: observed.unchanged,
+        changes_training=False,
+        validates=True,
     ),
     "ParameterMonitor": Case(
         lambda x, model: ParameterMonitor(every_n_steps=1), lambda x: observed.unchanged, changes_training=False
