@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+import rich.console
 import torch
 import yaml
 from jsonargparse import ArgumentParser
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_reg import Cosine, DropoutInjection, L2Penalty, MaxNorm, WeightPruning
 from lightning_reg.tuning import compare
-from lightning_reg.tuning.results import difference, paired_differences
+from lightning_reg.tuning.results import Difference, difference, paired_differences
 from lightning_reg.tuning.storage import RunsFailedError
 
 NAMES = ("plain", "other")
@@ -264,6 +265,17 @@ def test_the_table_and_the_figure_show_every_candidate():
     assert columns["Verdict"] == ["", *(found.verdict for found in result.differences.values())]
     axis = result.figure().axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
+
+
+def test_the_table_fits_80_columns(capsys):
+    """With an undecided candidate, whose row is the widest, and without cutting a character."""
+    result = synthetic(lambda name, split: random.Random(f"{name}{split}").gauss(3, 0.07), ("plain", "adaptive clipping"))
+    result.differences["adaptive clipping"] = Difference(-0.001, -0.008, 0.012, 0.397, "undecided", 124)
+    rich.console.Console(width=80).print(result.table())
+    printed = capsys.readouterr().out
+    assert "-0.001 [-0.008, 0.012] 0.397 undecided    124 0.0" in printed
+    assert "Overlap" in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 PLAIN = {"plain": [], "l2": [L2Penalty(1e-3)]}

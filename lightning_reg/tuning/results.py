@@ -176,7 +176,7 @@ class Report(Runs):
     def table(self) -> Table:
         """Return a table with a row for each candidate."""
         title = f"{self.metric} over {len(self.splits)} splits"
-        table = Table(title=title, caption=self.caption(), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=title, caption=self.caption(), box=SIMPLE_HEAD, padding=0)
         table.add_column("Candidate", min_width=10, overflow="fold")
         for column in ("Mean ± sd", "Gain and 90% interval", "p", "Verdict", "Needed", "s"):
             table.add_column(column, justify="right", no_wrap=True)
