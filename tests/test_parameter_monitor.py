@@ -15,11 +15,13 @@ from lightning_reg import (
     L2Penalty,
     MaxNorm,
     ParameterMonitor,
+    Penalty,
     StartingPointPenalty,
     WeightDecay,
 )
-from lightning_reg.monitors import parameters
-from lightning_reg.monitors.measures import SMALL, copy_with_squares, squares_of_each, update_sums, update_sums_of_each
+from lightning_reg.monitors import measures
+from lightning_reg.monitors.measures import SMALL, Copies, Layout
+from lightning_reg.monitors.watched import Watched
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 
@@ -130,12 +132,12 @@ def test_it_changes_nothing_beside_penalties():
 
 def test_only_every_nth_step(monkeypatch):
     logger = Memory()
-    copies = []
-    measure = lambda before, after: copies.extend(before) or update_sums_of_each(before, after)  # noqa: E731
-    monkeypatch.setattr(parameters, "update_sums_of_each", measure)
+    copied = []
+    take = Copies.take
+    monkeypatch.setattr(Copies, "take", lambda copies, tensors: copied.extend(tensors) or take(copies, tensors))
     fit([ParameterMonitor(every_n_steps=3)], logger=logger, log_every_n_steps=50)
     assert list(logger.steps) == [2, 5]
-    assert len(copies) == 2 * len(list(Classifier().parameters()))
+    assert len(copied) == 2 * len(list(Classifier().parameters()))
     keys = set(logger.steps[2])
     assert "reg/ParameterMonitor/net.0.weight/zeros" in keys
     assert "epoch" in keys
@@ -159,30 +161,118 @@ def test_activity_penalties_are_left_out_and_named(capsys):
     )
 
 
-def test_tensors_that_are_measured_together():
-    """As each by itself, whatever their sizes, shapes, and dtypes."""
-    shapes = [(3, 4), (3, 4), (7,), (), (0,), (SMALL,), (SMALL + 1,), (2, 3, 4)]
-    dtypes = (torch.float32, torch.float64, torch.bfloat16)
-    after = [torch.randn(shape).to(dtype) for shape in shapes for dtype in dtypes]
+SHAPES = [(3, 4), (7,), (3, 4), (), (0,), (SMALL,), (SMALL + 1,), (2, 3, 4), (3, 4), (1100, 1000), (SMALL + 1,)]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def test_sums_are_those_of_each_tensor():
+    """Whatever their sizes, shapes, and dtypes, and in the order of the tensors."""
+    after = [torch.randn(shape).to(dtype) for shape in SHAPES for dtype in DTYPES]
     after[0][0] = 0
+    after[-2].zero_()
+    after.append(torch.randn(2048, 1024).t())  # not contiguous, and more than one chunk
     before = [tensor + torch.randn_like(tensor) for tensor in after]
-    expected = [torch.stack(update_sums(one.clone(), other)).float() for one, other in zip(before, after, strict=True)]
-    squares = [tensor.double().square().sum() for tensor in after]
-    assert_close(torch.stack([square.double() for square in squares_of_each(after)]), torch.stack(squares), rtol=1e-5, atol=0)
-    copies = [torch.empty_like(tensor) for tensor in before]
-    assert_close(
-        [square.double() for square in copy_with_squares(copies, before)],
-        [one.double().square().sum() for one in before],
-        rtol=1e-5,
-        atol=0,
-    )
-    assert all(map(torch.equal, copies, before))
-    found = update_sums_of_each(before, after)
-    assert_close(torch.stack([row.float() for row in found]), torch.stack(expected), rtol=1e-5, atol=0)
+    copies = Copies(before)
+    old = copies.take(before)
+    assert all(map(torch.equal, copies.views, before))
+    new, change, zeros = copies.changes(after)
+    squares = lambda tensors: torch.stack([tensor.double().square().sum() for tensor in tensors])  # noqa: E731
+    close = {"rtol": 1e-4, "atol": 0, "check_dtype": False}  # in float32
+    assert_close(old, squares(before), **close)
+    assert_close(new, squares(after), **close)
+    assert_close(Layout(after).squares(after), squares(after), **close)
+    assert_close(zeros, torch.stack([(tensor == 0).sum() for tensor in after]), **close)
+    differences = [one - two for one, two in zip(before, after, strict=True)]
+    assert_close(change, squares(differences), **close)
+    copies.take(before)
+    assert_close(copies.distances(after), squares(differences), **close)
+
+
+def test_list_batches_of_devices(monkeypatch):
+    """What other devices do with large tensors, on the CPU."""
+    monkeypatch.setattr(measures, "is_cpu", lambda tensor: False)
+    after = [torch.randn(shape) for shape in [(SMALL + 1,), (300, 300), (5,), (SMALL + 1,), (5,)]]
+    after[1][0, :7] = 0
+    before = [tensor + torch.randn_like(tensor) for tensor in after]
+    assert Layout(before).batches == [[0, 1, 3], [2, 4]]
+    copies = Copies(before)
+    old = copies.take(before)
+    new, change, zeros = copies.changes(after)
+    assert_close(old, torch.stack([tensor.square().sum() for tensor in before]))
+    assert_close(new, torch.stack([tensor.square().sum() for tensor in after]))
+    assert_close(change, torch.stack([(one - two).square().sum() for one, two in zip(before, after, strict=True)]))
+    assert zeros.tolist() == [0, 7, 0, 0, 0]
+
+
+def test_missing_and_sparse_gradients():
+    """A parameter without a gradient counts as zeros; the entries of equal indices of a sparse gradient are added."""
+    embedding, unused = torch.nn.Embedding(5, 2, sparse=True), torch.nn.Parameter(torch.ones(3))
+    embedding(torch.tensor([1, 1, 3])).sum().backward()
+    watched = Watched([embedding.weight, unused], [["one"], ["two"]], "")
+    with torch.no_grad():
+        before = watched.before_step([], torch.optim.SGD([unused], lr=0.1))
+        found = dict(zip(watched.keys, watched.after_step(before).tolist(), strict=True))
+    assert found["one/grad_norm"] == pytest.approx((2 * 2**2 + 2) ** 0.5)
+    assert found["two/grad_norm"] == found["two/update_ratio"] == 0
+
+
+@pytest.mark.parametrize("inject", ["loss", "gradient"])
+def test_monitor_of_a_part_measures_penalties_of_all(inject):
+    """The norms of a penalty are over what it penalizes, also where the monitor looks only at a part of that."""
+    penalties = lambda: [L2Penalty(0.3, inject=inject), L1Penalty(0.02, params="net.4.*", inject=inject)]  # noqa: E731
+    whole, _ = monitored(penalties())
+    part, _ = monitored([*penalties(), ParameterMonitor(every_n_steps=1, params="net.0.*", name="ParameterMonitor")])
+    for name in ("L2Penalty", L1Penalty(1, params="net.4.*").name):
+        key = f"reg/ParameterMonitor/{name}/relative_norm"
+        assert part[key] == pytest.approx(whole[key], rel=1e-5)
+        assert part[key] > 0
+    assert not any("net.4.weight" in key for key in part)
+
+
+class Coupled(Penalty):
+    """A penalty that is no sum over tensors: the norm of all of them as one vector."""
+
+    def value(self, params):
+        return sum(p.square().sum() for p in params).sqrt()
+
+
+class Squared(L2Penalty):
+    """Overrides the formula of a penalty that is a sum over tensors."""
+
+    def value(self, params):
+        return 0.5 * sum(p.square().sum() for p in params) ** 2
+
+    def add_gradient_(self, params, strength):
+        Penalty.add_gradient_(self, params, strength)
+
+
+class Replacing(L2Penalty):
+    """Puts another tensor in the place of the gradient."""
+
+    def add_gradient_(self, params, strength):
+        for p in params:
+            p.grad = p.grad + strength * p.detach()
+
+
+@pytest.mark.parametrize("kind", [Coupled, Squared, Replacing])
+def test_penalties_with_formulas_of_their_own(kind):
+    """On the gradients: the norm of λ∇R over the penalized parameters, relative to the gradient that the data gave."""
+    found = {}
+
+    class Reference(Classifier):
+        def on_after_backward(self):
+            weights = [self.net[0].weight, self.net[4].weight]
+            data = torch.cat([w.grad.flatten() for w in weights]).norm()
+            vector = torch.cat([w.detach().flatten() for w in weights])
+            own = {Coupled: vector / vector.norm(), Squared: 2 * vector * vector.square().sum(), Replacing: vector}[kind]
+            found["share"] = float((0.1 * own).norm() / data)
+
+    measured, _ = monitored([kind(0.1, inject="gradient")], Reference())
+    assert measured[f"reg/ParameterMonitor/{kind.__name__}/relative_norm"] == pytest.approx(found["share"], rel=1e-4)
+    assert not kind.is_sum_over_tensors() or kind is L2Penalty
 
 
 def test_edges():
-    assert [float(total) for total in update_sums(torch.zeros(0), torch.zeros(0))] == [0.0] * 3
     with pytest.raises(ValueError, match="ParameterMonitor: every_n_steps must be an integer ≥ 1, got 0"):
         ParameterMonitor(every_n_steps=0)
     with pytest.raises(ValueError, match=r"no parameter has a name that matches 'nett\.\*'"):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_reg._engine import _lightning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
@@ -138,14 +138,19 @@ def _batches_left(trainer: Trainer) -> float:
     return (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches
 
 
-def log_now(trainer: Trainer, metrics: dict[str, float]) -> None:
-    """Log metrics at once, as Lightning logs its own, and make them available to callbacks."""
+def log_now(trainer: Trainer, keys: Sequence[str], values: Tensor) -> None:
+    """Log metrics at once, as Lightning logs its own, and make them available to callbacks.
+
+    Only a logger needs them on the CPU.
+    """
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    for logger in trainer.loggers:
-        logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
-    device = trainer.strategy.root_device
+    if trainer.loggers:
+        metrics = dict(zip(keys, values.tolist(), strict=True))
+        for logger in trainer.loggers:
+            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=step)
+    values = values.to(trainer.strategy.root_device, torch.get_default_dtype())
     available = trainer._logger_connector._callback_metrics  # asking for them in public would compute the module's own
-    available.update({key: torch.tensor(value, device=device) for key, value in metrics.items()})
+    available.update(zip(keys, values.unbind(), strict=True))
 
 
 def over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -64,6 +64,26 @@ def sum_over_shards(part: Tensor, sharded: Tensor) -> Tensor:
         return part
     placements = [Partial("sum") if divides(placement) else Replicate() for placement in sharded.placements]
     return DTensor.from_local(part, sharded.device_mesh, placements, run_check=False).full_tensor()
+
+
+def sum_each_over_shards(parts: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """Return sums over ranks of what each computed from its shards of several tensors, with one reduction for each sharding.
+
+    Args:
+        parts: Values of this rank. The last dimension counts the tensors.
+        tensors: The tensors, sharded or not.
+    """
+    by_sharding: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors) if is_sharded(tensors) else ():
+        if isinstance(tensor, DTensor):
+            by_sharding.setdefault((tensor.device_mesh, tensor.placements), []).append(index)
+    for indices in by_sharding.values():
+        if len(indices) == len(tensors):
+            return sum_over_shards(parts, tensors[0])
+        parts = parts.index_copy(
+            -1, found := torch.tensor(indices, device=parts.device), sum_over_shards(parts[..., found], tensors[indices[0]])
+        )
+    return parts
 
 
 def min_over_shards(number: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -1,197 +1,269 @@
-"""Sums of squares of parameters, their gradients, and their updates, and the norms of the gradients of penalties."""
+"""Sums over many tensors in few passes: Σ|x|² of each, what an update has changed, and the number of zeros.
+
+Small tensors of one shape are stacked. On the CPU, large ones are read in chunks that fit a processor cache; on other devices,
+one call takes a list of them. Each function returns a vector with one value for each tensor, on the device of the
+tensors, so that nothing waits for a device.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from operator import attrgetter, itemgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
-from lightning_reg._engine.steps import by_sign
-from lightning_reg._tensors.chunks import chunks
-from lightning_reg._tensors.reductions import accumulation_dtype
-from lightning_reg._tensors.shards import local_tensor, sum_over_shards
+from lightning_reg._tensors.chunks import chunk_entries, chunks
+from lightning_reg._tensors.reductions import accumulation_dtype, is_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
-    from torch import Tensor
-    from torch.nn import Parameter
-    from torch.optim import Optimizer
-
-    from lightning_reg.penalties.base import Penalty
-
+    _Stack = Callable[[tuple[Tensor, ...]], Tensor]
 
 SMALL = 1 << 16
-"""The most entries of a tensor that is measured together with others."""
+"""The most entries of a tensor that is stacked with others of its shape."""
 
 
-def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
-    """Return Σ|g|² over this rank's part of gradients.
-
-    Example:
-        >>> sum_of_squares([torch.tensor([3.0, 4.0])])
-        tensor(25.)
-    """
-    total = torch.zeros(())
-    for gradient in gradients:
-        local = gradient.coalesce()._values() if gradient.is_sparse else local_tensor(gradient)
-        for (part,) in chunks(local):
-            square = _square(part)
-            total = square + total.to(square)
-    return total
-
-
-def update_sums(before: Tensor, after: Tensor) -> list[Tensor]:
-    """Return Σ|θ_after|², Σ|θ_after − θ_before|², and the number of zeros after an update.
+class Layout:
+    """Divides tensors into batches, each of which is measured in a few calls.
 
     Args:
-        before: A copy of the weights, which is overwritten.
-        after: The weights.
-
-    Example:
-        >>> [float(total) for total in update_sums(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))]
-        [1.0, 4.0, 1.0]
+        tensors: One or more dense tensors.
     """
-    totals: list[Tensor] | None = None
-    for old, new in chunks(before, after):
-        square = _square(new)
-        sums = [square, _square(old.sub_(new)), _zeros(new, old).to(square)]
-        totals = sums if totals is None else [total + one for total, one in zip(totals, sums, strict=True)]
-    assert totals is not None, "there is at least one chunk"
-    return totals
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.batches = _batches(tensors)
+        positions = [index for batch in self.batches for index in batch]
+        self._order = torch.tensor(positions, device=tensors[0].device).argsort()
+        self._pick = [_picker(batch) for batch in self.batches]
+        self._device = tensors[0].device
+        self._kinds = _kinds(tensors)
+        self._buffers: dict[Hashable, Tensor] = {}
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether tensors have the shapes and dtypes of those that it was made for."""
+        return self._kinds == _kinds(tensors)
+
+    def split(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Return the tensors of each batch."""
+        return [pick(tensors) for pick in self._pick]
+
+    def stack(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """Stack tensors in a buffer that the next call overwrites: new memory would cost more than the copy."""
+        first, entries = batch[0], len(batch) * batch[0].numel()
+        buffer = self._buffers.get(key := (first.dtype, first.device))
+        if buffer is None or len(buffer) < entries:
+            buffer = self._buffers[key] = torch.empty(entries, dtype=first.dtype, device=first.device)
+        return torch.stack(batch, out=buffer[:entries].view(len(batch), *first.shape))
+
+    def join(self, found: Sequence[Tensor]) -> Tensor:
+        """Return the values of all batches in the order of the tensors; the last dimension counts those of a batch."""
+        dtype = max((values.dtype for values in found), key=lambda dtype: dtype.itemsize)
+        return torch.cat([values.to(self._device, dtype) for values in found], -1)[..., self._order]
+
+    def squares(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return Σ|x|² of each tensor.
+
+        Example:
+            >>> pair = [torch.tensor([3.0, 4.0]), torch.tensor([2.0])]
+            >>> Layout(pair).squares(pair)
+            tensor([25.,  4.])
+        """
+        return self.join([_squares(batch, self.stack) for batch in self.split(tensors)])
 
 
-def squares_of_each(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return Σ|x|² of each tensor, of small ones in one call.
+class Copies:
+    """Copies of tensors, to compare later values with. Their memory is kept: new memory would cost more than all else.
 
-    Example:
-        >>> squares_of_each([torch.tensor([3.0, 4.0]), torch.tensor([2.0])])
-        [tensor(25.), tensor(4.)]
+    Args:
+        tensors: One or more dense tensors of the shapes, dtypes, and devices to copy.
     """
-    small = [tensor for tensor in tensors if _is_small(tensor)]
-    squares = iter((torch.stack(torch._foreach_norm(small)) ** 2).unbind() if small else ())
-    return [next(squares) if _is_small(tensor) else sum_of_squares([tensor]) for tensor in tensors]
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.layout = Layout(tensors)
+        self._held = [_empty_like(batch) for batch in self.layout.split(tensors)]
+        views = iter([view for held in self._held for view in held.views])
+        by_index = {index: next(views) for batch in self.layout.batches for index in batch}
+        self.views = [by_index[index] for index in range(len(tensors))]
+
+    def take(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Copy tensors, and return Σ|x|² of each.
+
+        Example:
+            >>> Copies([torch.zeros(2)]).take([torch.tensor([3.0, 4.0])])
+            tensor([25.])
+        """
+        batches = zip(self._held, self.layout.split(tensors), strict=True)
+        return self.layout.join([_copied_squares(held, batch) for held, batch in batches])
+
+    def fill(self, batches: Sequence[list[int]], add: Callable[[list[int]], None], *, at_once: bool) -> Tensor:
+        """Set the copies to zero, let a function add to ``views``, and return Σ|x|² of each.
+
+        Args:
+            batches: The indices of views to add to, of those in each batch.
+            add: Adds to the views with given indices.
+            at_once: Call it once for all. Otherwise, it adds to those of one batch, which are then still in the cache.
+        """
+        if at_once:
+            torch._foreach_zero_(self.views)
+            add([index for batch in batches for index in batch])
+            return self.layout.join([_held_squares(held) for held in self._held])
+        found = []
+        for held, batch in zip(self._held, batches, strict=True):
+            torch._foreach_zero_(held.views if held.stacked is None else [held.stacked])
+            if batch:
+                add(batch)
+            found.append(_held_squares(held))
+        return self.layout.join(found)
+
+    def distances(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return Σ|x − copy|² of each tensor. The copies are overwritten."""
+        return self._join(_distances, tensors)
+
+    def changes(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return rows with Σ|x|², Σ|x − copy|², and the number of zeros of each tensor. The copies are overwritten.
+
+        Example:
+            >>> copies = Copies([torch.zeros(2)])
+            >>> _ = copies.take([torch.tensor([1.0, 2.0])])
+            >>> copies.changes([torch.tensor([1.0, 0.0])])
+            tensor([[1.],
+                    [4.],
+                    [1.]])
+        """
+        return self._join(_changes, tensors)
+
+    def _join(self, function: Callable[[_Held, tuple[Tensor, ...], _Stack], Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        batches = zip(self._held, self.layout.split(tensors), strict=True)
+        return self.layout.join([function(held, batch, self.layout.stack) for held, batch in batches])
 
 
-def copy_with_squares(copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copy tensors, and return Σ|x|² of each, taken while its entries are in the cache.
+class _Held(NamedTuple):
+    """The copies of a batch. Small ones are stacked in one tensor."""
 
-    Example:
-        >>> copy_with_squares([torch.zeros(2)], [torch.tensor([3.0, 4.0])])
-        [tensor(25.)]
-    """
-    pairs = list(zip(copies, tensors, strict=True))
-    if small := [pair for pair in pairs if _is_small(pair[1])]:
-        torch._foreach_copy_([copy for copy, _ in small], [tensor for _, tensor in small])
-    squares = iter(squares_of_each([copy for copy, _ in small]))
-    return [next(squares) if _is_small(tensor) else _copied_square(copy, tensor) for copy, tensor in pairs]
+    views: tuple[Tensor, ...]
+    stacked: Tensor | None
+
+    @property
+    def is_list(self) -> bool:
+        """Whether there are several that are not stacked."""
+        return self.stacked is None and len(self.views) > 1
 
 
-def _copied_square(copy: Tensor, tensor: Tensor) -> Tensor:
-    total = torch.zeros((), device=tensor.device)
-    for target, source in chunks(copy, tensor):
-        square = _square(target.copy_(source))
-        total = square + total.to(square)
-    return total
+def _kinds(tensors: Sequence[Tensor]) -> tuple[list[torch.Size], list[torch.dtype]]:
+    return list(map(attrgetter("shape"), tensors)), list(map(attrgetter("dtype"), tensors))
 
 
-def update_sums_of_each(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
-    """Return ``update_sums`` of each pair of tensors as one tensor, of small ones in a few calls. ``before`` is overwritten."""
-    is_small = [_is_small(old) and _is_small(new) for old, new in zip(before, after, strict=True)]
-    old, new = ([tensor for tensor, small in zip(given, is_small, strict=True) if small] for given in (before, after))
-    rows = iter(_sums_of_small(old, new).unbind() if old else ())
-    pairs = zip(before, after, is_small, strict=True)
-    return [next(rows) if small else torch.stack(update_sums(one, other)) for one, other, small in pairs]
-
-
-def _sums_of_small(before: list[Tensor], after: list[Tensor]) -> Tensor:
-    torch._foreach_sub_(before, after)
-    new, change = (torch.stack(torch._foreach_norm(tensors)) for tensors in (after, before))
-    return torch.stack([new**2, change**2, _zeros_of_each(after)], 1)
-
-
-def _zeros_of_each(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the number of zeros of each tensor. Those of one shape are counted together."""
-    by_shape: dict[torch.Size, list[int]] = {}
+def _batches(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the indices of tensors that are measured together."""
+    batches: list[list[int]] = []
+    growing: dict[Hashable, list[int]] = {}
+    room: dict[Hashable, int] = {}
     for index, tensor in enumerate(tensors):
-        by_shape.setdefault(tensor.shape, []).append(index)
-    counts = torch.empty(len(tensors), device=tensors[0].device, dtype=tensors[0].dtype)
-    for indices in by_shape.values():
-        stacked = torch.stack([tensors[index] for index in indices])
-        zeros = (stacked == 0).flatten(1).sum(1) if stacked.ndim > 1 else (stacked == 0)
-        counts[torch.tensor(indices, device=counts.device)] = zeros.to(counts)
-    return counts
+        entries, most = tensor.numel(), chunk_entries(tensor.device)
+        if entries > (SMALL if is_cpu(tensor) else most):
+            batches.append([index])
+            continue
+        key = (tensor.shape if entries <= SMALL else None, tensor.dtype, tensor.device)
+        if room.get(key, -1) < entries:
+            growing[key], room[key] = [], most
+            batches.append(growing[key])
+        growing[key].append(index)
+        room[key] -= entries
+    return batches
 
 
-def relative_norms(penalties: Sequence[Penalty], optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return for each penalty the norm of its gradient, relative to that of the data's gradient. Gradients are not changed.
-
-    Args:
-        penalties: The penalties of a fit.
-        optimizer: The optimizer that is about to step. Its gradients contain the penalties that are part of the loss.
-    """
-    added: dict[int, Tensor] = {}  # what penalties in the loss have added to each gradient
-    norms: dict[str, Tensor] = {}
-    params = {penalty.name: penalty.parameters_of(optimizer) for penalty in penalties}
-    for penalty in penalties:
-        gradients = _gradients_of(penalty, params[penalty.name], optimizer)
-        if gradients:
-            norms[penalty.name] = _norm(gradients, params[penalty.name])
-        if penalty.adds_to_loss:
-            for p, gradient in zip(params[penalty.name], gradients, strict=False):
-                added[id(p)] = added[id(p)] + gradient if id(p) in added else gradient
-    for name, norm in norms.items():
-        norms[name] = norm / _norm([_of_data(p, added.get(id(p))) for p in params[name]], params[name])
-    return norms
+def _picker(batch: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
+    """Return a function that picks the tensors of a batch."""
+    if len(batch) == 1:
+        return lambda tensors: (tensors[batch[0]],)
+    return itemgetter(*batch)
 
 
-def _gradients_of(penalty: Penalty, params: Sequence[Parameter], optimizer: Optimizer) -> list[Tensor]:
-    """Return this rank's part of the gradient of a penalty."""
-    if not params or not penalty.scale:
-        return []
-    kept = [p.grad for p in params]
-    try:
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        for sign, signed in by_sign(optimizer, params).items():
-            if signed:
-                penalty.add_gradient_(signed, sign * penalty.scale)
-        return [local_tensor(p.grad) for p in params if p.grad is not None]
-    finally:
-        for p, gradient in zip(params, kept, strict=True):
-            p.grad = gradient
+def _empty_like(batch: tuple[Tensor, ...]) -> _Held:
+    first = batch[0]
+    if len(batch) == 1 or first.numel() > SMALL:
+        return _Held(tuple(torch.empty_like(tensor) for tensor in batch), None)
+    stacked = torch.empty((len(batch), *first.shape), dtype=first.dtype, device=first.device)
+    return _Held(stacked.unbind(), stacked)
 
 
-def _of_data(p: Parameter, added: Tensor | None) -> Tensor:
-    """Return this rank's part of the gradient of the data: the gradient without what penalties have added."""
-    if p.grad is None:
-        gradient = torch.zeros_like(local_tensor(p.detach()))
+def _squares(batch: tuple[Tensor, ...], stack: _Stack) -> Tensor:
+    if len(batch) == 1:
+        return _total(_square(chunk) for (chunk,) in chunks(batch[0]))
+    return _list_squares(batch) if batch[0].numel() > SMALL else _row_squares(stack(batch))
+
+
+def _held_squares(held: _Held) -> Tensor:
+    return _row_squares(held.stacked) if held.stacked is not None else _squares(held.views, torch.stack)
+
+
+def _copied_squares(held: _Held, batch: tuple[Tensor, ...]) -> Tensor:
+    if held.stacked is not None:
+        torch.stack(batch, out=held.stacked)
+    elif held.is_list:
+        torch._foreach_copy_(held.views, batch)
     else:
-        gradient = local_tensor(p.grad.to_dense() if p.grad.is_sparse else p.grad).detach()
-    return gradient if added is None else gradient - added
+        return _total(_square(copy.copy_(chunk)) for copy, chunk in chunks(held.views[0], batch[0]))
+    return _held_squares(held)
 
 
-def _norm(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-    """Return the norm of gradients over all shards of their parameters."""
-    squares = [sum_over_shards(sum_of_squares([g]).to(g.device), p) for g, p in zip(gradients, params, strict=True)]
-    return torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
+def _distances(held: _Held, batch: tuple[Tensor, ...], stack: _Stack) -> Tensor:
+    if held.stacked is not None:
+        held.stacked.sub_(stack(batch))
+    elif held.is_list:
+        torch._foreach_sub_(held.views, batch)
+    else:
+        return _total(_square(copy.sub_(chunk)) for copy, chunk in chunks(held.views[0], batch[0]))
+    return _held_squares(held)
 
 
-def _zeros(tensor: Tensor, buffer: Tensor) -> Tensor:
-    """Return the number of zeros; the buffer is overwritten."""
-    if tensor.dtype is torch.float32:
-        return torch.eq(tensor, 0, out=buffer).sum()  # twice as fast as counting, and exact for the entries of a chunk
-    return tensor.numel() - torch.count_nonzero(tensor)
+def _changes(held: _Held, batch: tuple[Tensor, ...], stack: _Stack) -> Tensor:
+    if held.stacked is not None:
+        rows = stack(batch)
+        squares, change = _row_squares(rows), _row_squares(held.stacked.sub_(rows))
+        return torch.stack([squares, change, _zeros(rows, held.stacked).flatten(1).sum(1).to(squares)])
+    if held.is_list:
+        torch._foreach_sub_(held.views, batch)
+        squares = _list_squares(batch)
+        zeros = torch.stack([(tensor == 0).sum() for tensor in batch])
+        return torch.stack([squares, _list_squares(held.views), zeros.to(squares)])
+    return _total(_changes_of_chunk(copy, chunk) for copy, chunk in chunks(held.views[0], batch[0]))
 
 
-def _is_small(tensor: Tensor) -> bool:
-    """Return whether a tensor has few entries, so that one sum in float32 is exact enough, and calls cost more than memory."""
-    return tensor.dtype is torch.float32 and 0 < tensor.numel() <= SMALL and tensor.layout is torch.strided
+def _changes_of_chunk(copy: Tensor, chunk: Tensor) -> Tensor:
+    square, change = _square(chunk), _square(copy.sub_(chunk))  # while the entries are in the cache
+    return torch.stack([square, change, _zeros(chunk, copy).sum().to(square)])
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    """Return the sum over the chunks of a tensor, in a new last dimension."""
+    return torch.stack(list(parts)).sum(0)[..., None]
 
 
 def _square(tensor: Tensor) -> Tensor:
-    if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
-        return torch.dot(tensor.view(-1), tensor.view(-1))  # faster than a norm
-    dtype = None if tensor.is_complex() else accumulation_dtype(tensor.dtype)
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
-    return norm * norm
+    entries = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    row = entries.reshape(-1).to(accumulation_dtype(entries.dtype))
+    return torch.dot(row, row)  # faster than a norm
+
+
+def _row_squares(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows.view(len(rows), -1), dim=1, dtype=_norm_dtype(rows))
+    return norms**2
+
+
+def _list_squares(tensors: tuple[Tensor, ...]) -> Tensor:
+    dtype = _norm_dtype(tensors[0])
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype)) ** 2
+
+
+def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
+    return None if tensor.is_complex() else accumulation_dtype(tensor.dtype)
+
+
+def _zeros(tensor: Tensor, buffer: Tensor) -> Tensor:
+    """Return where entries are 0, as a tensor to sum; the buffer is overwritten."""
+    if tensor.dtype is torch.float32:  # faster than bool, and exact for the entries of a chunk
+        return torch.eq(tensor, 0, out=buffer)
+    return tensor == 0

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
@@ -195,7 +196,8 @@ class OverfittingMonitor(Regularizer):
             self._samples["val"] = self._sample(trainer, "val")
         train, val = (self._measure(trainer, kind) for kind in ("train", "val"))
         self._note(point_of(trainer.current_epoch, train, val, self._sign, self._best_values()), val)
-        _evaluation.log_now(trainer, self._metrics())
+        metrics = self._metrics()
+        _evaluation.log_now(trainer, list(metrics), torch.tensor(list(metrics.values()), dtype=torch.float64))
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
         """Return that it should be a point of the curves, by its epoch, or what is known of the best epoch."""

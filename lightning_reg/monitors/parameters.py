@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -12,14 +12,7 @@ from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.selection import selection_mask
 from lightning_reg._engine.technique import Phase
-from lightning_reg._tensors.shards import local_tensor, sum_over_shards
-from lightning_reg.monitors.measures import (
-    copy_with_squares,
-    relative_norms,
-    squares_of_each,
-    sum_of_squares,
-    update_sums_of_each,
-)
+from lightning_reg.monitors.watched import Before, Watched
 from lightning_reg.penalties.activity import ActivityPenalty
 from lightning_reg.penalties.base import Penalty
 
@@ -27,14 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
-
-_KEYS = ("weight_norm", "grad_norm", "update_ratio", "zeros")
 
 
 class ParameterMonitor(ParameterRegularizer):
@@ -71,7 +61,7 @@ class ParameterMonitor(ParameterRegularizer):
     phase = Phase.MONITOR
     reads_weights = False
     supports_complex = True
-    fit_attributes: ClassVar[tuple[str, ...]] = ("_measured", "_before", "_copies", "_shares", "_group_of")
+    fit_attributes: ClassVar[tuple[str, ...]] = ("_watched", "_before", "_group_of")
 
     def __init__(
         self,
@@ -90,10 +80,8 @@ class ParameterMonitor(ParameterRegularizer):
         self.every_n_steps = every_n_steps
         self.groups = groups
         super().__init__(params, name)
-        self._before: dict[int, list[Tensor]] = {}  # copies of this rank's parts, and their sums of squares, by id
-        self._copies: dict[int, Tensor] = {}  # their memory, which is kept for the next step
-        self._measured: dict[int, Tensor] = {}  # sums of squares of the gradients, by id
-        self._shares: dict[str, Tensor] = {}
+        self._watched: dict[tuple[int, ...], Watched] = {}
+        self._before: dict[Optimizer, tuple[Watched, Before]] = {}  # of the steps that are being taken
         self._group_of: dict[str, list[str]] = {}
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,7 +102,7 @@ class ParameterMonitor(ParameterRegularizer):
     def detach(self) -> None:
         """Release the tensors."""
         super().detach()
-        for held in (self._before, self._copies, self._measured, self._shares, self._group_of):
+        for held in (self._watched, self._before, self._group_of):
             held.clear()
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
@@ -122,61 +110,39 @@ class ParameterMonitor(ParameterRegularizer):
         if (step.number + 1) % self.every_n_steps or step.evaluation:
             return
         assert self._trainer is not None, "the fit has started"
-        self._measured.update(zip(map(id, params), _squares_of_gradients(params), strict=True))
-        penalties = [cb for cb in regularizers_of(self._trainer) if isinstance(cb, Penalty)]
-        self._shares.update({f"{name}/relative_norm": value for name, value in relative_norms(penalties, optimizer).items()})
-        parts = [local_tensor(p.detach()) for p in params]
-        copies = [self._memory(id(p), part) for p, part in zip(params, parts, strict=True)]
-        squares = copy_with_squares(copies, parts)
-        self._before.update({id(p): found for p, *found in zip(params, copies, squares, strict=True)})
+        if self.groups is not None:
+            params = [p for p in params if self._groups_of(p)]
+        if params:
+            penalties = [cb for cb in regularizers_of(self._trainer) if isinstance(cb, Penalty)]
+            watched = self._watched_of(params)
+            self._before[optimizer] = watched, watched.before_step(penalties, optimizer)
 
-    def _memory(self, key: int, part: Tensor) -> Tensor:
-        """Return the memory of the last copy: new memory would cost more than all else."""
-        kept = self._copies.get(key)
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (part.shape, part.dtype, part.device):
-            kept = self._copies[key] = torch.empty_like(part)
-        return kept
+    def _watched_of(self, params: list[Parameter]) -> Watched:
+        """Return what is kept from step to step, or start again if the parameters have changed."""
+        key = tuple(map(id, params))
+        watched = self._watched.get(key)
+        if watched is None or not watched.fits(params):
+            for outdated in [old for old in self._watched if not set(old).isdisjoint(key)]:
+                del self._watched[outdated]
+            watched = self._watched[key] = Watched(params, list(map(self._groups_of, params)), f"reg/{self.name}/")
+        return watched
+
+    def _groups_of(self, p: Parameter) -> Sequence[str]:
+        """Return the groups of a parameter, or else its name."""
+        name = self.name_of(p)
+        return [name] if self.groups is None else self._group_of.get(name, ())
 
     def after_step(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Measure the weights and the update, and log."""
-        measured = [p for p in params if id(p) in self._before]
-        if not measured:
+        if optimizer not in self._before:
             return
         assert self._trainer is not None, "the fit has started"
-        gradients = [self._measured.pop(id(p)) for p in measured]
-        copies, before = zip(*(self._before.pop(id(p)) for p in measured), strict=True)
-        sums = update_sums_of_each(copies, [local_tensor(p.detach()) for p in measured])
-        found = [
-            _numbers([sum_over_shards(value.to(p.device), p) for value, p in zip(values, measured, strict=True)])
-            for values in (gradients, before, sums)
-        ]
-        metrics = self._by_key(
-            {
-                self.name_of(p): (p.numel(), [new, gradient, change, old, zeros])
-                for p, gradient, old, (new, change, zeros) in zip(measured, *found, strict=True)
-            }
-        )
-        shares, self._shares = self._shares, {}
-        relative = zip(shares, _numbers(list(shares.values())), strict=True)
-        metrics.update({self.label(key, optimizer): value for key, value in relative})
-        _evaluation.log_now(self._trainer, {f"reg/{self.name}/{key}": value for key, value in metrics.items()})
-
-    def _by_key(self, rows: dict[str, tuple[int, list[float]]]) -> dict[str, float]:
-        """Return the metrics of each parameter, or of each group."""
-        grouped: dict[str, list[tuple[int, list[float]]]] = {}
-        for name, row in rows.items():
-            for key in [name] if self.groups is None else self._group_of.get(name, ()):
-                grouped.setdefault(key, []).append(row)
-        metrics: dict[str, float] = {}
-        for key, found in grouped.items():
-            entries = sum(count for count, _ in found)
-            weights, gradients, updates, before, zeros = (
-                sum(column) for column in zip(*(row for _, row in found), strict=True)
-            )
-            ratio = (updates / before) ** 0.5 if before else float("inf") if updates else 0.0
-            values = (weights**0.5, gradients**0.5, ratio, zeros / max(entries, 1))
-            metrics |= {f"{key}/{what}": value for what, value in zip(_KEYS, values, strict=True)}
-        return metrics
+        watched, before = self._before.pop(optimizer)
+        values = watched.after_step(before)
+        found = before.relative_norms
+        keys = [f"reg/{self.name}/{self.label(f'{name}/relative_norm', optimizer)}" for name in found]
+        values = torch.cat([values, *(norm[None].to(values) for norm in found.values())])
+        _evaluation.log_now(self._trainer, [*watched.keys, *keys], values)
 
     def notes(self) -> list[str]:
         """Say which penalties are left out."""
@@ -189,21 +155,3 @@ class ParameterMonitor(ParameterRegularizer):
     def route(self) -> str:
         """Return when it measures."""
         return f"every {self.every_n_steps} steps"
-
-
-def _squares_of_gradients(params: Sequence[Parameter]) -> list[Tensor]:
-    """Return the sum of squares of this rank's part of each gradient."""
-    gradients = [None if p.grad is None or p.grad.is_sparse else local_tensor(p.grad) for p in params]
-    squares = iter(squares_of_each([gradient for gradient in gradients if gradient is not None]))
-    return [
-        next(squares) if gradient is not None else sum_of_squares([] if p.grad is None else [p.grad])
-        for p, gradient in zip(params, gradients, strict=True)
-    ]
-
-
-def _numbers(tensors: Sequence[Tensor]) -> list[Any]:
-    """Return the values of tensors of one shape, with a single transfer from a device if they are on one."""
-    if len({(tensor.device, tensor.dtype) for tensor in tensors}) != 1:
-        return [tensor.tolist() for tensor in tensors]
-    values: list[Any] = torch.stack(list(tensors)).tolist()
-    return values

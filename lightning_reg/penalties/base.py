@@ -78,6 +78,7 @@ class Penalty(ParameterRegularizer):
     """
 
     phase = Phase.PENALTY
+    sums_over_tensors: ClassVar[bool] = False
     valid_ranges = {"strength": NON_NEGATIVE}
     fit_attributes: ClassVar[tuple[str, ...]] = ("_logged", "_trainer")
     deepspeed_alternative = "add the penalty to the loss in training_step, or use DDP or FSDP2"
@@ -126,6 +127,15 @@ class Penalty(ParameterRegularizer):
             for p, addend in zip(params, addends, strict=True):
                 if addend is not None:
                     p.grad = addend if p.grad is None else p.grad + addend
+
+    @classmethod
+    def is_sum_over_tensors(cls) -> bool:
+        """Return whether R(θ) is a sum over tensors, so that the gradient may be added for a few of them at a time.
+
+        That is known of the class that defines the formula, and not of one that overrides it.
+        """
+        formulas = {"value", "add_gradient_"}
+        return bool(next(vars(owner) for owner in cls.__mro__ if formulas & vars(owner).keys()).get("sums_over_tensors", False))
 
     @property
     def scale(self) -> float:

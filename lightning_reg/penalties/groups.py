@@ -104,6 +104,7 @@ class GroupLassoPenalty(Penalty):
         W. Wen et al., "Learning Structured Sparsity in Deep Neural Networks", 2016.
     """
 
+    sums_over_tensors = True
     supports_fsdp1 = False
 
     def value(self, params: Sequence[Tensor]) -> Tensor:

@@ -151,6 +151,7 @@ class L1Penalty(Penalty):
         R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     """
 
+    sums_over_tensors = True
     supports_complex = True
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -195,6 +196,7 @@ class L2Penalty(Penalty):
         A. E. Hoerl, R. W. Kennard, "Ridge Regression: Biased Estimation for Nonorthogonal Problems", 1970.
     """
 
+    sums_over_tensors = True
     supports_complex = True
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -243,6 +245,7 @@ class ElasticNetPenalty(Penalty):
         H. Zou, T. Hastie, "Regularization and Variable Selection via the Elastic Net", 2005.
     """
 
+    sums_over_tensors = True
     supports_complex = True
     valid_ranges = {"l1": NON_NEGATIVE, "l2": NON_NEGATIVE}
 

@@ -131,6 +131,7 @@ class OrthogonalityPenalty(Penalty):
         More from Orthogonality Regularizations in Training Deep CNNs?", 2018.
     """
 
+    sums_over_tensors = True
     supports_fsdp1 = False
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -181,6 +182,7 @@ class StartingPointPenalty(Penalty):
         X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018.
     """
 
+    sums_over_tensors = True
     supports_complex = True
     state_entries = ("start",)
     fit_attributes = ("_references",)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gap_truth import SHARES, covered, missed_by_logs, outcomes
 from rich.table import Table
+from torch.optim import SGD
 
+from lightning_reg import L2Penalty
 from lightning_reg.functional import add_l2_gradient_
-from lightning_reg.monitors.measures import copy_with_squares, squares_of_each, update_sums_of_each
+from lightning_reg.monitors.watched import Watched
 from tests.benchmarks.measuring import measure
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
 
 FITS = 100
 """The number of fits for each share of wrong labels."""
@@ -39,35 +43,48 @@ def coverage_table() -> Table:
     return table
 
 
+class OfParameters(L2Penalty):
+    """A penalty on the gradients of given parameters, without a fit."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        super().__init__(1e-4, inject="gradient")
+        self._given: Any = params
+
+    @property
+    def scale(self) -> float:
+        """The strength, which no schedule changes."""
+        return 1e-4
+
+    def parameters_of(self, optimizer: Optimizer) -> list[Parameter]:
+        """Return the parameters."""
+        return list(self._given)
+
+
 def report_cost(label: str, params: list[Tensor], seconds: float) -> str:
     """Return the time of ``ParameterMonitor`` on a step that it measures, as a multiple of one ``torch._foreach_add_``.
 
-    Its measurement of a penalty is compared with the gradient of the penalty, into gradients of zeros.
+    It is the time of the measurement, without that of putting the values into ``trainer.callback_metrics``, which is reported
+    for a single value. What a penalty adds is compared with adding the gradient of the penalty.
     """
+    tensors: Any = params
     gradients, weights = [p.grad for p in params if p.grad is not None], [p.detach() for p in params]
-
-    copies = [torch.empty_like(weight) for weight in weights]
-
-    def monitor() -> None:
-        squares_of_each(gradients)
-        copy_with_squares(copies, weights)
-        update_sums_of_each(copies, weights)
-
-    def penalty() -> None:
-        for p in params:
-            p.grad = torch.zeros_like(p)
-        add_l2_gradient_(params, 1e-4)
-
-    def measured_penalty() -> None:
-        penalty()
-        squares_of_each([p.grad for p in params if p.grad is not None])
-        squares_of_each(gradients)
-
-    floor = lambda: torch._foreach_add_(gradients, weights, alpha=1e-4)  # noqa: E731
-    base, ours, alone, with_norms = measure([floor, monitor, penalty, measured_penalty], seconds)
-    for p, gradient in zip(params, gradients, strict=True):
-        p.grad = gradient
+    optimizer, penalty = SGD(params, lr=0.1), OfParameters(params)
+    watched = Watched(tensors, [[str(index)] for index in range(len(params))], "")
+    with torch.no_grad():
+        values = watched.after_step(watched.before_step([], optimizer))
+        base, alone, with_penalty, gradient, publishing = measure(
+            [
+                lambda: torch._foreach_add_(gradients, weights, alpha=1e-4),
+                lambda: watched.after_step(watched.before_step([], optimizer)),
+                lambda: watched.after_step(watched.before_step([penalty], optimizer)),
+                lambda: add_l2_gradient_(params, 1e-4),
+                lambda: dict(zip(watched.keys, values.unbind(), strict=True)),
+            ],
+            seconds,
+        )
+    more = with_penalty - alone
     return (
-        f"ParameterMonitor, {label}: {ours / base:.2f} times as long as one torch._foreach_add_ ({base * 1e3:.2f} ms), and for "
-        f"each penalty {with_norms / alone:.2f} times as long as its gradient, {(with_norms - alone) / base:.2f} floors more"
+        f"ParameterMonitor, {label}: {alone / base:.2f} times as long as one torch._foreach_add_ ({base * 1e3:.2f} ms). An L2 "
+        f"penalty adds {more / gradient:.2f} times the time of its gradient, {more / base:.2f} floors. Publishing takes "
+        f"{publishing / len(values) * 1e6:.2f} µs for each value"
     )
