@@ -204,6 +204,18 @@ def test_list_batches_of_devices(monkeypatch):
     assert zeros.tolist() == [0, 7, 0, 0, 0]
 
 
+def test_halves_in_lists_of_devices(monkeypatch):
+    """The number of zeros of half-precision tensors is exact too."""
+    monkeypatch.setattr(measures, "is_cpu", lambda tensor: False)
+    tensors = [torch.randn(SMALL + 1 + index).to(torch.bfloat16) for index in range(2)]
+    tensors[1][:5] = 0
+    copies = Copies(tensors)
+    copies.take(tensors)
+    new, change, zeros = copies.changes(tensors)
+    assert_close(new, torch.stack([tensor.float().square().sum() for tensor in tensors]), rtol=1e-4, atol=0)
+    assert (change.tolist(), zeros.tolist()) == ([0, 0], [0, 5])
+
+
 def test_missing_and_sparse_gradients():
     """A parameter without a gradient counts as zeros; the entries of equal indices of a sparse gradient are added."""
     embedding, unused = torch.nn.Embedding(5, 2, sparse=True), torch.nn.Parameter(torch.ones(3))

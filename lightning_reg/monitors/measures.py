@@ -7,6 +7,7 @@ tensors, so that nothing waits for a device.
 
 from __future__ import annotations
 
+import sys
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -144,6 +145,8 @@ class _Held(NamedTuple):
 
     views: tuple[Tensor, ...]
     stacked: Tensor | None
+    entries: Tensor | None = None
+    """The number of entries of each, if they are a list."""
 
     @property
     def is_list(self) -> bool:
@@ -162,9 +165,11 @@ def _batches(tensors: Sequence[Tensor]) -> list[list[int]]:
     room: dict[Hashable, int] = {}
     for index, tensor in enumerate(tensors):
         entries, most = tensor.numel(), chunk_entries(tensor.device)
-        if entries > (SMALL if is_cpu(tensor) else most):
+        if entries > (SMALL if is_cpu(tensor) else most):  # read in chunks
             batches.append([index])
             continue
+        if entries > SMALL:  # in a list, which needs no further memory
+            most = sys.maxsize
         key = (tensor.shape if entries <= SMALL else None, tensor.dtype, tensor.device)
         if room.get(key, -1) < entries:
             growing[key], room[key] = [], most
@@ -184,7 +189,8 @@ def _picker(batch: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]
 def _empty_like(batch: tuple[Tensor, ...]) -> _Held:
     first = batch[0]
     if len(batch) == 1 or first.numel() > SMALL:
-        return _Held(tuple(torch.empty_like(tensor) for tensor in batch), None)
+        sizes = torch.tensor([float(tensor.numel()) for tensor in batch], device=first.device)
+        return _Held(tuple(torch.empty_like(tensor) for tensor in batch), None, sizes)
     stacked = torch.empty((len(batch), *first.shape), dtype=first.dtype, device=first.device)
     return _Held(stacked.unbind(), stacked)
 
@@ -227,8 +233,9 @@ def _changes(held: _Held, batch: tuple[Tensor, ...], stack: _Stack) -> Tensor:
     if held.is_list:
         torch._foreach_sub_(held.views, batch)
         squares = _list_squares(batch)
-        zeros = torch.stack([(tensor == 0).sum() for tensor in batch])
-        return torch.stack([squares, _list_squares(held.views), zeros.to(squares)])
+        nonzero = torch.stack([torch.linalg.vector_norm(tensor, 0, dtype=_norm_dtype(tensor)) for tensor in batch])
+        assert held.entries is not None, "there are several that are not stacked"
+        return torch.stack([squares, _list_squares(held.views), (held.entries - nonzero).to(squares)])
     return _total(_changes_of_chunk(copy, chunk) for copy, chunk in chunks(held.views[0], batch[0]))
 
 
