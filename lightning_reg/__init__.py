@@ -1,6 +1,6 @@
 """Regularization for PyTorch Lightning: every technique is one callback.
 
-Penalties, gradient clipping, weight constraints, shrinkage, pruning and dropout for an unchanged ``LightningModule``, in any
+Penalties, gradient clipping, weight constraints, shrinkage, pruning, and dropout for an unchanged ``LightningModule``, in any
 combination and any order, from Python or from LightningCLI.
 """
 

@@ -1,16 +1,16 @@
-"""What a technique of your own needs: base classes, phases of the step, and ranges of values.
+"""Building blocks for your own techniques: base classes, phases of the step, and ranges of values.
 
-Subclass the base closest to what your technique does, store every constructor argument under its own name, call
+Subclass the base class closest to what your technique does, store every constructor argument under its own name, call
 ``super().__init__``, and override one or two methods:
 
 - ``Penalty``: a term of the objective. Override ``value``.
-- ``GradientProcessing``: a change of the gradients before the step. Set ``phase``; override ``gradients``.
+- ``GradientProcessing``: a change to the gradients before the step. Set ``phase``; override ``gradients``.
 - ``Constraint``: a projection of the weights after the step. Override ``reproject``.
 - ``ParameterRegularizer``, ``ModuleRegularizer``, ``Regularizer``: anything else on selected parameters, on modules, or
   without a selection. Set ``phase``; override any method of ``Regularizer``, and ``route``, which the summary shows.
 
-``valid_ranges`` names the arguments that may be schedules, each with the numbers that it may be; ``self.current`` has their
-values at the current progress.
+``valid_ranges`` names the arguments that may be schedules, and the valid values of each. ``self.current`` holds their values at
+the current progress.
 
 Example:
     A constraint that rounds weights to multiples of a step size.

@@ -1,7 +1,7 @@
-"""The functions behind the callbacks, for plain PyTorch or Fabric. No Trainer is needed.
+"""The functions behind the callbacks, for plain PyTorch or Fabric, without a Trainer.
 
-Most functions take tensors: a list, any other iterable such as ``model.parameters()``, or a single tensor. Anything else is a
-``TypeError``. Functions that change their arguments in place have names that end in ``_``.
+Most functions take tensors: a list, any other iterable such as ``model.parameters()``, or a single tensor. Anything else raises
+a ``TypeError``. Functions that change their arguments in place have names that end in ``_``.
 
 Example:
     >>> import torch

@@ -1,9 +1,9 @@
 """Values that change over training. A schedule is any callable from progress in [0, 1] to a float.
 
 Progress is the number of training batches done, divided by the number planned. If the length of the training data is unknown,
-it is the fraction of the epochs or of the steps. Schedules start and end at *markers*: fractions of training (``0.25``), epochs
-(``"3ep"``), or optimizer steps (``"500st"``, counted as ``trainer.global_step`` does). Epochs and steps also work in a run
-without an end, where fractions raise an error.
+progress is the fraction of epochs or steps done. Schedules start and end at *markers*: fractions of training (``0.25``),
+epochs (``"3ep"``), or optimizer steps (``"500st"``, counted as ``trainer.global_step`` does). Epochs and steps also work in an
+endless run, where fractions raise an error.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _REAL = Interval(-math.inf, math.inf, open_low=True, open_high=True)
 class Schedule(SignatureRepr, ABC):
     """Base class of schedules: a value that depends on the progress of training, with markers where it changes.
 
-    Write your own schedule as a plain function of progress. Each callback that gets it calls it with 0.0 when it is created.
-    Subclass this class only if it needs markers in epochs or steps.
+    Write your own schedule as a plain function of progress. A callback calls it once with 0.0 when the callback is created.
+    Subclass this class only if your schedule needs markers in epochs or steps.
 
     Example:
         >>> from lightning_reg import L2Penalty
@@ -36,21 +36,21 @@ class Schedule(SignatureRepr, ABC):
     """
 
     def __call__(self, progress: float) -> float:
-        """Return the value at a progress in [0, 1], for a schedule without markers in epochs and steps."""
+        """Return the value at a progress in [0, 1], for a schedule without markers in epochs or steps."""
         return self.at_moment(Moment(progress))
 
     @abstractmethod
     def at_moment(self, moment: Moment) -> float:
         """Return the value at a point of a fit.
 
-        A moment has the ``progress``, ``epochs``, and ``steps`` that are done, and the methods ``has_passed(marker)`` and
+        A moment has the ``progress``, ``epochs``, and ``steps`` so far, and the methods ``has_passed(marker)`` and
         ``between(begin, until)``, which returns the position between two markers in [0, 1].
         """
 
     @property
     @abstractmethod
     def extremes(self) -> Sequence[float]:
-        """Values between which all others lie. They are checked when a callback is created."""
+        """Values that bound all others. They are checked when a callback is created."""
 
     @property
     def needs_end(self) -> bool:
@@ -60,7 +60,7 @@ class Schedule(SignatureRepr, ABC):
     @property
     @abstractmethod
     def markers(self) -> Sequence[float | str]:
-        """The markers, in the order in which they must come."""
+        """The markers, in their required order."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -70,7 +70,7 @@ class Schedule(SignatureRepr, ABC):
 
 
 Value = float | Infinity | Schedule | Callable[[float], float]
-"""A number, a schedule, or any callable ``progress -> float``, which is called with 0.0 once when a callback is created."""
+"""A number, a schedule, or any callable ``progress -> float``, which a callback calls once with 0.0 when it is created."""
 
 Values = float | Infinity | Schedule | dict[str, float | Infinity | Schedule | ScheduleFunction] | Callable[[float], float]
 """A value, or a mapping from glob to value. In this order, jsonargparse saves a mapping as a mapping and a class as a class."""
@@ -220,7 +220,7 @@ class Steps(Schedule):
         at: The markers in increasing order: fractions of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
 
     Raises:
-        TypeError: If ``values`` or ``at`` is no list.
+        TypeError: If ``values`` or ``at`` is not a list.
         ValueError: If the numbers of values and markers do not match, a marker is malformed, or the markers decrease.
 
     Example:
@@ -256,9 +256,9 @@ class SequentialSchedule(Schedule):
 
     The first schedule acts up to the first marker, the second one from there to the second marker, and so on. The last one acts
     until the end of training.
-    Markers of a schedule are relative to its stretch: fractions of it, or epochs or steps since it began. A stretch that begins
-    at ``"5ep"`` takes fractions and epochs, and one that begins at ``"500st"`` takes fractions and steps. The first stretch
-    takes all.
+    Markers of a schedule are relative to its stretch: fractions of it, or epochs or steps since it began. A stretch that
+    begins at ``"5ep"`` takes fractions and epochs, and one that begins at ``"500st"`` takes fractions and steps. The first
+    stretch takes all three.
 
     Args:
         schedules: The schedules, one more than there are markers. A number is a constant, and a function ``progress -> float``
@@ -266,7 +266,7 @@ class SequentialSchedule(Schedule):
         at: The markers in increasing order: fractions of training, ``"3ep"`` (epochs), or ``"500st"`` (optimizer steps).
 
     Raises:
-        TypeError: If an argument is no list, or a schedule is neither a schedule, a number, nor a function.
+        TypeError: If an argument is not a list, or a schedule is neither a schedule, a number, nor a function.
         ValueError: If the numbers of schedules and markers do not match, a marker is malformed, the markers decrease, or a
             schedule has a marker outside its stretch or in a unit that its stretch does not take.
 
@@ -303,11 +303,11 @@ class SequentialSchedule(Schedule):
 
     @property
     def markers(self) -> Sequence[float | str]:
-        """The markers of all schedules in the whole of training, with those between the schedules."""
+        """The markers of all schedules over all of training, including those between schedules."""
         return self._markers
 
     def _absolute_markers(self) -> list[float | str]:
-        """Return the markers in order, without those fractions of a stretch that no marker in the whole of training names."""
+        """Return the markers in order, except for fractions of a stretch that cannot be expressed over all of training."""
         found: list[float | str] = []
         for part, since, until in zip(self._parts, self._begins, self._ends, strict=True):
             found += [marker for marker in _in_stretch(part, since, until) if marker is not None]
@@ -316,7 +316,7 @@ class SequentialSchedule(Schedule):
 
 
 def _in_stretch(part: Schedule, since: float | str, until: float | str) -> list[float | str | None]:
-    """Return the markers of a schedule in the whole of training; ``None`` for a fraction of its stretch that has no name there.
+    """Return the markers of a schedule over all of training, or ``None`` for a fraction that cannot be expressed there.
 
     Raises:
         ValueError: If a marker has a unit that the stretch does not take, or cannot be compared with another one.
@@ -367,13 +367,13 @@ def _as_schedule(what: str, given: Any) -> Schedule:
 
 
 def _check_lists(kind: str, entry: str, entries: Any, at: Any) -> None:
-    """Check that there is one more value, or schedule, than there are markers."""
+    """Check that there is one more value, or schedule, than markers."""
     for name, given in ((f"{entry}s", entries), ("at", at)):
         if isinstance(given, str) or not isinstance(given, Sequence):
             raise TypeError(f"{kind}: {name} must be a list, got {described_value(given)}")
     if len(entries) != len(at) + 1:
         raise ValueError(
-            f"{kind}: there must be one more {entry} than there are markers, got {len(entries)} {entry}s and {len(at)} "
+            f"{kind}: expected one more {entry} than markers, got {len(entries)} {entry}s and {len(at)} "
             f"markers: the first {entry} applies before the first marker"
         )
 

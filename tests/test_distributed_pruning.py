@@ -16,7 +16,7 @@ WORKER = "pruning_worker.py"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:.*these tensors keep weights that would be pruned"),
+    pytest.mark.filterwarnings("ignore:.*protects weights in these tensors"),
 ]
 
 

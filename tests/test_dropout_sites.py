@@ -169,7 +169,7 @@ def test_scheduler_selects_injected_dropout():
             lambda: [DropoutScheduler({"net.3": 0.1, "nett": 0.2})],
             "no module with dropout has a name or class that matches 'nett'; close matches: net.3",
         ),
-        (lambda: [DropoutScheduler({})], "DropoutScheduler: p must have at least one glob"),
+        (lambda: [DropoutScheduler({})], "DropoutScheduler: p must have at least one pattern"),
         (lambda: [DropoutScheduler({"*": 1.2})], r"DropoutScheduler: p/\* must be a number in \[0, 1\], got 1.2"),
         (lambda: [DropoutScheduler({"*": Linear(0.0, 1.2)})], r"p/\*=Linear\(0.0, 1.2\) must be a number in \[0, 1\], got 1.2"),
         (lambda: [DropoutScheduler({"*": lambda t: 2.0})], r"DropoutScheduler: p/\*=.* at progress 0 must be a number"),

@@ -316,7 +316,7 @@ def test_penalties_take_the_gradient_route_beside_such_a_technique():
     automatic = fit([Shift(1.0), penalty], max_epochs=1)
     assert not penalty.adds_to_loss
     assert same(automatic, fit([Shift(1.0), L2Penalty(0.1, inject="gradient")], max_epochs=1))
-    with pytest.raises(ValueError, match="inject='loss' is not exact beside Shift, which changes the weights"):
+    with pytest.raises(ValueError, match="inject='loss' is not exact together with Shift, which changes the weights"):
         fit([Shift(1.0), L2Penalty(0.1, inject="loss")])
 
 

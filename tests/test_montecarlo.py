@@ -197,7 +197,7 @@ class WithoutDropout(LightningModule):
         ),
         (
             lambda: predict([MonteCarloDropout(samples=2)], WithoutDropout()),
-            "the model has no dropout; .* use DropoutInjection",
+            "the model has no dropout; .* pass DropoutInjection",
         ),
         (
             lambda: predict([MonteCarloDropout(samples=2), DropoutInjection(Linear(0.0, 0.5), after="ReLU")]),

@@ -119,7 +119,7 @@ def test_no_interval_for_what_is_no_mean(metric):
     assert float(found[f"{name}/val"]) == pytest.approx(float(found[metric]), abs=1e-5)
     assert f"{name}/gap_low" not in found
     assert str(monitor.verdict).startswith(
-        "cannot tell: the gap has no interval, since the metric is not a mean over samples, or"
+        "cannot tell: the gap has no interval, because the metric is not a mean over samples, or"
     )
 
 
@@ -485,7 +485,7 @@ def test_several_validation_loaders():
 
     loaders = [part(1000, 1100), part(1100, 1200)]
     with pytest.raises(
-        ValueError, match=r"cannot draw a sample of the validation data: there are 2 loaders\. Give one, as in "
+        ValueError, match=r"cannot draw a sample of the validation data: there are 2 loaders\. Pass one, as in "
     ):
         run([OverfittingMonitor(metric="val/loss")], Several(), val=loaders)
     samples = {"train": part(0, 100), "val": loaders[1]}
@@ -671,17 +671,17 @@ MISTAKES = {
     ),
     "kept outputs": (
         mistake(model=Keeps),
-        r"OverfittingMonitor: Keeps\.validation_step keeps something in self\.outputs, .*torchmetrics\.CatMetric\(\)",
+        r"OverfittingMonitor: Keeps\.validation_step collects something in self\.outputs, .*torchmetrics\.CatMetric\(\)",
     ),
-    "kept number": (mistake(model=Counts), r"Counts\.validation_step keeps something in self\.seen"),
+    "kept number": (mistake(model=Counts), r"Counts\.validation_step collects something in self\.seen"),
     "iterator": (
         mistake(model=Fetches),
         r"Fetches\.validation_step\(dataloader_iter\) fetches its batches itself.*write validation_step\(batch, batch_idx\)",
     ),
     "stream": (
         mistake(train=lambda: DataLoader(Stream(), batch_size=16)),
-        "OverfittingMonitor cannot draw a sample of the training data: Stream is an IterableDataset, which cannot be asked for "
-        r"single samples\. Give one, as in samples=<DataLoader>",
+        "OverfittingMonitor cannot draw a sample of the training data: Stream is an IterableDataset, which does not give "
+        r"single samples by index\. Pass one, as in samples=<DataLoader>",
     ),
     "validation stream": (
         mistake(val=lambda: DataLoader(Stream(), batch_size=16)),
@@ -689,11 +689,11 @@ MISTAKES = {
     ),
     "no length": (
         mistake(train=lambda: DataLoader(Unsized(), sampler=iter(range(50)))),
-        r"the dataset Unsized has no length\. Give one, as in samples=<DataLoader>",
+        r"the dataset Unsized has no length\. Pass one, as in samples=<DataLoader>",
     ),
     "no loader": (
         mistake(train=lambda: NotALoader()),
-        r"the loader is no torch\.utils\.data\.DataLoader but a NotALoader\. Give one",
+        r"the loader is not a torch\.utils\.data\.DataLoader but a NotALoader\. Pass one",
     ),
     "mode": (mistake(mode="smallest"), "OverfittingMonitor: mode must be 'min' or 'max', got 'smallest'"),
     "no samples": (mistake(samples=0), "OverfittingMonitor: samples must be an integer ≥ 1, got 0"),
@@ -731,7 +731,7 @@ def test_wrong_types(samples, message):
     expected = "samples must be an integer, a DataLoader, or {'train': <DataLoader>, 'val': <DataLoader>}, "
     with pytest.raises(TypeError, match=re.escape(expected) + message):
         OverfittingMonitor(samples=samples)
-    with pytest.raises(TypeError, match="metric must be a name that is logged, got the class MeanMetric"):
+    with pytest.raises(TypeError, match="metric must be the name of a logged metric, got the class MeanMetric"):
         OverfittingMonitor(metric=torchmetrics.MeanMetric)
 
 
@@ -747,7 +747,7 @@ def test_training_batches_of_another_form():
     train = DataLoader(TensorDataset(images, labels, labels), batch_size=16)
     expected = (
         r"OverfittingMonitor: Other\.validation_step failed on a batch of the training data \(ValueError: too many values.*"
-        r"batches of the training data must look like those of the validation data.*samples=\{'train': <DataLoader>"
+        r"training batches must look like validation batches.*samples=\{'train': <DataLoader>"
     )
     with pytest.raises(RuntimeError, match=expected) as raised:
         run([OverfittingMonitor(metric="val/loss")], Other(), train)
@@ -759,7 +759,7 @@ def test_mistakes_show_before_the_training():
         def training_step(self, batch, batch_idx):
             raise AssertionError("too late")
 
-    with pytest.raises(ValueError, match="keeps something"):
+    with pytest.raises(ValueError, match="collects something"):
         run([OverfittingMonitor(metric="val/loss")], Trains())
 
 

@@ -744,7 +744,7 @@ def test_later_fits_of_a_model_keep_its_starting_point(tmp_path):
             lambda: fit([ActivityPenalty(0.1, modules="Relu")]),
             r"ActivityPenalty: no module has a name or class .* close matches: ReLU",
         ),
-        (lambda: fit([ActivityPenalty(0.1, modules="ReLU")], Gan()), "ActivityPenalty adds to the loss, which in manual"),
+        (lambda: fit([ActivityPenalty(0.1, modules="ReLU")], Gan()), "ActivityPenalty adds to the loss, but in manual"),
     ],
     ids=["negative strength", "unknown p", "no modules", "unknown modules", "manual optimization"],
 )

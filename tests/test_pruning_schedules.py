@@ -245,7 +245,7 @@ def test_rewinds_right_after_the_step():
         ({"every": "5ep"}, "never prunes: every='5ep', but the fit ends before the end of epoch 5"),
         ({"every": "9st"}, "never prunes: every='9st', but the fit ends before the end of step 9"),
         ({"max_steps": 3}, "never prunes: every='1ep', but the fit ends before the end of epoch 1"),
-        ({"data": stream(), "max_epochs": -1, "max_steps": 3}, "if the data do not end, it never prunes. Use steps, as in"),
+        ({"data": stream(), "max_epochs": -1, "max_steps": 3}, "if the data never end, it never prunes. Use steps, as in"),
         ({"data": stream(), "max_epochs": -1, "max_steps": 3, "every": "4st"}, "never prunes: every='4st'"),
         ({}, ""),
         ({"every": "8st"}, ""),
@@ -409,7 +409,7 @@ def test_patterns_that_do_not_fit_the_model_raise(mapping, message):
     [
         ({}, ValueError, "sparsity must have at least one pattern"),
         ({"net.*": 1.0}, ValueError, r"sparsity/net\.\* must be a number in \[0, 1\), got 1\.0"),
-        ({"net.*": Linear(0.5, 0.2)}, ValueError, r"sparsity/net\.\*=Linear.* falls from 0\.5 to 0\.2"),
+        ({"net.*": Linear(0.5, 0.2)}, ValueError, r"sparsity/net\.\*=Linear.* decreases from 0\.5 to 0\.2"),
         ({"!net.*": 0.5}, ValueError, "selects no parameter: start with what to include"),
         ({nn.Linear: 0.5}, TypeError, "params must name parameters|must be text"),
     ],
@@ -504,7 +504,7 @@ def test_tensors_of_zeros_only_are_left_out():
     """They were initialized so, as LoRA does, and must be trained."""
     model = sparse_model(0.3)
     nn.init.zeros_(model.net[4].weight)
-    with pytest.warns(UserWarning, match=r"keep_zeros leaves out tensors of zeros only, which may be new: net\.4\.weight"):
+    with pytest.warns(UserWarning, match=r"keep_zeros leaves out all-zero tensors, which may be new: net\.4\.weight"):
         fit([WeightPruning(0.0, keep_zeros=True)], model)
     assert (model.net[4].weight != 0).all()
 

@@ -86,7 +86,7 @@ def test_a_guard_that_zeroes_entries_leaves_the_penalty(ranks):
     [
         ("fp16, loss", "under DDP with a communication hook, which may round it"),
         ("sparse, loss", r"under DDP with sparse gradients \(embedding\)"),
-        ("guarded, loss", "beside NonFiniteGradientGuard, which may set its gradient to zero"),
+        ("guarded, loss", "together with NonFiniteGradientGuard, which may set its gradient to zero"),
     ],
 )
 def test_the_loss_route_is_refused_where_it_is_not_exact(ranks, key, reason):

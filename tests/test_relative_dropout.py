@@ -180,7 +180,9 @@ def test_the_range_is_that_of_a_factor():
 def test_factors_of_zero_are_warned_of():
     model = Classifier()
     model.net[3].p = 0.0
-    with pytest.warns(UserWarning, match="DropoutScheduler: all rates are 0, so no factor changes them: Dropout 0: net.3"):
+    with pytest.warns(
+        UserWarning, match="DropoutScheduler: all original rates are 0, so multiplying them changes nothing: Dropout 0: net.3"
+    ):
         fit([DropoutScheduler(2.0, relative=True)], model, max_epochs=1)
 
 

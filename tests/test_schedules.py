@@ -149,9 +149,9 @@ def test_function_as_schedule():
         (lambda: Linear(0, 1, until="3epochs"), r"Linear: until: expected .*'3ep'.*'500st', got '3epochs'"),
         (lambda: Linear(0, 1, until=1.5), r"Linear: until, as a fraction of training, must be a number in \[0, 1\], got 1.5"),
         (lambda: Linear(0, 1, begin=0.5, until=0.25), "Linear: the markers must not decrease, got 0.5 before 0.25"),
-        (lambda: Steps([1, 0], at=["5ep", "3ep"]), "one more value than there are markers, got 2 values and 2 markers"),
+        (lambda: Steps([1, 0], at=["5ep", "3ep"]), "one more value than markers, got 2 values and 2 markers"),
         (lambda: Steps([1, 0, 1], at=["5ep", "3ep"]), "the markers must not decrease, got 5ep before 3ep"),
-        (lambda: SequentialSchedule([0, 1], at=[]), "one more schedule than there are markers, got 2 schedules and 0 markers"),
+        (lambda: SequentialSchedule([0, 1], at=[]), "one more schedule than markers, got 2 schedules and 0 markers"),
         (
             lambda: SequentialSchedule([0, 1, 0], at=[0.5, 0.2]),
             "SequentialSchedule: the markers must not decrease, got 0.5 before",

@@ -198,10 +198,10 @@ class Counted:
 @pytest.mark.parametrize(
     ("policy", "warned", "line"),
     [
-        ("skip", "the step is skipped", "NonFiniteGradientGuard: 2 steps skipped because of infinite or NaN gradients"),
+        ("skip", "skipping the step", "NonFiniteGradientGuard: 2 steps skipped because of infinite or NaN gradients"),
         (
             "zero",
-            "these entries are set to 0",
+            "setting these entries to 0",
             "NonFiniteGradientGuard: 2 steps with entries set to 0 because of infinite or NaN",
         ),
     ],

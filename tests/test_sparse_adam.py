@@ -46,8 +46,8 @@ def test_penalties_with_sparse_adam(name, alone):
     """They say at fit start what to do, and each of the three ways works."""
     penalty = ROWS[name].active()
     message = (
-        rf"^{name} adds a dense gradient to embedding.weight, but SparseAdam takes only sparse gradients: exclude what it "
-        r"trains, as in params=\[…, '!embedding.weight'\], use another optimizer, or use .* WeightDecay or SoftThresholding$"
+        rf"^{name} adds a dense gradient to embedding.weight, but SparseAdam takes only sparse gradients: exclude "
+        r"these parameters, as in params=\[…, '!embedding.weight'\], use another optimizer, or .* WeightDecay or SoftThr.*$"
     )
     with pytest.raises(ValueError, match=message):
         fit([penalty], Sparse(alone), max_epochs=1)

@@ -161,8 +161,8 @@ def test_the_figure_marks_the_best_and_the_chosen_strength():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"values": [1.0]}, ValueError, "values must be at least two different finite numbers, got"),
-        ({"values": [1.0, math.nan]}, ValueError, "values must be at least two different finite numbers"),
+        ({"values": [1.0]}, ValueError, "values must be at least two distinct finite numbers, got"),
+        ({"values": [1.0, math.nan]}, ValueError, "values must be at least two distinct finite numbers"),
         ({"values": [-1.0, 1.0]}, ValueError, r"L2Penalty\(strength=-1\): .*strength must be a number in"),
         ({"argument": "strenght"}, TypeError, "strenght"),
         ({"technique": L2Penalty(1.0)}, TypeError, "technique must be a callback class, as in L2Penalty, got"),

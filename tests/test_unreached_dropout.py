@@ -46,7 +46,7 @@ def model(*layers, dropout=0.0):
 
 
 IDENTITY = (
-    r"net.3.0.lora_dropout.default is nn.Identity, in place of dropout of rate 0: create the model with a rate above 0, or add "
+    r"net.3.0.lora_dropout.default is nn.Identity instead of dropout of rate 0: create the model with a rate above 0, or add "
     r"dropout there, as in DropoutInjection\(0.1, after='\*lora_dropout\*'\)"
 )
 
@@ -80,7 +80,7 @@ def test_other_errors_do_not_name_it():
 def test_the_summary_names_it(rate, capsys):
     fit([DropoutScheduler(0.1)], model(Lora(rate), dropout=0.3), enable_model_summary=True)
     printed = " ".join(capsys.readouterr().out.split())
-    assert ("net.3.0.lora_dropout.default is nn.Identity, in place of dropout" in printed) is (rate == 0.0)
+    assert ("net.3.0.lora_dropout.default is nn.Identity instead of dropout" in printed) is (rate == 0.0)
 
 
 def test_what_the_error_says_to_do_works():
@@ -110,7 +110,7 @@ def test_classes_named_for_dropout_are_suggested():
         fit([DropoutScheduler(0.1)], model(DropBlock2d()))
     with pytest.raises(ValueError, match=rf"no dropout; .* name both, as in {SUGGESTED}"):
         fit([MonteCarloDropout()], model(DropBlock2d()))
-    with pytest.raises(ValueError, match=rf"matches 'DropBlock2d'; .*; rates in attributes are scheduled by {SUGGESTED}"):
+    with pytest.raises(ValueError, match=rf"matches 'DropBlock2d'; .*; to schedule rates in attributes, set {SUGGESTED}"):
         fit([DropoutScheduler(0.1, modules="DropBlock2d")], model(DropBlock2d(), dropout=0.3))
     with pytest.warns(UserWarning, match=rf"keep dropout rates in attributes that are not scheduled; .* {SUGGESTED}"):
         fit([DropoutScheduler(0.1)], model(DropBlock2d(), dropout=0.3))

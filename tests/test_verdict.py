@@ -60,7 +60,7 @@ EXPECTED = {
     "diverges late": ("diverges", None, "the training sample went from 0.3 at epoch 2 to 0.8 at epoch 3"),
     "diverges to NaN": ("diverges", None, "the metric is not finite at epoch 2"),
     "diverges to infinity": ("diverges", None, "the metric is not finite at epoch 2"),
-    "cannot tell, too few": ("cannot tell", None, "2 epochs evaluated, and curves need 3"),
+    "cannot tell, too few": ("cannot tell", None, "2 epochs evaluated, but a verdict needs 3"),
     "cannot tell, none": ("cannot tell", None, "0 epochs evaluated"),
     "cannot tell, too noisy": ("cannot tell", None, "the gap is 0.52 (-0.38 to 1.42) at epoch 8, too uncertain for curves"),
     "cannot tell, no interval": ("cannot tell", None, "the gap has no interval"),

@@ -60,7 +60,7 @@ class Regularizer(Technique, Callback, metaclass=_CallbackClass):
     """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
 
     Args:
-        name: The name in metrics and checkpoints. By default the class, with the selection where that is not the default.
+        name: The name in metrics and checkpoints. Built from the class and any non-default selection by default.
     """
 
     fit_attributes: ClassVar[tuple[str, ...]] = ("_driver",)

@@ -81,7 +81,7 @@ class Technique(SignatureRepr, ABC):
     A subclass stores every argument of its constructor as an attribute of the same name, and then calls this constructor.
 
     Args:
-        name: The name in metrics and checkpoints. By default the class, with the selection where that is not the default.
+        name: The name in metrics and checkpoints. Built from the class and any non-default selection by default.
 
     Raises:
         TypeError: If an argument of the constructor is not stored under its own name, and for other mistakes in a class, see

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 class Constraint(ParameterRegularizer):
     """Base class of callbacks that project the weights after each optimizer step: θ ← argmin_{w ∈ C} ‖w − θ‖.
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
-    skips. Also at the end of an epoch, if pruning or shrinkage may have changed the weights.
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips. Also at
+    the end of an epoch, if pruning or shrinkage may have changed the weights.
 
-    A subclass overrides ``reproject``, which changes the parameters in place. It also overrides ``weights`` if it logs metrics,
-    or acts differently after a step.
+    A subclass overrides ``reproject``, which changes the parameters in place. To log metrics, or to act differently after a
+    step, it also overrides ``weights``.
     With sharded parameters, ``reproject`` gets the sharded tensors.
 
     Args:
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If nothing is selected.
@@ -52,5 +52,5 @@ class Constraint(ParameterRegularizer):
         """Project the weights, in place."""
 
     def route(self) -> str:
-        """Return where it acts: after the optimizer step."""
+        """Return where the constraint acts: after the optimizer step."""
         return "after the step"

@@ -67,17 +67,16 @@ def clip_negative_weights_(params: Tensors) -> None:
 class WeightClipping(Constraint):
     """Keep each weight in [−c, c]: θ ← max(−c, min(c, θ)).
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
-    skips.
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips.
 
-    Random shrinkage is sometimes called weight clipping too. For that, use ``RandomShrinkage``.
+    The name "weight clipping" is sometimes used for random shrinkage, too: see ``RandomShrinkage``.
     Works with sharded parameters.
 
     Args:
         clip_value: c > 0, the largest magnitude, or a schedule. Infinity does nothing. The paper uses 0.01.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``clip_value`` is not positive, or nothing is selected.
@@ -97,7 +96,7 @@ class WeightClipping(Constraint):
         super().__init__(params, name)
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Clamp the weights, and log the fraction that this changes."""
+        """Clamp the weights, and log the fraction that changed."""
         clip_value = self.current["clip_value"]
         if self.logging:
             self.log_metrics(**{self.label("constrained", optimizer): fraction_above(params, clip_value)})
@@ -111,16 +110,15 @@ class WeightClipping(Constraint):
 class NonNegative(Constraint):
     """Keep each weight nonnegative: θ ← max(0, θ).
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
-    skips.
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips.
 
-    It acts before constraints on norms, so it can be combined with them.
+    Acts before constraints on norms, so it combines with them.
     Works with sharded parameters.
 
     Args:
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If nothing is selected.
@@ -139,7 +137,7 @@ class NonNegative(Constraint):
         super().__init__(params, name)
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Set negative weights to 0, and log the fraction that this changes."""
+        """Set negative weights to 0, and log the fraction that changed."""
         if self.logging:
             self.log_metrics(**{self.label("constrained", optimizer): _negative_fraction(params)})
         super().weights(params, optimizer, step)

@@ -35,8 +35,8 @@ def project_unit_norms_(
     """Scale each output unit u so that l ≤ ‖w_u‖ ≤ h: w_u ← w_u · ((1 − r) + r · max(l, min(h, ‖w_u‖)) / ‖w_u‖).
 
     For r = 1, this is the projection argmin ‖v − w_u‖ over all v with l ≤ ‖v‖ ≤ h. A unit whose norm is in the interval, up to
-    the rounding of its dtype, does not change by a single bit. Neither does a unit of zeros, which has no direction. Norms do
-    not overflow or underflow in float32.
+    the rounding of its dtype, stays bitwise unchanged. So does a unit of zeros, which has no direction. Norms do not overflow
+    or underflow in float32.
 
     Args:
         params: Tensors, which are changed in place.
@@ -74,7 +74,7 @@ class _NormConstraint(Constraint):
         return 1.0
 
     def weights(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Project the units, and log the fraction that this changes."""
+        """Project the units, and log the fraction that changed."""
         low, high = self.interval()
         if self.logging:
             self.log_metrics(
@@ -91,19 +91,18 @@ class _NormConstraint(Constraint):
 class MaxNorm(_NormConstraint):
     """Keep the norm of each output unit at most c: w_u ← w_u · min(1, c / ‖w_u‖₂).
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
-    skips.
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips.
 
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), the vector of a token in an
     embedding, or an entry of a bias.
-    Units within the bound do not change by a single bit. Nothing changes before the first step.
+    Units within the bound stay bitwise unchanged. Nothing changes before the first step.
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
         max_norm: c > 0, the largest norm, or a schedule. Infinity does nothing. Srivastava et al. use 3 to 4.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``max_norm`` is not positive, nothing is selected, or FSDP1 has flattened the parameters.
@@ -131,18 +130,17 @@ class MaxNorm(_NormConstraint):
 class UnitNorm(_NormConstraint):
     """Keep the norm of each output unit at 1: w_u ← w_u / ‖w_u‖₂.
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
-    skips.
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips.
 
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), the vector of a token in an
     embedding, or an entry of a bias.
-    A unit of zeros has no direction and does not change. Nothing changes before the first step.
+    A unit of zeros has no direction, so it does not change. Nothing changes before the first step.
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If nothing is selected, or FSDP1 has flattened the parameters.
@@ -166,14 +164,13 @@ class UnitNorm(_NormConstraint):
 class MinMaxNorm(_NormConstraint):
     """Keep the norm of each output unit in an interval: l ≤ ‖w_u‖₂ ≤ h.
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
-    skips.
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips.
 
     A unit outside the interval moves the fraction ``rate`` of the way in each step: w_u ← w_u · ((1 − r) + r · n / ‖w_u‖₂),
     where n is the nearest norm in the interval. With a rate below 1, units approach the interval over several steps.
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), the vector of a token in an
     embedding, or an entry of a bias.
-    A unit of zeros has no direction and does not change. Nothing changes before the first step.
+    A unit of zeros has no direction, so it does not change. Nothing changes before the first step.
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
@@ -182,7 +179,7 @@ class MinMaxNorm(_NormConstraint):
         rate: r in [0, 1], or a schedule. 1, the default, enforces the constraint in each step. 0 does nothing.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``min_norm`` is negative or exceeds ``max_norm``, ``rate`` is outside [0, 1], nothing is selected, or

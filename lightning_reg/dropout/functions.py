@@ -28,17 +28,16 @@ def dropout(
 ) -> Tensor:
     """Inverted dropout: yᵢ = xᵢ · mᵢ / (1 − p) with mᵢ ~ Bernoulli(1 − p).
 
-    The expectation of y is x, so nothing needs to be rescaled when dropout is off.
-    If p is a number, torch's own kernel runs. If p is a tensor, masks are drawn in float32, whatever the dtype of x, and the
-    value of p is not read, so one compiled graph serves all values of p.
+    The expectation of y is x, so nothing needs rescaling when dropout is off. If p is a number, torch's own kernel runs. If p
+    is a tensor, masks are drawn in float32, regardless of the dtype of x, and one compiled graph serves all values of p.
 
     Args:
         x: A tensor of any shape. With ``channelwise``, a batch with channels in dimension 1.
-        p: The probability of a zero, in [0, 1]: a number or a scalar tensor.
+        p: The probability of dropping an entry, in [0, 1]: a number or a scalar tensor.
         channelwise: Drop whole channels, with one draw for each channel.
         samplewise: Drop whole samples (dimension 0). After the branch of a residual block, this is stochastic depth.
-        shared_dims: Dimensions along which one mask is shared. With the dimension of time, the same entries are dropped in
-            every step of a sequence.
+        shared_dims: Dimensions along which one mask is shared. With the time dimension, the same entries are dropped in every
+            step of a sequence.
 
     Returns:
         A tensor of the shape of ``x``; ``x`` itself if p is the number 0.
@@ -71,11 +70,11 @@ def dropout(
 def packed_dropout(
     x: PackedSequence, p: float | Tensor, shared_dims: Sequence[int] = (), batch_first: bool = False
 ) -> PackedSequence:
-    """Inverted dropout of packed sequences: of their data, as if they were padded.
+    """Inverted dropout of packed sequences, as if they were padded.
 
     Args:
         x: The packed sequences.
-        p: The probability of a zero, in [0, 1]: a number or a scalar tensor.
+        p: The probability of dropping an entry, in [0, 1]: a number or a scalar tensor.
         shared_dims: Dimensions of the padded sequences along which one mask is shared.
         batch_first: Whether samples are in dimension 0 of the padded sequences, and time in dimension 1.
 
@@ -153,7 +152,7 @@ def _mask_shape(
 
 
 def _draw_mask(x: Tensor, shape: Sequence[int], p: float | Tensor) -> Tensor:
-    """Draw what x is multiplied by: 0 for what is dropped, 1 / (1 − p) for what is kept."""
+    """Draw the factors of x: 0 where an entry is dropped, 1 / (1 − p) where it is kept."""
     if isinstance(p, torch.Tensor):
         return (_draw_kept(x, shape, p) * _inverse(1 - p)).to(x.dtype)
     return functional.dropout(x.new_ones(shape), p, training=True)

@@ -39,7 +39,7 @@ class InjectedDropout:
     Args:
         name: The qualified name of the module.
         module: The module.
-        rate: The rate, which every forward pass reads.
+        rate: The dropout rate, which every forward pass reads.
         channelwise: Drop whole channels.
         samplewise: Drop whole samples.
         always: Drop in eval mode too.
@@ -62,7 +62,7 @@ class InjectedDropout:
         self.module, self.rate = module, rate
         self.channelwise, self.samplewise, self.shared_dims, self.always = channelwise, samplewise, shared_dims, always
         self.set_by = ""
-        self.on_drop: Callable[[str, Any], None] | None = None  # called with the name and what a forward pass drops
+        self.on_drop: Callable[[str, Any], None] | None = None  # called with the name and the output that a forward pass drops
         self._original_rate = rate
         self._handle: RemovableHandle | None = None
 
@@ -77,7 +77,7 @@ class InjectedDropout:
         return id(self.module), f"injected {id(self._original_rate)}"
 
     def use(self, rate: Rate, by: str = "") -> None:
-        """Use a scheduled rate instead of the original one; ``by`` names the callback that sets it."""
+        """Use a scheduled rate instead of the original one. ``by`` names the callback that sets it."""
         self.rate, self.set_by = rate, by
 
     def set(self, p: float) -> None:
@@ -88,7 +88,7 @@ class InjectedDropout:
         self.rate, self.set_by = self._original_rate, ""
 
     def insert(self) -> None:
-        """Register the forward hook, after the hooks that the module already has."""
+        """Register the forward hook, after the module's existing hooks."""
         self._handle = self.module.register_forward_hook(ForwardHook(self._drop))
         swap_class_(self.module)  # graphs that were compiled before would ignore the hook
 
@@ -128,7 +128,7 @@ class InjectedDropout:
         return dropout(output, self.rate.p, self.channelwise, self.samplewise, self.shared_dims)
 
     def _shared(self, ndim: int, samples: int | None) -> Sequence[int]:
-        """Return the dimensions along which one mask is shared, where the samples are in a known dimension."""
+        """Return the dimensions along which one mask is shared, given the batch dimension if it is known."""
         return [dim for dim in range(ndim) if dim != samples] if self.samplewise else self.shared_dims
 
     def _wrong_output_message(self, why: str) -> str:
@@ -145,16 +145,16 @@ def inject_dropout(
 ) -> list[InjectedDropout]:
     """Add dropout after modules while they are in training mode: yᵢ = xᵢ · mᵢ / (1 − p) with mᵢ ~ Bernoulli(1 − p).
 
-    It uses forward hooks, so no key of the state dict is renamed. It also works in a model that has already been compiled and
-    run. For recurrent modules and ``nn.MultiheadAttention``, only the output is dropped, not the hidden states or the attention
-    weights. A ``PackedSequence`` is dropped as if it were padded.
+    It uses forward hooks, so the keys of the state dict stay the same. It also works in a model that has already been compiled
+    and run. For recurrent modules and ``nn.MultiheadAttention``, dropout applies only to the output, not to the hidden states
+    or the attention weights. A ``PackedSequence`` is treated as if it were padded.
 
     Args:
-        modules: The modules, by the names that error messages use.
-        rate: The probability of a zero, in [0, 1], or a ``Rate`` that can be changed later.
+        modules: A mapping from names, for error messages, to modules.
+        rate: The probability of dropping an entry, in [0, 1], or a ``Rate`` that can be changed later.
         channelwise: Drop whole channels (dimension 1).
-        samplewise: Drop whole samples. They are in dimension 0, or where the ``batch_first`` of a recurrent or attention module
-            says.
+        samplewise: Drop whole samples. The batch dimension is 0, unless the ``batch_first`` of a recurrent or attention module
+            says otherwise.
         always: Drop in eval mode too.
         shared_dims: Dimensions of the output along which one mask is shared.
 
@@ -162,8 +162,8 @@ def inject_dropout(
         The injected dropout of each module. Call ``remove()`` on it to remove it.
 
     Raises:
-        TypeError: If ``modules`` is not a mapping of modules. In the forward pass, if a module returns anything but one float
-            tensor.
+        TypeError: If ``modules`` is not a mapping of modules. In the forward pass, if a module returns anything other than one
+            float tensor.
 
     Example:
         >>> import torch
@@ -188,33 +188,34 @@ def inject_dropout(
 class DropoutInjection(ModuleRegularizer):
     """Add dropout after modules of an existing model: yᵢ = xᵢ · mᵢ / (1 − p) with mᵢ ~ Bernoulli(1 − p).
 
-    Runs in: the forward pass of each matched module in training mode. The rate is set in ``on_train_batch_start``.
+    Runs in: the forward pass of each matched module in training mode. Sets the rate in ``on_train_batch_start``.
 
-    The dropout is a forward hook, so no key of the state dict is renamed, and checkpoints load into the plain model.
+    The dropout is a forward hook, so the keys of the state dict stay the same, and checkpoints load into the plain model.
     The hook is removed after the fit.
     Under ``torch.compile``, all values of p share one graph.
-    For recurrent modules and ``nn.MultiheadAttention``, only the output is dropped. For ``nn.LSTMCell``, it is h.
-    A ``PackedSequence`` is dropped as if it were padded, so each sample has the same dimensions as in a padded batch.
-    Masks come from torch's global generator, as with ``nn.Dropout``. ``seed_everything`` seeds all ranks alike, so all ranks
-    draw the same masks, each for its own samples.
+    For recurrent modules and ``nn.MultiheadAttention``, dropout applies only to the output; for ``nn.LSTMCell``, to h.
+    A ``PackedSequence`` is treated as if it were padded, so its dimensions are those of a padded batch.
+    Masks come from torch's global generator, as with ``nn.Dropout``. ``seed_everything`` seeds all ranks alike, so they draw
+    the same masks, each for its own samples.
 
     Args:
-        p: The probability of a zero, in [0, 1], or a schedule. Srivastava et al. recommend 0.5 after hidden layers.
+        p: The probability of dropping an entry, in [0, 1], or a schedule. Srivastava et al. recommend 0.5 after hidden layers.
         after: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). A leading
-            ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. It warns if the model returns the
-            output of one of them. Each module must return one float tensor, or be a recurrent or attention module.
+            ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. A warning names layers among them
+            whose output the model returns. Each module must return one float tensor, or be a recurrent or attention module.
         channelwise: Drop whole channels (dimension 1) instead of single entries.
-        samplewise: Drop whole samples. After the branch of a residual block, this is stochastic depth. Samples are in dimension
-            0, or where the ``batch_first`` of a recurrent or attention module says.
+        samplewise: Drop whole samples. After the branch of a residual block, this is stochastic depth. The batch dimension is
+            0, unless the ``batch_first`` of a recurrent or attention module says otherwise.
         shared_dims: Dimensions of the output along which one mask is shared. ``[1]`` after ``nn.LSTM(batch_first=True)`` is
-            locked dropout: the same entries are dropped in every time step of a sample. By default, every entry has its own.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+            locked dropout: the same entries are dropped in every time step of a sample. By default, every entry has its own
+                mask.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If p is outside [0, 1], ``after`` matches nothing, or more than one of ``channelwise``, ``samplewise``, and
             ``shared_dims`` is set.
         TypeError: If ``after`` has a class or a module in place of a name, or ``shared_dims`` is not a list of integers. In
-            the first forward pass, if a module returns anything but one float tensor, or lacks a dimension.
+            the first forward pass, if a module returns anything other than one float tensor, or the tensor lacks a dimension.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -266,11 +267,11 @@ class DropoutInjection(ModuleRegularizer):
 
     @property
     def rate_is_known(self) -> bool:
-        """Whether p is a number, or a schedule that a fit has used, so that the last rate is known."""
+        """Whether the rate is known: p is a number, or a fit has used its schedule."""
         return not callable(self.p) or self._applied is not None
 
     def sites(self, pl_module: LightningModule) -> list[InjectedDropout]:
-        """Return the injected dropout; outside a fit, the dropout that a fit would inject."""
+        """Return the injected dropout. Outside a fit, return the dropout that a fit would inject."""
         return self.injected or [
             InjectedDropout(name, module, self._rate, self.channelwise, self.samplewise)
             for name, module in self.find(pl_module).items()
@@ -322,7 +323,7 @@ class DropoutInjection(ModuleRegularizer):
         return f"after {abbreviate([site.name for site in self.injected])}"
 
     def settings(self) -> list[str]:
-        """Describe the arguments, with the scheduler that sets the rates in place of p where there is one."""
+        """Describe the arguments. If a scheduler sets the rates, it takes the place of p."""
         setters = list(dict.fromkeys(site.set_by for site in self.injected))
         names = {by: [site.name for site in self.injected if site.set_by == by] for by in setters if by}
         set_here = super().settings()
@@ -338,7 +339,7 @@ def injections_of(regularizers: Iterable[Regularizer]) -> list[DropoutInjection]
 
 
 def _check_sharing(channelwise: bool, samplewise: bool, shared_dims: Any) -> None:
-    """Raise an error if more than one argument says which entries share a mask, or ``shared_dims`` is no list of integers."""
+    """Raise an error if several arguments define shared masks, or ``shared_dims`` is not a list of integers."""
     given = {"channelwise": channelwise, "samplewise": samplewise, "shared_dims": shared_dims}
     if len(said := [f"{key}={value!r}" for key, value in given.items() if value]) > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Dropout that stays on in predictions, so that their spread shows how uncertain they are."""
+"""Dropout that stays on in predictions, so their spread shows how uncertain they are."""
 
 from __future__ import annotations
 
@@ -62,25 +62,24 @@ def sample_predictions(predict: Callable[[], Any], samples: int) -> Any:
 class MonteCarloDropout(Regularizer):
     """Keep dropout on in ``trainer.predict``: yₛ = f(x, mₛ), with new masks mₛ for each sample s.
 
-    Runs in: ``on_predict_start`` to ``on_predict_end``, around each ``predict_step``. It does nothing during the fit.
+    Runs in: ``on_predict_start`` to ``on_predict_end``, around each ``predict_step``. Does nothing during the fit.
 
     Only dropout is in training mode, so batch normalization uses its stored statistics.
     A module whose own code applies dropout, as in ``dropout_p=self.drop.p if self.training else 0.0``, is in training mode too
-    if its source code shows that this changes nothing but dropout; else a warning names it. Another warning names dropout that
-    was switched on, but never ran in the first batch.
-    Dropout modules use their original rates.
-    A ``DropoutInjection`` in the same trainer is active in predictions too. If its rate follows a schedule, predictions use the
-    last rate of the fit.
-    After the predictions, all modules are in the same mode as before.
-    The mean over dimension 0 is the prediction, and the spread shows how uncertain it is.
+    if its source code shows that this changes nothing but dropout. Otherwise, a warning names it. Another warning names
+    dropout that was switched on but never ran in the first batch.
+    Dropout modules use their original rates. A ``DropoutInjection`` in the same trainer is active too. If its rate follows a
+    schedule, predictions use the last rate of the fit.
+    Afterward, all modules return to their previous modes. The mean over dimension 0 is the prediction, and the spread shows
+    how uncertain it is.
     Time and memory grow with ``samples``.
 
     Args:
-        samples: The number of predictions of each batch, ≥ 1. They are stacked in a new dimension 0; anything but tensors
-            becomes a list. ``None`` predicts once and does not stack.
-        attributes: The attribute with the dropout rate in further classes of modules, or a list of attributes, by the name of
-            the class, as in ``{"Attention": "attention_dropout"}``.
-        name: The name in checkpoints. By default it is the name of the class.
+        samples: The number of predictions for each batch, ≥ 1. They are stacked in a new dimension 0. Anything other than a
+            tensor becomes a list. ``None`` predicts once and does not stack.
+        attributes: A mapping from the names of further classes of modules to the attribute that holds the dropout rate, or to
+            a list of attributes, as in ``{"Attention": "attention_dropout"}``.
+        name: The name in checkpoints. The name of the class by default.
 
     Raises:
         ValueError: If ``samples`` is not an integer ≥ 1, the model has no dropout, a class in ``attributes`` does not exist, or
@@ -110,7 +109,7 @@ class MonteCarloDropout(Regularizer):
         self._undo: list[Callable[[], None]] = []
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the model has dropout, and refuse a second callback, which would sample the samples."""
+        """Check that the model has dropout, and refuse a second callback, which would repeat the repetitions."""
         self.refuse_others(trainer, "both repeat the predictions of each batch: keep one of them")
         if not _lightning.builds_modules_later(pl_module):
             self._check(trainer, pl_module)
@@ -127,7 +126,7 @@ class MonteCarloDropout(Regularizer):
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._sites(trainer, pl_module) and not any(reader.rates for reader in find_readers(pl_module)):
             raise ValueError(
-                "MonteCarloDropout: the model has no dropout; to add some, use DropoutInjection in the same trainer; "
+                "MonteCarloDropout: the model has no dropout; to add some, pass DropoutInjection to the same trainer; "
                 f"{how_to_register(pl_module)}"
             )
 
@@ -194,11 +193,11 @@ class MonteCarloDropout(Regularizer):
             self._undo.pop()()
 
     def acts_on(self) -> str:
-        """Return that it acts on predictions only."""
+        """Return what the callback acts on: only predictions."""
         return "predictions only"
 
     def route(self) -> str:
-        """Return that it acts in the forward pass."""
+        """Return where the callback acts: in the forward pass."""
         return "forward pass"
 
     def _sites(self, trainer: Trainer, pl_module: LightningModule) -> list[DropoutSite]:
@@ -222,7 +221,7 @@ class MonteCarloDropout(Regularizer):
         for kind, names, why in _by_kind(kept_off):
             rank_zero_warn(
                 f"{self.name}: cannot switch on the dropout that {kind} applies itself ({abbreviate(names)}), because training "
-                f"mode changes more than dropout there: {why!r}. To switch it on anyway, set .training = True on these modules "
+                f"mode also changes other things there: {why!r}. To switch it on anyway, set .training = True on these modules "
                 "in on_predict_start"
             )
 

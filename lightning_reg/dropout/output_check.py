@@ -1,4 +1,4 @@
-"""A warning about dropout that reaches the outputs of a model."""
+"""A warning about dropout that reaches the output of a model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class OutputCheck:
-    """A warning if the first training pass shows that an output of the model is dropped, which ``"*"`` does not mean.
+    """A warning if the first training pass applies dropout to an output of the model, which ``"*"`` should not do.
 
-    A model may define a layer of its output before others, or have several. No definition tells, only a forward pass does.
-    What follows such a layer without parameters of its own, such as a softmax, does not hide it.
+    A model may define its output layer before others, or have several. Only a forward pass reveals them. Modules without
+    parameters that follow such a layer, such as a softmax, do not hide it.
 
     Args:
         name: The name of the callback, for the warning.
-        pl_module: The model. If it has only one child with parameters, the outputs of this network count too.
+        pl_module: The model. If it has only one child with parameters, the outputs of that child count too.
     """
 
     def __init__(self, name: str, pl_module: LightningModule) -> None:
@@ -45,7 +45,7 @@ class OutputCheck:
         self._inputs.clear()
 
     def remember(self, name: str, dropped: Any) -> None:
-        """Remember what a forward pass drops after the module of a name."""
+        """Remember the dropped output of a module."""
         if isinstance(dropped, Tensor) and not self._has_ended:
             self._dropped[_memory_of(dropped)] = dropped, name
 
@@ -65,8 +65,8 @@ class OutputCheck:
                 left += [_memory_of(self._inputs[memory][1])] if memory in self._inputs else []
         if names := list(dict.fromkeys(name for memory, (_, name) in self._dropped.items() if memory in returned)):
             rank_zero_warn(
-                f"{self._name}: '*' adds dropout after {', '.join(names)}, whose output the model returns, because other "
-                f"layers are defined later: exclude it, as in after={['*', *(f'!{name}' for name in names)]}"
+                f"{self._name}: '*' adds dropout after {', '.join(names)}, whose output the model returns, because the "
+                f"model defines other layers later: exclude it, as in after={['*', *(f'!{name}' for name in names)]}"
             )
         self.end()
 

@@ -1,4 +1,4 @@
-"""Dropout rates that change without recompiling, and the subclasses that make modules read them.
+"""Dropout rates that change without recompiling, and the subclasses through which modules read them.
 
 A graph that was compiled before the fit ignores forward hooks that are registered later, because torch does not guard on them.
 But torch does guard on the classes of modules. So while the dropout of a module is scheduled or injected, its class is replaced
@@ -33,8 +33,8 @@ class Rate:
     """A dropout rate that can be changed at any time, in compiled code too.
 
     Args:
-        p: The probability of a zero, in [0, 1].
-        device: The device of the forward pass. A rate on another device works too, but is copied in every pass.
+        p: The probability of dropping an entry, in [0, 1].
+        device: The device of the forward pass. A rate on another device also works, but every pass copies it.
 
     Example:
         >>> rate = Rate(0.5)
@@ -49,7 +49,7 @@ class Rate:
 
     @property
     def p(self) -> float | Tensor:
-        """A number for torch's own kernels, or a tensor while code is compiled, so that its value is not part of the graph."""
+        """A number for torch's own kernels, or in compiled code a tensor, so that the value is not part of the graph."""
         return self.tensor if _reads_tensors() else self.number
 
     def set(self, p: float) -> None:
@@ -87,7 +87,7 @@ def swap_class_(module: nn.Module, attribute: str | None = None, rate: Rate | No
 
     Args:
         module: Any module. In eager code, its forward pass stays the same.
-        attribute: The attribute with the rate that is scheduled, if there is one.
+        attribute: The attribute that holds the scheduled rate, if there is one.
         rate: The rate that compiled code reads instead, if the module is one of torch's dropout modules.
     """
     state: _SwappedClass | None = vars(module).get(_STATE)
@@ -102,7 +102,7 @@ def swap_class_(module: nn.Module, attribute: str | None = None, rate: Rate | No
 
 
 def restore_class_(module: nn.Module, attribute: str | None = None) -> None:
-    """Undo one ``swap_class_``: restore the rate, and after the last one the class too."""
+    """Undo one ``swap_class_``: restore the rate, and after the last one, the class too."""
     state: _SwappedClass | None = vars(module).get(_STATE)
     if state is None:  # the fit failed before the class was swapped
         return
@@ -154,7 +154,7 @@ def _forward_of(original: Any) -> Callable[[Any, Tensor], Tensor]:
 
 
 def _reduce_as_original(self: Any, protocol: Any) -> Any:
-    """Copy or pickle a module as one of the original class, with the original rates and without this package's hooks."""
+    """Copy or pickle a module with its original class and rates, and without this package's hooks."""
     reduced: Any = super(type(self), self).__reduce_ex__(protocol)
     state: _SwappedClass | None = vars(self).get(_STATE)
     if state is None or len(reduced) < 3 or not isinstance(reduced[2], dict):  # the class defines how it is copied
@@ -167,12 +167,12 @@ def _reduce_as_original(self: Any, protocol: Any) -> Any:
 
 
 def _reads_tensors() -> bool:
-    """Return whether code is compiled to run at other rates too. An exported program keeps the rate of its export."""
+    """Return whether compiled code must also run at other rates. An exported program keeps the rate of its export."""
     return is_compiling() and not is_exporting()
 
 
 def _drop_channels(x: Tensor, p: float | Tensor, batch_ndim: int) -> Tensor:
-    """Drop channels of a batch, or of anything else as if it were a single sample, as torch does."""
+    """Drop channels of a batch, or of a single sample, as torch does."""
     return dropout(x, p, channelwise=True) if x.ndim == batch_ndim else dropout(x.unsqueeze(0), p, channelwise=True).squeeze(0)
 
 

@@ -1,8 +1,8 @@
-"""Modules whose own code applies dropout: it reads a rate, and whether the module is in training mode.
+"""Modules whose own code applies dropout: the code reads a rate, and whether the module is in training mode.
 
-Attention code often does so, as in ``dropout_p=self.drop.p if self.training else 0.0``. Then it is the mode of the attention
-module that counts, not that of ``self.drop``. The source code of a class shows which rates it reads, and whether training mode
-does anything else there.
+Attention code often does so, as in ``dropout_p=self.drop.p if self.training else 0.0``. Then the mode of the attention module
+counts, not that of ``self.drop``. The source code of a class shows which rates it reads, and whether training mode changes
+anything else.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class _Code:
     Args:
         rates: The attributes that it uses as dropout rates, in training mode only: ``"drop.p"``, ``"attention_dropout"``.
         paths: All attributes that it reads through others, such as ``"drop.p"``.
-        flags: Groups of attributes, each with source code that does something else in training mode if they are all true.
+        flags: Groups of attributes. If all attributes of a group are true, its source code does something else in training
+            mode.
         others: What else it does in training mode, as source code.
     """
 
@@ -88,7 +89,7 @@ class Reader:
 
     @property
     def stays_off(self) -> bool:
-        """Whether it has dropout that training mode would switch on, but with something else."""
+        """Whether training mode would switch on its dropout, but would also change something else."""
         return any(self.rates.values()) and bool(self.others)
 
     @property
@@ -123,7 +124,7 @@ def find_readers(module: nn.Module) -> list[Reader]:
 
 
 def suggested_attributes(readers: Iterable[Reader], known: Collection[tuple[int, str]]) -> dict[str, str | list[str]]:
-    """Return ``attributes`` that register the rates which modules keep themselves, without those that are known already."""
+    """Return ``attributes`` that register rates in the modules' own attributes, except for rates already known."""
     found: dict[str, list[str]] = {}
     for reader in readers:
         for attribute in reader.own_attributes:
@@ -171,7 +172,7 @@ def _functions_of(cls: type) -> Iterator[FunctionType]:
 
 
 def _definitions(cls: type, name: str) -> Iterator[FunctionType]:
-    """Yield the definition of a method, and while it calls ``super()``, that which it overrides."""
+    """Yield the definition of a method, and as long as it calls ``super()``, the definition that it overrides."""
     for base in cls.__mro__:
         value = vars(base).get(name)
         value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
@@ -254,7 +255,7 @@ class _FunctionReader:
         return _Code(flags=frozenset({(frozenset(flags), line)})) if flags else _Code(others=(line,))
 
     def _rates_of_use(self, parent: ast.AST, node: ast.AST) -> set[str] | None:
-        """Return the attributes that are rates where training mode is read for dropout, else ``None``."""
+        """Return the attributes that are rates if training mode is read for dropout, otherwise ``None``."""
         if isinstance(parent, ast.Call) and node is not parent.func:
             return self._rates_of_call(parent) if self._is_dropout(parent) else None
         if isinstance(parent, ast.IfExp) and node is parent.test:
@@ -265,7 +266,7 @@ class _FunctionReader:
         return None
 
     def _rates_of_branch(self, branch: ast.If) -> set[str] | None:
-        """Return the rates of a statement that does nothing but dropout in training mode, else ``None``."""
+        """Return the rates of a statement that does nothing but dropout in training mode, otherwise ``None``."""
         if self.drops and not branch.orelse and isinstance(branch.body[0], ast.Return):  # if not self.training: return x
             return self._paths_in(branch.test)
         rates: set[str] = set()
@@ -285,11 +286,11 @@ class _FunctionReader:
         return "drop" in name.lower()
 
     def _rates_of_call(self, call: ast.Call) -> set[str]:
-        """Return the attributes in all arguments but the first one, which is what is dropped."""
+        """Return the attributes in all arguments except the first, which is the input of the dropout."""
         return {path for part in (*call.args[1:], *call.keywords) for path in self._paths_in(part)}
 
     def _rates_in(self, node: ast.AST, user: ast.AST) -> set[str]:
-        """Return the attribute that an expression reads as a dropout rate: by its name, or that of what uses it."""
+        """Return the attribute that an expression reads as a dropout rate, judging by its own name or by what uses it."""
         inner = node.args[0] if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "float" and node.args else node
         path = self._path(inner)
         names = [path, getattr(user, "arg", None), *(getattr(target, "id", None) for target in getattr(user, "targets", ()))]
@@ -309,7 +310,7 @@ class _FunctionReader:
         return ".".join(reversed(names)) if names and isinstance(node, ast.Name) and node.id == self.owner else ""
 
     def _flag(self, node: ast.AST) -> str:
-        """Return the attribute that must be true for an expression to be: ``self.flag``, ``self.flag > 0``."""
+        """Return the attribute that decides whether an expression is true: ``self.flag``, ``self.flag > 0``."""
         if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Gt) and _is_zero(node.comparators[0]):
             node = node.left
         path = self._path(node)

@@ -57,41 +57,41 @@ class DropoutScheduler(ModuleRegularizer):
 
     Runs in: ``on_train_batch_start``, whenever the scheduled value has changed.
 
-    It sets the rates of ``nn.Dropout`` and its variants (including ``nn.AlphaDropout``), ``nn.MultiheadAttention``, recurrent
-    modules with more than one layer, ``DropPath``, and ``StochasticDepth``. These are listed in
-    ``lightning_reg.DROPOUT_ATTRIBUTES``; ``attributes`` adds your own classes.
-    It also sets the rate of dropout that a ``DropoutInjection`` has added, unless that has its own schedule. Select it by
-    ``modules="DropoutInjection"`` or by the name of the module that it follows.
+    Sets the rates of ``nn.Dropout`` and its variants (including ``nn.AlphaDropout``), ``nn.MultiheadAttention``, recurrent
+    modules with more than one layer, ``DropPath``, and ``StochasticDepth``. ``lightning_reg.DROPOUT_ATTRIBUTES`` lists these
+    classes; ``attributes`` adds your own.
+    Also sets the rate of dropout that a ``DropoutInjection`` has added, unless the injection has its own schedule. Select
+    injected dropout by ``modules="DropoutInjection"`` or by the name of the module that it follows.
     The original rates are restored after the fit.
     Under ``torch.compile``, all values share one graph for torch's dropout modules and injected dropout. In other modules, the
-    rate is a plain float that is part of the graph, so torch compiles again for each value. The same happens where code reads
-    the rate of a dropout module as a number, as in ``dropout_p=self.drop.p``. A warning says so.
+    rate is a plain float in the graph, so torch recompiles for each value, and a warning says so. The same happens where code
+    reads the rate of a dropout module as a number, as in ``dropout_p=self.drop.p``.
     Masks come from torch's global generator, which ``seed_everything`` seeds alike on all ranks.
 
-    Recipes. The first three have the published rates for 300 epochs (of ViT-T, of ViT-T, and of ViT-B):
+    Recipes (the first three use the published rates for 300 epochs of ViT-T, ViT-T, and ViT-B):
 
     - early dropout: ``Linear(0.1, 0.0, until="50ep")``, or constant and then off, ``Steps([0.1, 0.0], at=["50ep"])``
     - early stochastic depth: ``Linear(0.5, 0.0, until="50ep")`` with ``modules="DropPath"``, which sets the same rate in all
-      blocks; if the rates of the model rise with depth up to 0.5, ``Linear(1.0, 0.0, until="50ep")`` with ``relative=True``
-    - late stochastic depth: ``Steps([0.0, 0.4], at=["50ep"])``, and late dropout in the same way
+      blocks; if the model's rates rise with depth up to 0.5, ``Linear(1.0, 0.0, until="50ep")`` with ``relative=True``
+    - late stochastic depth, and late dropout likewise: ``Steps([0.0, 0.4], at=["50ep"])``
     - linear decay over all of training: ``Linear(0.5, 0.0)``
     - curriculum dropout, which rises quickly at first and approaches 0.5: ``lambda t: 0.5 * (1 - math.exp(-10 * t))``
     - a depth profile: ``{"encoder.layers.0.*": 0.0, "encoder.layers.1.*": Linear(0.0, 0.2)}``
 
     Args:
-        p: The probability of a zero, in [0, 1], or a schedule, or a mapping from patterns of module names or class names to
-            these. Modules that match no pattern keep their rates.
+        p: The probability of dropping an entry, in [0, 1], or a schedule, or a mapping from patterns of module names or class
+            names to these. Modules that match no pattern keep their rates.
         modules: Patterns of module names (``"encoder.*"``; ``*`` also matches dots) or class names (``"DropPath"``) of the
             modules to schedule. ``"*"`` selects all modules with dropout. In a list, a leading ``!`` excludes.
-        attributes: The attribute with the dropout rate in further classes of modules, or a list of attributes, by the name of
-            the class, as in ``{"Attention": "attention_dropout"}``.
-        relative: Multiply the rate that each module was made with by p, which is then in [0, ∞). Rates that differ, such as
-            those of stochastic depth, which rise with depth, keep their proportions.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        attributes: A mapping from the names of further classes of modules to the attribute that holds the dropout rate, or to
+            a list of attributes, as in ``{"Attention": "attention_dropout"}``.
+        relative: Multiply each module's original rate by p, which is then in [0, ∞). Different rates keep their proportions,
+            such as those of stochastic depth, which rise with depth.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
-        ValueError: If p is out of range, the model has no dropout, a pattern matches no dropout, another callback sets the same
-            rate, or with ``relative`` a product is above 1.
+        ValueError: If p is out of range, the model has no dropout, a pattern matches no dropout, another callback sets the
+            same rate, or, with ``relative``, a product exceeds 1.
         TypeError: If an attribute is missing or is not a number.
 
     Example:
@@ -122,7 +122,7 @@ class DropoutScheduler(ModuleRegularizer):
         name: str | None = None,
     ) -> None:
         if isinstance(p, Mapping) and not p:
-            raise ValueError("DropoutScheduler: p must have at least one glob, as in p={'encoder.*': 0.1}, got {}")
+            raise ValueError("DropoutScheduler: p must have at least one pattern, as in p={'encoder.*': 0.1}, got {}")
         if isinstance(p, Mapping):
             check_patterns("DropoutScheduler: the keys of p", list(text_keys(p)))
         check_attributes("DropoutScheduler", attributes)
@@ -137,7 +137,7 @@ class DropoutScheduler(ModuleRegularizer):
         self._placeholders: list[str] = []
 
     def find(self, pl_module: LightningModule) -> dict[str, nn.Module]:
-        """Return the modules whose dropout rates it sets."""
+        """Return the modules whose dropout rates the callback sets."""
         assigned = self.assign(pl_module, self._regularizers)
         self._check_conflicts(pl_module, assigned)
         for key, _, value in self._values_given() if self.relative else ():
@@ -193,9 +193,9 @@ class DropoutScheduler(ModuleRegularizer):
         self._warn_of_unknown_rates(readers, pl_module)
         self._placeholders = placeholders(pl_module) if self._takes_all else []
         if self.relative and not any(shared.original for shared in self._rates):
-            rank_zero_warn(f"{self.name}: all rates are 0, so no factor changes them: {self.acts_on()}")
+            rank_zero_warn(f"{self.name}: all original rates are 0, so multiplying them changes nothing: {self.acts_on()}")
         if inert := inert_dropout(pl_module):
-            rank_zero_warn(f"{self.name}: {inert}; to drop its output, use DropoutInjection")
+            rank_zero_warn(f"{self.name}: {inert}; to apply dropout to its output, use DropoutInjection")
 
     @property
     def _takes_all(self) -> bool:
@@ -229,7 +229,7 @@ class DropoutScheduler(ModuleRegularizer):
         self._placeholders = []
 
     def notes(self) -> list[str]:
-        """Say what it does not reach, because there is no dropout."""
+        """Describe what the callback does not reach because there is no dropout."""
         hint = describe_placeholders(self._placeholders)
         return [*super().notes(), *([hint] if hint else [])]
 
@@ -238,7 +238,7 @@ class DropoutScheduler(ModuleRegularizer):
         return describe(site for sites in self.sites.values() for site in sites)
 
     def _share(self, key: str, sites: Sequence[DropoutSite], pl_module: LightningModule) -> list[_SharedRate]:
-        """Return the rates of the sites that a value sets: one, or with ``relative`` one for each original rate."""
+        """Return the rates of the sites that a value sets: one, or with ``relative``, one for each original rate."""
         groups: dict[float, list[DropoutSite]] = defaultdict(list)
         for site in sites:
             groups[site.original if self.relative else sites[0].original].append(site)
@@ -289,12 +289,12 @@ class DropoutScheduler(ModuleRegularizer):
             by = abbreviate(list(dict.fromkeys(read[site.key] for site in slow if site.key in read)))
             what = f"{describe(slow)} (read as a number by {by})" if by else describe(slow)
             rank_zero_warn(
-                f"{self.name}: {what}: torch compiles the model again for each value of such an attribute, and stops "
-                "compiling after a few: use a schedule with few values (Steps), or exclude these modules with modules="
+                f"{self.name}: {what}: torch recompiles the model for each value of such an attribute, and gives up "
+                "after a few: use a schedule with few values (Steps), or exclude these modules with modules="
             )
 
     def _warn_of_unknown_rates(self, readers: Sequence[Reader], pl_module: LightningModule) -> None:
-        """Warn of rates in attributes that nobody registered, if all dropout is to be scheduled."""
+        """Warn about rates in unregistered attributes, if all dropout is to be scheduled."""
         known = {site.key for sites in self.sites.values() for site in sites}
         found = unregistered((reader for reader in readers if any(reader.rates.values())), pl_module, known)
         if found and self._takes_all:

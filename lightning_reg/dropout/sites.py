@@ -16,7 +16,7 @@ from lightning_reg.dropout.rates import Rate, restore_class_, swap_class_
 DROPOUT_ATTRIBUTES: dict[type[nn.Module] | str, str | list[str]] = {
     _DropoutNd: "p",  # nn.Dropout, nn.Dropout1d to 3d, nn.AlphaDropout, nn.FeatureAlphaDropout
     nn.MultiheadAttention: "dropout",
-    nn.RNNBase: "dropout",  # nn.RNN, nn.LSTM, nn.GRU: between layers, so without effect in a single layer
+    nn.RNNBase: "dropout",  # nn.RNN, nn.LSTM, nn.GRU: between layers, so it has no effect with a single layer
     "DropPath": "drop_prob",  # stochastic depth in timm and many other libraries
     "StochasticDepth": "p",  # stochastic depth in torchvision
 }
@@ -68,7 +68,7 @@ class ModuleSite:
         is_only: Whether the module has no other rate.
 
     Raises:
-        TypeError: If there is no such attribute, or it is not a number.
+        TypeError: If there is no such attribute, or the attribute is not a number.
         ValueError: If it is not in [0, 1].
     """
 
@@ -110,10 +110,10 @@ def find_dropout(module: nn.Module, attributes: Mapping[Any, str | list[str]] | 
             ``DROPOUT_ATTRIBUTES``.
 
     Returns:
-        A site for each rate, with the name of the module, the attribute, and the rate that it was made with, ``original``.
+        A site for each rate, with the name of the module, the attribute, and the ``original`` rate.
 
     Raises:
-        TypeError: If a module does not have its attribute, or it is not a number.
+        TypeError: If a module lacks its attribute, or the attribute is not a number.
         ValueError: If a rate is not in [0, 1], or no module has a class in ``attributes``.
 
     Example:
@@ -139,15 +139,15 @@ def find_dropout(module: nn.Module, attributes: Mapping[Any, str | list[str]] | 
 
 
 def inert_dropout(module: nn.Module) -> str:
-    """Describe the recurrent modules whose dropout rate has no effect. An empty string if there are none.
+    """Describe the recurrent modules whose dropout rate has no effect, or return an empty string if there are none.
 
     Example:
         >>> inert_dropout(nn.ModuleDict({"rnn": nn.GRU(2, 2)}))
-        'rnn has a single layer, and the dropout of a recurrent module is between its layers'
+        'rnn has a single layer, but a recurrent module applies dropout only between its layers'
     """
     names = [canonical_name(name) for name, submodule in module.named_modules() if _is_inert(submodule)]
     what = f"{abbreviate(names)} {'have' if len(names) > 1 else 'has'} a single layer"
-    return f"{what}, and the dropout of a recurrent module is between its layers" if names else ""
+    return f"{what}, but a recurrent module applies dropout only between its layers" if names else ""
 
 
 def set_dropout_(sites: DropoutSite | Iterable[DropoutSite], p: float) -> None:
@@ -155,7 +155,7 @@ def set_dropout_(sites: DropoutSite | Iterable[DropoutSite], p: float) -> None:
 
     Args:
         sites: What ``find_dropout`` returned, or one of these.
-        p: The probability of a zero, in [0, 1].
+        p: The probability of dropping an entry, in [0, 1].
 
     Raises:
         TypeError: If ``sites`` is anything else.

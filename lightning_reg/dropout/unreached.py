@@ -1,4 +1,4 @@
-"""Dropout that callbacks do not reach: what libraries put in place of dropout of rate 0, and classes that nobody registered."""
+"""Dropout that callbacks do not reach: placeholders for dropout of rate 0, and classes that are not registered."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _NAMES_OF_RATES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p", "dropo
 
 
 def placeholders(module: nn.Module) -> list[str]:
-    """Return the names of ``nn.Identity`` modules whose names say that they stand for dropout.
+    """Return the names of ``nn.Identity`` modules whose names suggest that they replace dropout.
 
-    Libraries create one in place of dropout of rate 0: ``lora_dropout`` in peft, ``drop_path`` in timm.
+    Libraries create one instead of dropout of rate 0: ``lora_dropout`` in peft, ``drop_path`` in timm.
 
     Example:
         >>> placeholders(nn.ModuleDict({"lora_dropout": nn.ModuleDict({"default": nn.Identity()}), "norm": nn.Identity()}))
@@ -34,18 +34,18 @@ def placeholders(module: nn.Module) -> list[str]:
 
 
 def describe_placeholders(names: list[str], pattern: str = "drop") -> str:
-    """Say what stands in place of dropout, and what to do about it, if a pattern is for dropout; else an empty string.
+    """Describe placeholders for dropout and what to do about them, if a pattern is for dropout; otherwise an empty string.
 
     Example:
         >>> print(describe_placeholders(["lora_dropout.default"]))
-        lora_dropout.default is nn.Identity, in place of dropout of rate 0: create the model with a rate above 0, or add dropout
+        lora_dropout.default is nn.Identity instead of dropout of rate 0: create the model with a rate above 0, or add dropout
         there, as in DropoutInjection(0.1, after='*lora_dropout*')
     """
     if not names or not ("drop" in pattern.lower() or any(fnmatchcase(name, pattern) for name in names)):
         return ""
     verb = "are" if len(names) > 1 else "is"
     return (
-        f"{abbreviate(names)} {verb} nn.Identity, in place of dropout of rate 0: create the model with a rate above 0, or add "
+        f"{abbreviate(names)} {verb} nn.Identity instead of dropout of rate 0: create the model with a rate above 0, or add "
         f"dropout there, as in DropoutInjection(0.1, after='*{_component(names[0])}*')"
     )
 
@@ -53,7 +53,7 @@ def describe_placeholders(names: list[str], pattern: str = "drop") -> str:
 def unregistered(
     readers: Iterable[Reader], module: nn.Module, known: Collection[tuple[int, str]]
 ) -> dict[str, str | list[str]]:
-    """Return ``attributes`` that register the rates which nobody has registered, as far as code or names show them.
+    """Return ``attributes`` that register the unregistered rates, as far as code or names reveal them.
 
     Args:
         readers: The modules whose own code applies dropout, as ``find_readers`` returns them.
@@ -76,7 +76,7 @@ def unregistered(
 
 
 def how_to_register(module: nn.Module) -> str:
-    """Say how rates in attributes of modules are registered, for an error message about missing dropout.
+    """Explain how to register rates in attributes, for an error message about missing dropout.
 
     Example:
         >>> how_to_register(nn.Linear(2, 2))
@@ -89,11 +89,11 @@ def how_to_register(module: nn.Module) -> str:
 
 
 def why_unmatched(module: nn.Module, pattern: str) -> str:
-    """Return why a pattern may match no dropout of a model, and what to do, to append to an error message."""
+    """Return why a pattern may match no dropout, and what to do about it, to append to an error message."""
     found = _not_registered(module)
     reasons = [
         describe_placeholders(placeholders(module), pattern),
-        f"rates in attributes are scheduled by attributes={found!r}" if found else "",
+        f"to schedule rates in attributes, set attributes={found!r}" if found else "",
     ]
     return "".join(f"; {reason}" for reason in reasons if reason)
 

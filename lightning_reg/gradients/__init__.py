@@ -1,4 +1,4 @@
-"""Gradient processing: changes of the gradients between the backward pass and the optimizer step."""
+"""Gradient processing: changes to the gradients between the backward pass and the optimizer step."""
 
 from lightning_reg.gradients.adaptive import AdaptiveGradientClipping
 from lightning_reg.gradients.centralization import GradientCentralization

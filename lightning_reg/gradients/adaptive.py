@@ -72,9 +72,9 @@ class AdaptiveGradientClipping(GradientClipping):
 
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), or the vector of a token in
     an embedding. A bias, or any other tensor with fewer than two dimensions, is one unit.
-    The paper does not clip the last linear layer, as in ``params=["all", "!head.*"]``.
-    If the gradient of a unit is not finite, its entries become NaN or 0. The other units are clipped as usual. On devices other
-    than the CPU, the same holds if the sum of its squares overflows, above a norm of 1.8 · 10¹⁹ in float32.
+    The paper leaves the last linear layer unclipped: ``params=["all", "!head.*"]``.
+    If the gradient of a unit is not finite, its entries become NaN or 0. The other units are clipped as usual. On devices
+    other than the CPU, the same happens if the sum of squares overflows, which in float32 takes a norm above 1.8 · 10¹⁹.
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
@@ -83,7 +83,7 @@ class AdaptiveGradientClipping(GradientClipping):
         eps: ε > 0, a lower bound for the norm of a unit. Without it, weights that start at zero never learn.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``clip_factor`` or ``eps`` is not positive, nothing is selected, gradients are sparse, a fused optimizer
@@ -125,7 +125,7 @@ _Item: TypeAlias = tuple[Tensor, Tensor, Units]
 def _batches(items: Sequence[_Item]) -> Iterator[list[_Item]]:
     """Yield batches that fit a processor cache: small tensors together, to save calls, and large tensors alone.
 
-    A batch is read for its norms, and is then still in the cache when its gradients are scaled. On other devices than the CPU,
+    Reading a batch for its norms leaves it in the cache, where its gradients are then scaled. On devices other than the CPU,
     calls cost more than a second read, so all tensors are one batch.
     """
     batch: list[_Item] = []
@@ -169,7 +169,7 @@ def _smallest_factor(factors: Sequence[Tensor], params: Sequence[Tensor]) -> Ten
 
 
 def _norms(tensors: Sequence[Tensor], layouts: Sequence[Units]) -> list[Tensor]:
-    """Return the norms of the units of each tensor, which may underflow: then no factor is below 1."""
+    """Return the norms of the units of each tensor. If they underflow, no factor is below 1."""
     vectors = [tensor for tensor in tensors if tensor.ndim < 2]
     whole = iter(tensor_norms(vectors, 2) if vectors else [])  # in one call
     pairs = zip(tensors, layouts, strict=True)

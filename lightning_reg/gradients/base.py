@@ -30,12 +30,12 @@ class GradientProcessing(ParameterRegularizer):
     Runs in: ``on_before_optimizer_step``, once per optimizer step, on accumulated and unscaled gradients.
 
     A subclass sets ``phase`` to its place in the step, and overrides ``gradients``, which changes each ``.grad`` in place.
-    If an optimizer evaluates the loss several times in a step, as LBFGS does, it runs at each evaluation.
+    If an optimizer evaluates the loss several times in a step, as LBFGS does, the callback runs at each evaluation.
 
     Args:
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If nothing is selected, a fused optimizer is used under float16 loss scaling, an embedding has sparse
@@ -53,7 +53,7 @@ class GradientProcessing(ParameterRegularizer):
     """
 
     supports_sparse: ClassVar[bool] = False
-    """Whether it can process the sparse gradients of embeddings."""
+    """Whether the callback can process the sparse gradients of embeddings."""
     supports_fsdp1 = False
     reads_weights = False
 
@@ -72,7 +72,7 @@ class GradientProcessing(ParameterRegularizer):
 
     @abstractmethod
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Change the gradients in place; called after unscaling, before the update."""
+        """Change the gradients in place. Called after unscaling, before the update."""
 
     @contextmanager
     def logging_norms(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[None]:
@@ -85,7 +85,7 @@ class GradientProcessing(ParameterRegularizer):
             self.log_metrics(**{self.label("norm_after", optimizer): total_norm(existing_gradients(params))})
 
     def route(self) -> str:
-        """Return where it acts: before the optimizer step."""
+        """Return where the callback acts: before the optimizer step."""
         return "before the step"
 
 

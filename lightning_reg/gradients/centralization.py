@@ -67,7 +67,7 @@ class GradientCentralization(GradientProcessing):
     Args:
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If nothing is selected, gradients are sparse, a fused optimizer is used under float16 loss scaling, or FSDP1

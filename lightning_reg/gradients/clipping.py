@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def clip_gradient_norm_(params: Tensors, max_norm: float, norm_type: float = 2.0) -> Tensor:
     """Scale all gradients by one factor, so that their total norm is at most c: g ← g · min(1, c / (‖g‖ + 10⁻⁶)).
 
-    The result equals that of ``torch.nn.utils.clip_grad_norm_``. Sparse gradients are clipped too, unlike in torch. If the
-    norm is not finite, the gradients become NaN or 0, as in torch.
+    The result equals that of ``torch.nn.utils.clip_grad_norm_``. Unlike torch, it also clips sparse gradients. If the norm is
+    not finite, the gradients become NaN or 0, as in torch.
 
     Args:
         params: Tensors whose ``.grad`` is scaled in place. Those without one are skipped.
@@ -123,11 +123,13 @@ class GradientNormClipping(GradientClipping):
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
-    The norm is that of the selected parameters of the optimizer that steps. With several optimizers, each has its own norm.
-    By default it equals ``Trainer(gradient_clip_val=max_norm)``, to the last bit. It also logs how often it clips.
+    The norm covers the selected parameters of the optimizer that steps, so each of several optimizers has its own norm. By
+    default, the result equals that of ``Trainer(gradient_clip_val=max_norm)`` bit for bit. The callback also logs how often it
+    clips.
     If the norm is not finite, the gradients become NaN or 0, as in torch. ``NonFiniteGradientGuard`` prevents that.
     For sharded parameters (FSDP2), the norm is computed over all shards.
-    Under ``FSDPStrategy`` (FSDP1), it calls the root module's ``clip_grad_norm_``, which needs CUDA. This has not been tested.
+    Under ``FSDPStrategy`` (FSDP1), the callback calls the root module's ``clip_grad_norm_``, which needs CUDA. This is
+    untested.
 
     Args:
         max_norm: c > 0, or a schedule. Infinity leaves finite gradients alone and only logs.
@@ -136,7 +138,7 @@ class GradientNormClipping(GradientClipping):
             separately.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``max_norm`` or ``norm_type`` is not positive, ``scope`` is neither ``"model"`` nor ``"tensor"``, nothing
@@ -210,7 +212,7 @@ class GradientValueClipping(GradientClipping):
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before norm clipping.
 
-    It changes the direction of the gradient. ``GradientNormClipping`` does not.
+    Clamping changes the direction of the gradient. ``GradientNormClipping`` does not.
     An infinite entry becomes c or −c, and NaN stays NaN.
     Works with sharded parameters.
 
@@ -218,7 +220,7 @@ class GradientValueClipping(GradientClipping):
         clip_value: c > 0, the largest magnitude, or a schedule. Infinity does nothing.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``clip_value`` is not positive, nothing is selected, or a fused optimizer is used under float16 loss
@@ -242,7 +244,7 @@ class GradientValueClipping(GradientClipping):
         super().__init__(params, name)
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Clamp the gradients, and count the steps and the entries that this changes."""
+        """Clamp the gradients, and count the steps and the entries that changed."""
         clip_value, gradients = self.current["clip_value"], existing_gradients(params)
         if not gradients:
             return

@@ -84,26 +84,26 @@ class NonFiniteGradientGuard(GradientProcessing):
     A skipped step changes neither the parameters nor the optimizer's momentum and step counters. No other callback of this
     package acts on it, before or after. Its gradients are removed, so ``.grad`` is ``None`` in later hooks.
     With ``"skip"`` and ``"zero"``, running statistics and other floating-point buffers that the bad batch made non-finite get
-    their values from before it.
-    The first bad step is a warning, and a line at the end of the fit counts them all.
+    back their earlier values.
+    The first bad step raises a warning, and a line at the end of the fit counts all of them.
     If an optimizer evaluates the loss several times in a step, as LBFGS does, a step can be skipped only at the first
-    evaluation. Afterwards the weights have moved.
+    evaluation: after that, the weights have moved.
     The decision is the same on every rank. It is the only operation of this package that waits for the device at each step.
-    While a float16 loss scaler is still lowering its scale, it skips bad steps itself. They count as bad only if the scale is
-    below 1.
+    While a float16 loss scaler is still lowering its scale, the scaler skips bad steps itself. They count as bad only if the
+    scale is below 1.
 
     Args:
         policy: ``"skip"`` skips the step, ``"zero"`` sets the bad entries to 0, and ``"raise"`` raises an error.
-        patience: The number of bad steps in a row, ≥ 1, after which an error ends the training and names the parameters.
+        patience: The number of consecutive bad steps, ≥ 1, after which an error ends training and names the parameters.
         params: The parameters to check: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
-            these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        these, or a callable ``(name, parameter, module) -> bool``.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``policy`` is unknown, ``patience`` is below 1, nothing is selected, or a fused optimizer is used under
             float16 loss scaling. With ``"skip"``, also for ``Trainer(gradient_clip_algorithm="value")``, which fails without
             gradients.
-        RuntimeError: During training, after ``patience`` bad steps in a row, with ``"raise"`` at the first bad step, or if a
+        RuntimeError: During training, after ``patience`` consecutive bad steps (with ``"raise"``, at the first one), or if a
             step would have to be skipped after its first evaluation of the loss.
 
     Example:
@@ -136,7 +136,7 @@ class NonFiniteGradientGuard(GradientProcessing):
 
     @property
     def zeroes_gradients(self) -> bool:
-        """Whether it may set gradients to zero: with ``policy="zero"``."""
+        """Whether the guard may set gradients to zero: with ``policy="zero"``."""
         return self.policy == "zero"
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,11 +219,11 @@ class NonFiniteGradientGuard(GradientProcessing):
 
     def _warn_once(self, where: str) -> None:
         if sum(self.state["bad_steps"].values()) == 1:
-            what = "the step is skipped" if self.policy == "skip" else "these entries are set to 0"
-            rank_zero_warn(f"{where}: {what}. Later ones are only counted, in a line at the end of the fit")
+            what = "skipping the step" if self.policy == "skip" else "setting these entries to 0"
+            rank_zero_warn(f"{where}: {what}. Further bad steps are counted, and reported at the end of the fit")
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
-        """Return that it should be a count, by the index of the optimizer."""
+        """Describe a valid entry: a count for each optimizer."""
         return "" if isinstance(key, int) and isinstance(value, int) and value >= 0 else "a count for each optimizer"
 
     def fit_summary(self) -> str | None:
@@ -235,5 +235,5 @@ class NonFiniteGradientGuard(GradientProcessing):
         return f"{counted(total, 'step')} {done} because of infinite or NaN gradients"
 
     def route(self) -> str:
-        """Return where it acts, and what it does with a bad step."""
+        """Return where the guard acts, and what it does with a bad step."""
         return f"before the step: {self.policy}"

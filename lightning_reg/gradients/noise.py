@@ -41,7 +41,7 @@ def add_gradient_noise_(
         std: σ ≥ 0.
         generator: The random generator, on the device of the tensors and in the same state on every rank; torch's global
             generator by default.
-        padding: For each tensor the row that gets no noise, such as the ``padding_idx`` of an embedding, or ``None``.
+        padding: For each tensor, the row that gets no noise, such as the ``padding_idx`` of an embedding, or ``None``.
 
     Raises:
         ValueError: If a gradient is sparse.
@@ -69,10 +69,10 @@ class GradientNoise(GradientProcessing):
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before clipping.
 
-    t counts the optimizer steps done before. In manual optimization, it counts batches.
+    t is the number of optimizer steps so far. In manual optimization, it is the number of batches.
     The noise depends only on ``seed``, ``name``, and the step. It is the same on every rank, for sharded parameters (FSDP2),
-    after a resume, and in all evaluations of an LBFGS step. The global random generators are not used.
-    Every entry gets noise, except the row of an embedding's ``padding_idx``, which never gets a gradient.
+    after a resume, and in all evaluations of an LBFGS step. Global random generators stay untouched.
+    Every entry gets noise, except for the ``padding_idx`` row of an embedding, which never gets a gradient.
 
     Args:
         std: σ ≥ 0, or a schedule. The paper tries σ² = 0.01, 0.3, and 1.
@@ -80,7 +80,7 @@ class GradientNoise(GradientProcessing):
         seed: The seed of the noise, an integer in [0, 2³¹).
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``std`` or ``decay`` is negative or NaN, ``seed`` is out of range, nothing is selected, gradients are

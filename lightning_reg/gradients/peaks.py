@@ -35,8 +35,8 @@ def drop_peak_gradients_(params: Tensors, k: int = 1) -> None:
 
     Args:
         params: Tensors, sharded or not, whose ``.grad`` is changed in place. Those without one are skipped.
-        k: The number of entries to drop in each tensor, ≥ 0. It is exact even if magnitudes are tied: the first entries of the
-            flattened tensor are dropped. NaN is the largest.
+        k: The number of entries to drop in each tensor, ≥ 0. The number is exact even with ties: the first entries of the
+            flattened tensor are dropped. NaN counts as the largest.
 
     Raises:
         ValueError: If a gradient is sparse.
@@ -62,16 +62,16 @@ class PeakGradientDropping(GradientProcessing):
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before centralization, noise, and
     clipping.
 
-    No single entry can dominate the step. This is sometimes called gradient clipping, but it removes the peaks instead of
+    No single entry can dominate the step. This is sometimes called gradient clipping, but it removes the peaks rather than
     limiting them.
     A tensor with k entries or fewer never learns. A warning names such tensors when the fit starts.
-    Works with sharded parameters (FSDP2): the k largest entries are those of the whole tensor, on whatever ranks they are.
+    Works with sharded parameters (FSDP2): the k largest entries are those of the whole tensor, across all ranks.
 
     Args:
         k: The number of entries to drop in each tensor, ≥ 0. 0 does nothing.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``k`` is not an integer ≥ 0, nothing is selected, gradients are sparse, a fused optimizer is used under
@@ -118,7 +118,7 @@ def _drop_peaks_(gradient: Tensor, count: int) -> None:
 def _clear_peaks(tensor: Tensor, count: int) -> Tensor | None:
     """Return the indices of the peaks of a tensor without shards, or ``None`` if some of them may equal an entry that stays.
 
-    ``topk`` returns any of equal entries.
+    ``topk`` returns an arbitrary choice among equal entries.
     """
     magnitudes = tensor.abs().flatten()
     if count == 1:

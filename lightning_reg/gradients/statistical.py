@@ -143,7 +143,7 @@ class _StatisticalClipping(GradientClipping):
         """Return the memory before the first step."""
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
-        """Return that it should be a memory, by the index of the optimizer."""
+        """Describe a valid entry: a vector for each optimizer."""
         ndim = self.initial_memory().ndim
         is_memory = (
             isinstance(key, int) and isinstance(value, torch.Tensor) and value.ndim == ndim and value.is_floating_point()
@@ -182,19 +182,19 @@ class QuantileGradientClipping(_StatisticalClipping):
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
-    The history contains the norms before clipping of the last ``window`` steps, including the current one. It is kept for each
-    optimizer, and in checkpoints.
-    A non-finite norm does not enter the history. The gradients of its step become NaN or 0, as in torch.
+    The history contains the norms before clipping of the last ``window`` steps, including the current one. Each optimizer has
+    its own, and checkpoints contain it.
+    The history leaves out non-finite norms. The gradients of such a step become NaN or 0, as in torch.
     For sharded parameters (FSDP2), the norm is computed over all shards.
     If an optimizer evaluates the loss several times in a step, the first evaluation sets the bound for all of them.
 
     Args:
         quantile: q in (0, 1), or a schedule. The paper uses the 10th percentile, 0.1.
-        window: The number of norms to keep, ≥ 1. The paper keeps all of them. With the default of 1000, the bound follows norms
-            that change during training.
+        window: The number of norms to keep, ≥ 1. The paper keeps all of them. With the default of 1000, the bound adapts as
+            the norms change during training.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``quantile`` is outside (0, 1), ``window`` is below 1, nothing is selected, gradients are sparse, a fused
@@ -238,13 +238,13 @@ class QuantileGradientClipping(_StatisticalClipping):
 
 
 class ZScoreGradientClipping(_StatisticalClipping):
-    """Clip outliers of the gradient norm (ZClip): to μ + σ z² / s if the z-score s = (‖g‖ − μ) / σ exceeds z.
+    """Clip outliers of the gradient norm (ZClip) to μ + σ z² / s if the z-score s = (‖g‖ − μ) / σ exceeds z.
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
     μ and σ² are the mean and variance of the norms after clipping. In the first ``warmup`` steps they are plain averages, and
-    nothing is clipped. After that they are exponential averages. They are kept for each optimizer, and in checkpoints.
-    A non-finite norm does not enter them. After the warm-up, the gradients of its step become NaN or 0, as in torch.
+    nothing is clipped. After that, they are exponential averages. Each optimizer has its own, and checkpoints contain them.
+    They leave out non-finite norms. After the warm-up, the gradients of such a step become NaN or 0, as in torch.
     For sharded parameters (FSDP2), the norm is computed over all shards.
     If an optimizer evaluates the loss several times in a step, the first evaluation sets the bound for all of them.
     The defaults are those of the authors' code.
@@ -255,7 +255,7 @@ class ZScoreGradientClipping(_StatisticalClipping):
         warmup: The number of steps before clipping starts, ≥ 1.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``z`` is not positive, ``decay`` is outside [0, 1], ``warmup`` is below 1, nothing is selected, gradients
@@ -280,7 +280,7 @@ class ZScoreGradientClipping(_StatisticalClipping):
         super().__init__(params, name)
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
-        """Return that it should be statistics, by the index of the optimizer."""
+        """Describe a valid entry: a count, a mean, and a variance for each optimizer."""
         expected = super().expected_in_state(entry, key, value)
         return expected or ("" if len(value) == len(self.initial_memory()) else "a count, a mean, and a variance")
 

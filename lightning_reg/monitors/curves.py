@@ -1,4 +1,4 @@
-"""The curves of a fit: the same metric on a sample of the training data and on one of the validation data, epoch by epoch."""
+"""The curves of a fit: one metric on a sample of the training data and a sample of the validation data, by epoch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Point(NamedTuple):
         val: The metric on the validation sample.
         gap: val − train.
         rise: val minus the smallest val of an earlier epoch, on the same batches; 0 in the first epoch.
-        train_margin, val_margin, gap_margin, rise_margin: Half the length of the 95 % interval of each; NaN if not known.
+        train_margin, val_margin, gap_margin, rise_margin: Half the width of the 95 % interval of each; NaN if unknown.
     """
 
     epoch: int
@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
 
 def point_of(epoch: int, train: Measured, val: Measured, sign: float, best: Sequence[float]) -> Point:
-    """Return what an epoch adds to the curves.
+    """Return the point that an epoch adds to the curves.
 
     Args:
         epoch: The number of the epoch.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_reg.monitors.isolation import Attributes
     from lightning_reg.monitors.samples import Sample
 
-_ROUNDING = 1e-4  # relative difference of two means that rounding explains
+_ROUNDING = 1e-4  # the largest relative difference of two means that rounding explains
 
 
 class Measured(NamedTuple):
@@ -54,8 +54,8 @@ def measure(
         pl_module: Its module.
         sample: The sample.
         metric: A name that ``validation_step`` logs, or ``None`` for the only one that contains "loss".
-        data: What the sample is drawn from, for error messages.
-        most: The number of batches to stop after; by default all.
+        data: The name of the sampled data, for error messages.
+        most: The number of batches to stop after; all by default.
 
     Raises:
         ValueError: If the metric is not logged, or if ``validation_step`` keeps something in attributes.
@@ -64,7 +64,7 @@ def measure(
     results = _Results()
     random_numbers = own_random_numbers(trainer.strategy.root_device, sample.source)
     with torch.no_grad(), warnings.catch_warnings(), random_numbers, untouched(pl_module) as attributes:
-        warnings.simplefilter("ignore")  # the validation has shown them, unless only small batches raise them
+        warnings.simplefilter("ignore")  # validation has already shown them, unless only small batches raise them
         for index, (batch, size) in enumerate(sample.batches()):
             if index == most:
                 break
@@ -84,7 +84,7 @@ def measure(
 
 
 class _Results:
-    """What the batches of a sample have logged."""
+    """The values that the batches of a sample have logged."""
 
     def __init__(self) -> None:
         self.entries: list[Logged] = []
@@ -94,12 +94,12 @@ class _Results:
 
     @property
     def accumulates(self) -> bool:
-        """Whether states of a metric must be left to accumulate, since it cannot merge those of several batches."""
+        """Whether a metric's state must accumulate over batches, because the metric cannot merge states."""
         last = self.entries[-1].value if self.entries else None
         return isinstance(last, Metric) and (last.full_state_update is not False or last.dist_sync_on_step)
 
     def add(self, entry: Logged, size: int) -> None:
-        """Add what a batch has logged."""
+        """Add the value that a batch has logged."""
         self.entries.append(entry)
         self.weights.append(float(entry.size or size))
         value = entry.value
@@ -115,7 +115,7 @@ class _Results:
         whole = self._merged(last.value) if isinstance(last.value, Metric) else None
         values = torch.stack([value.double().cpu() for value in self._values]) if self._values else torch.zeros(0)
         of_ranks = _evaluation.over_ranks(trainer, torch.stack([values.double(), torch.tensor(self.weights[: len(values)])]))
-        different = of_ranks[:: _lightning.tensor_parallel_size(trainer)]  # others have evaluated the same samples
+        different = of_ranks[:: _lightning.tensor_parallel_size(trainer)]  # the others have evaluated the same samples
         numbers, weights = different.transpose(0, 1).reshape(2, -1).tolist()
         if whole is None and last.is_mean:
             return Measured(metric, estimate(numbers, weights).mean, numbers, weights)
@@ -124,7 +124,7 @@ class _Results:
         return Measured(metric, value, numbers if is_mean else [], weights)
 
     def _merged(self, metric: Metric) -> Tensor:
-        """Return a metric over all batches of all ranks. It still has the state of the last batch, or of all."""
+        """Return a metric over all batches of all ranks. It still holds the state of the last batch, or of all of them."""
         for name, value in (self._states[-1] if self._states else {}).items():
             setattr(metric, name, value)
         metric._update_count = max(metric._update_count, 1)
@@ -134,7 +134,7 @@ class _Results:
 
 
 def _compute(metric: Metric, *, across_ranks: bool) -> Tensor:
-    """Return the value of a metric for its present state."""
+    """Return the value of a metric in its current state."""
     metric._computed = None
     metric._to_sync = across_ranks and metric.sync_on_compute
     value = torch.as_tensor(metric.compute()).detach()
@@ -143,7 +143,7 @@ def _compute(metric: Metric, *, across_ranks: bool) -> Tensor:
 
 
 def _reduced(values: Tensor, reduce: Any) -> Tensor:
-    """Return what Lightning makes of the values of all batches, for another reduction than the mean."""
+    """Reduce the values of all batches as Lightning does, if the reduction is not the mean."""
     function = getattr(torch, reduce) if isinstance(reduce, str) else reduce
     return torch.as_tensor(function(values))
 
@@ -160,33 +160,33 @@ def _run_step(trainer: Trainer, pl_module: LightningModule, batch: Any, index: i
         except Exception as error:
             raise RuntimeError(
                 f"{class_name(pl_module)}.validation_step failed on a batch of the {data} ({type(error).__name__}: {error}). "
-                "It evaluates both samples, so batches of the training data must look like those of the validation data. If "
-                "they differ, give samples that do not: samples={'train': <DataLoader>, 'val': <DataLoader>}"
+                "The monitor uses it for both samples, so training batches must look like validation batches. If they differ, "
+                "pass samples that do not: samples={'train': <DataLoader>, 'val': <DataLoader>}"
             ) from error
     return logged
 
 
 def _check_kept(pl_module: LightningModule, attributes: Attributes) -> None:
-    """Raise an error if the step gathers something that the monitor's own batches must not enter."""
+    """Raise an error if the step collects outputs in attributes, where the monitor's own batches must not end up."""
     if kept := attributes.kept():
         names = ", ".join(f"self.{name}" for name in kept)
         raise ValueError(
-            f"{class_name(pl_module)}.validation_step keeps something in {names}, and batches of the monitor must not get in "
-            "there. Log the value in validation_step with self.log(...), or keep outputs in a torchmetrics metric, such as "
+            f"{class_name(pl_module)}.validation_step collects something in {names}, where the monitor's own batches must not "
+            "end up. Log the value in validation_step with self.log(...), or keep outputs in a torchmetrics metric, such as "
             "torchmetrics.CatMetric(), whose state the monitor saves and restores"
         )
 
 
 def metric_name(logged: Sequence[str], metric: str | None, step: str) -> str:
-    """Return the name of the metric among those that are logged.
+    """Return the name of the metric among the logged names.
 
     Args:
         logged: What the step logs.
         metric: The wanted name, or ``None`` for the only one that contains "loss".
-        step: What logs, for error messages.
+        step: The name of the step that logs, for error messages.
 
     Raises:
-        ValueError: If it is not logged, or if several names contain "loss", or none does.
+        ValueError: If it is not logged, or if no name or several names contain "loss".
 
     Example:
         >>> metric_name(["val/loss", "val/accuracy"], None, "Model.validation_step")

@@ -19,11 +19,11 @@ def draw_curves(points: Sequence[Point], metric: str, verdict: Verdict, sign: fl
     Args:
         points: The evaluated epochs, in order.
         metric: The name of the metric, for the axis.
-        verdict: What the curves say. Where over-fitting begins, there is a mark.
+        verdict: The verdict on the curves. A mark shows where over-fitting begins.
         sign: -1 for a metric to maximize.
 
     Returns:
-        A ``matplotlib.figure.Figure``, which belongs to no window.
+        A ``matplotlib.figure.Figure`` without a window.
 
     Raises:
         ImportError: If matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Contexts that leave no trace: random numbers, modes, gradients, buffers, attributes, and metrics are put back afterward."""
+"""Contexts that leave no trace: they restore random numbers, modes, gradients, buffers, attributes, and metrics."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 SEED = 201_711
-"""The seed with which samples are drawn and evaluated. It is of no importance which one it is."""
+"""The seed for drawing and evaluating samples. Its value does not matter."""
 
-_DEPTH = 6  # how deep random generators are looked for in a dataset
-_MANY = 1000  # entries of a container that is looked through
+_DEPTH = 6  # how deep to look for random generators in a dataset
+_MANY = 1000  # the most entries of a container that is searched
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -34,7 +34,7 @@ def own_random_numbers(device: torch.device, *holders: Any) -> Iterator[None]:
     """Draw the same random numbers each time, and restore all generators afterward.
 
     Args:
-        device: The device whose generator is used too.
+        device: The device whose generator is also used.
         holders: Objects that may hold generators of their own, such as a dataset with random augmentations.
     """
     devices = [device] if device.type != "cpu" else []
@@ -87,7 +87,7 @@ def _parts(obj: Any) -> Iterable[Any]:
 
 
 def _restoring(generator: Any) -> Callable[[], None]:
-    """Return a function that restores the present state of a generator."""
+    """Return a function that restores the current state of a generator."""
     if isinstance(generator, torch.Generator):
         state = generator.get_state()
         return partial(_set_state, generator, state)
@@ -119,7 +119,7 @@ def _seed(generator: Any) -> None:
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put all modules into eval mode, and each one back into its own afterward."""
+    """Put all modules into eval mode, and restore the mode of each one afterward."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -131,7 +131,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gradients_put_aside(module: nn.Module) -> Iterator[None]:
-    """Take the gradients away, so that a step that computes some cannot change them."""
+    """Set the gradients aside, so that a step that computes gradients cannot change them."""
     gradients = [(p, p.grad) for p in module.parameters()]
     for p, _ in gradients:
         p.grad = None
@@ -144,7 +144,7 @@ def gradients_put_aside(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def buffers_restored(module: nn.Module) -> Iterator[None]:
-    """Restore all buffers, also those that a forward pass in eval mode changes."""
+    """Restore all buffers, including those that a forward pass in eval mode changes."""
     buffers = [(part, name, b, b.clone()) for part in module.modules() for name, b in part._buffers.items() if b is not None]
     try:
         yield
@@ -162,7 +162,7 @@ def metrics_in(module: nn.Module) -> list[Metric]:
 
 @contextmanager
 def empty_metrics(module: nn.Module) -> Iterator[None]:
-    """Give metrics states of their own, as after a reset, and put back what they had."""
+    """Give metrics fresh states, as after a reset, and restore their own states afterward."""
     before = [(metric, dict(vars(metric))) for metric in metrics_in(module)]
     empty(module)
     try:
@@ -174,7 +174,7 @@ def empty_metrics(module: nn.Module) -> Iterator[None]:
 
 
 def empty(module: nn.Module) -> None:
-    """Reset the metrics of a module, and leave the objects that were their states as they are."""
+    """Reset the metrics of a module without changing the objects that held their states."""
     metrics = metrics_in(module)
     for metric in metrics:
         for name, default in metric._defaults.items():
@@ -201,7 +201,7 @@ class Attributes:
         self._versions = {name: value._version for name, value in _own(module) if _is_versioned(value)}
 
     def kept(self) -> list[str]:
-        """Return the attributes of the module itself in which something has been gathered since."""
+        """Return the attributes of the module itself in which something has been collected since."""
         _, before, contents = next(entry for entry in self._before if entry[0] is self._module)
         return [name for name, value in _own(self._module) if self._gathers(name, value, before, contents)]
 
@@ -244,7 +244,7 @@ def _is_versioned(value: Any) -> bool:
 
 
 def _same(container: Any, content: Any) -> bool:
-    """Return whether a container holds the very objects that its copy holds."""
+    """Return whether a container holds exactly the same objects as its copy."""
     if isinstance(container, dict):
         return _same(list(container.items()), list(content.items()))
     return len(container) == len(content) and all(map(_is, container, content))
@@ -261,7 +261,7 @@ def _fill(container: Any, content: Any) -> None:
 
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[Attributes]:
-    """Leave a module as it was: modes, gradients, buffers, attributes, and metrics, whose states are empty meanwhile."""
+    """Leave a module unchanged: modes, gradients, buffers, attributes, and metrics, whose states are empty in the meantime."""
     attributes = Attributes(module)
     with ExitStack() as stack:
         stack.callback(attributes.restore)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning_reg.monitors.samples import Sample
 
 SAMPLES = 2048
-"""The number of samples that are drawn by default."""
+"""The default number of samples to draw."""
 
 _UNSAFE = r"[^\w.-]+"  # in the name of a file
 
@@ -47,17 +47,17 @@ class OverfittingMonitor(Regularizer):
 
     Runs in: ``on_validation_epoch_end``, at the last validation of an epoch.
 
-    The usual comparison of ``train_loss`` and ``val_loss`` is biased: the training loss is taken with dropout, augmentation,
-    and penalties, on weights that move during the epoch. This callback evaluates a fixed sample of the training data and one of
-    the validation data in the same way: with the module's own ``validation_step`` in eval mode, on the weights that were just
-    validated, with the loaders' own collate functions and the module's own transfer hooks.
+    The usual comparison of ``train_loss`` and ``val_loss`` is biased: the training loss is measured with dropout,
+    augmentation, and penalties, on weights that change during the epoch. This callback evaluates a fixed sample of the
+    training data and one of the validation data in the same way: with the module's own ``validation_step`` in eval mode, on
+    the weights that were just validated, with the loaders' own collate functions and the module's own transfer hooks.
 
     It logs ``reg/<name>/train``, ``val``, ``gap`` (positive if the metric is worse on validation data), and the bounds of its
-    95 % interval, ``gap_low`` and ``gap_high``. They are in ``trainer.callback_metrics`` before any other callback asks, also
-    without a logger, so ``EarlyStopping(monitor="reg/OverfittingMonitor/gap")`` works anywhere in the list.
-    It changes nothing: weights, logged metrics, states of torchmetrics, modes, gradients, and random numbers are as they would
-    be without it. Random augmentations of a dataset are the same at each evaluation.
-    The interval is Student's t over small batches. A metric that is not a mean over samples, such as an AUROC, has none.
+    95 % interval, ``gap_low`` and ``gap_high``. They are in ``trainer.callback_metrics`` before any other callback reads it,
+    even without a logger, so ``EarlyStopping(monitor="reg/OverfittingMonitor/gap")`` works anywhere in the list.
+    It changes nothing: weights, logged metrics, torchmetrics states, modes, gradients, and random numbers are the same as
+    without it. Random augmentations of a dataset are the same at each evaluation.
+    The interval uses Student's t over small batches. A metric that is not a mean over samples, such as AUROC, has none.
     Each rank evaluates an equal share of the samples.
     When the fit ends, it prints ``verdict`` in one line. With a logger and matplotlib (``lightning-reg[plots]``), it saves
     ``figure()`` as ``<name>.png`` in the log directory, and shows it in TensorBoard.
@@ -65,11 +65,11 @@ class OverfittingMonitor(Regularizer):
     Args:
         metric: The name under which ``validation_step`` logs the metric. ``None`` takes the only name that contains "loss".
         mode: ``"min"`` if smaller is better, ``"max"`` if larger is.
-        samples: The number of samples to draw from each dataset; all, if it has fewer. For data that nothing can be drawn from,
-            such as an ``IterableDataset``, a loader whose first 2048 samples are used in place of the training data, or
+        samples: The number of samples to draw from each dataset; all of them if it has fewer. If a dataset does not allow
+            random draws, such as an ``IterableDataset``, pass a loader whose first 2048 samples replace the training data, or
             ``{"train": loader, "val": loader}``.
-        every_n_epochs: Evaluate in the first validated epoch, and then once in every n epochs.
-        name: The name in metrics and checkpoints. By default it is the name of the class.
+        every_n_epochs: Evaluate in the first validated epoch, and then once every n epochs.
+        name: The name in metrics and checkpoints. The name of the class by default.
 
     Raises:
         ValueError: If there is no validation data or no ``validation_step``, the metric is not logged, no sample can be drawn,
@@ -102,7 +102,7 @@ class OverfittingMonitor(Regularizer):
         name: str | None = None,
     ) -> None:
         if not isinstance(metric, (str, type(None))):
-            raise TypeError(f"OverfittingMonitor: metric must be a name that is logged, got {described_value(metric)}")
+            raise TypeError(f"OverfittingMonitor: metric must be the name of a logged metric, got {described_value(metric)}")
         check_choice("OverfittingMonitor: mode", mode, ("min", "max"))
         check_integer("OverfittingMonitor: every_n_epochs", every_n_epochs, 1)
         _check_samples(samples)
@@ -113,7 +113,7 @@ class OverfittingMonitor(Regularizer):
         super().__init__(name)
         self._samples: dict[str, Sample] = {}
         self._trainer: Trainer | None = None
-        self._found = ""  # the name of the metric that was measured
+        self._found = ""  # the name of the measured metric
 
     # Samples --------------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class OverfittingMonitor(Regularizer):
         self._trainer = None
 
     def data_ready(self) -> None:
-        """Draw the samples, and try a batch of each, so that mistakes show before the training."""
+        """Draw the samples, and try a batch of each, so that mistakes surface before training."""
         assert self._trainer is not None, "the fit has started"
         trainer = self._trainer
         self._samples["train"] = self._sample(trainer, "train")
@@ -171,7 +171,7 @@ class OverfittingMonitor(Regularizer):
         except DrawError as error:
             example = "samples=<DataLoader>" if kind == "train" else "samples={'train': <DataLoader>, 'val': <DataLoader>}"
             raise ValueError(
-                f"{self.name} cannot draw a sample of the {_DATA[kind]}: {error}. Give one, as in {example}, with samples that "
+                f"{self.name} cannot draw a sample of the {_DATA[kind]}: {error}. Pass one, as in {example}, with samples that "
                 "are the same each time"
             ) from None
 
@@ -200,7 +200,7 @@ class OverfittingMonitor(Regularizer):
         _evaluation.log_now(trainer, list(metrics), torch.tensor(list(metrics.values()), dtype=torch.float64))
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
-        """Return that it should be a point of the curves, by its epoch, or what is known of the best epoch."""
+        """Describe a valid entry: the point of an epoch, or the values of the best epoch."""
         if entry == "best":
             is_right = is_number(value) if key == "val" else key == "values" and _are_numbers(value)
             return "" if is_right else "the values of the best epoch"
@@ -247,7 +247,7 @@ class OverfittingMonitor(Regularizer):
 
     @property
     def verdict(self) -> Verdict:
-        """What the curves say: under-fits, fits, over-fits since an epoch, diverges, or cannot tell; and what to try."""
+        """The verdict: under-fits, fits, over-fits since an epoch, diverges, or cannot tell; with advice on what to try."""
         return judge(self.points, self._sign, self.name)
 
     def _metrics(self) -> dict[str, float]:
@@ -292,16 +292,16 @@ class OverfittingMonitor(Regularizer):
         return str(self.verdict)
 
     def acts_on(self) -> str:
-        """Return that it acts on nothing."""
+        """Return what the callback watches."""
         return "watches two samples"
 
     def route(self) -> str:
-        """Return that it evaluates after the validation."""
+        """Return when the callback evaluates: after the validation."""
         return "after validation"
 
 
 def _check_samples(samples: Any) -> None:
-    """Raise an error unless samples are a number, a loader, or loaders for the training and the validation data."""
+    """Raise an error unless samples are a number, a loader, or loaders for training and validation data."""
     if isinstance(samples, int):
         check_integer("OverfittingMonitor: samples", samples, 1)
         return

@@ -1,4 +1,4 @@
-"""Shows what a fit does to parameters: their norms, their gradients, how far steps move them, and how strong penalties are."""
+"""Shows what a fit does to parameters: norms, gradients, how far each step moves them, and how strong penalties are."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 class ParameterMonitor(ParameterRegularizer):
     """Measure parameters, their gradients, and the true update of a step: ‖θ_after − θ_before‖ / ‖θ_before‖.
 
-    Runs in: the optimizer step, once every ``every_n_steps`` steps; it changes nothing.
+    Runs in: the optimizer step, once every ``every_n_steps`` steps. Changes nothing.
 
     For each parameter or group it logs ``reg/<name>/<parameter>/weight_norm``, ``grad_norm`` (after the backward pass, with
-    penalties that are part of the loss, before clipping), ``update_ratio`` (all that the step did, with decay, constraints, and
+    penalties that are part of the loss, before clipping), ``update_ratio`` (the whole step, including decay, constraints, and
     masks), and ``zeros`` (the fraction of entries that are 0). For each penalty of the trainer it logs
-    ``reg/<name>/<penalty>/relative_norm``: the norm of its gradient, divided by that of the data's gradient, over what
-    it penalizes. ``ActivityPenalty`` is left out, because its gradient needs a backward pass of its own.
+    ``reg/<name>/<penalty>/relative_norm``: the norm of its gradient, divided by that of the data's gradient, over the
+    parameters that it penalizes. ``ActivityPenalty`` is left out, because its gradient needs a backward pass of its own.
     The values are in ``trainer.callback_metrics``, with and without a logger. Other steps cost nothing. One copy of the
     parameters is kept during the fit.
     Sharded parameters are measured as a whole. A step that accumulates batches is one step.
@@ -45,9 +45,9 @@ class ParameterMonitor(ParameterRegularizer):
         every_n_steps: The number of optimizer steps from one measurement to the next, ≥ 1.
         params: The parameters to measure: ``"all"``, ``"weights"``, a glob, a list of these, or a callable
             ``(name, parameter, module) -> bool``.
-        groups: Names of groups, each with its parameters, given as for ``params``. Each group of the selected parameters is
-            measured as one vector. By default each parameter is measured by itself.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        groups: A mapping from names of groups to parameters, given as for ``params``. Each group of the selected parameters is
+            measured as one vector. By default, each parameter is measured separately.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``every_n_steps`` is not an integer ≥ 1, nothing is selected, or a fused optimizer unscales float16
@@ -145,7 +145,7 @@ class ParameterMonitor(ParameterRegularizer):
         _evaluation.log_now(self._trainer, [*watched.keys, *keys], values)
 
     def notes(self) -> list[str]:
-        """Say which penalties are left out."""
+        """List the penalties that are left out."""
         left_out = (
             [cb.name for cb in regularizers_of(self._trainer) if isinstance(cb, ActivityPenalty)] if self._trainer else []
         )

@@ -1,4 +1,4 @@
-"""Fixed samples of a dataset, as small batches that the user's own collate function makes."""
+"""Fixed samples of a dataset, in small batches from the user's own collate function."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 BATCHES = 20
-"""The least number of batches of a sample, over all ranks, if it has as many samples: enough for an interval."""
+"""The minimum number of batches in a sample, over all ranks, if it has that many samples: enough for an interval."""
 
 
 class Sample(Protocol):
     """A fixed sample of a dataset."""
 
     source: Any
-    """What holds the samples, with any random generators of its own."""
+    """The object that holds the samples, with any random generators of its own."""
 
     def batches(self) -> Iterator[tuple[Any, int]]:
         """Yield this rank's batches, each with its size."""
@@ -45,7 +45,7 @@ class Drawn:
 
     Args:
         source: The loader.
-        indices: The indices of each batch. Of a loader whose dataset holds whole batches, the index of each one.
+        indices: The indices of each batch. If the dataset holds whole batches, the index of each one.
     """
 
     source: DataLoader[Any]
@@ -72,7 +72,7 @@ class Drawn:
 
 @dataclass
 class Given:
-    """The first batches of a loader that the user gives.
+    """The first batches of a loader from the user.
 
     Args:
         source: The loader.
@@ -87,7 +87,7 @@ class Given:
     ranks: int = 1
 
     def batches(self) -> Iterator[tuple[Any, int]]:
-        """Yield the batches, each with its size; equally many on each rank."""
+        """Yield the batches, each with its size. Every rank gets the same number."""
         batches, taken = iter(self.source), 0
         for done in itertools.count(self.ranks, self.ranks):
             turn = list(itertools.islice(batches, self.ranks))
@@ -133,7 +133,7 @@ def split(share: Sequence[Any], size: int, ranks: int = 1) -> list[list[Any]]:
 
 
 def draw(population: Sequence[Any], count: int, seed: int = SEED) -> list[Any]:
-    """Draw from a population without replacement, with a generator of its own; all of it if there is not more.
+    """Draw from a population without replacement, with a separate generator. Draw all of it if it is smaller.
 
     Example:
         >>> sorted(draw(range(4), 10)), len(draw(range(100), 10))
@@ -158,20 +158,20 @@ def check_drawable(loader: Any) -> DataLoader[Any]:
     if isinstance(loader, (Mapping, list, tuple)):
         raise DrawError(f"there are {len(loader)} loaders")
     if not isinstance(loader, DataLoader):
-        raise DrawError(f"the loader is no torch.utils.data.DataLoader but {_kind(loader)}")
+        raise DrawError(f"the loader is not a torch.utils.data.DataLoader but {_kind(loader)}")
     if isinstance(loader.dataset, IterableDataset):
-        raise DrawError(f"{type(loader.dataset).__name__} is an IterableDataset, which cannot be asked for single samples")
+        raise DrawError(f"{type(loader.dataset).__name__} is an IterableDataset, which does not give single samples by index")
     return loader
 
 
 def _kind(loader: Any) -> str:
-    """Describe the class of a loader; combined loaders of Lightning hold several."""
+    """Describe the class of a loader. Lightning's combined loaders hold several."""
     name = type(loader).__name__
     return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 class Population:
-    """The samples that a loader can ever give.
+    """All samples that a loader can return.
 
     Args:
         loader: The loader.
@@ -181,8 +181,8 @@ class Population:
         DrawError: If the dataset has no length.
 
     Attributes:
-        members: What the dataset can be asked for.
-        is_shared: Whether it is the same on every rank, so that each must take a share of one sample.
+        members: The indices that the dataset accepts.
+        is_shared: Whether the population is the same on every rank, so that each rank must take a share of one sample.
     """
 
     def __init__(self, loader: DataLoader[Any], batches: float = float("inf")) -> None:
@@ -201,12 +201,12 @@ class Population:
 
 
 def _is_plain(batch_sampler: Any) -> bool:
-    """Return whether a batch sampler takes all that its sampler gives."""
+    """Return whether a batch sampler takes everything from its sampler."""
     return batch_sampler is None or type(batch_sampler).__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
 
 
 def _innermost(sampler: Any) -> Any:
-    """Return the sampler within one that divides it among ranks."""
+    """Return the sampler inside one that divides it among ranks."""
     return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
 
 
@@ -218,7 +218,7 @@ def _length(dataset: Any) -> int:
 
 
 def _visited(sampler: Any, dataset: Any) -> list[Any]:
-    """Return what a sampler asks a dataset for in an epoch, without moving the sampler itself."""
+    """Return the indices that a sampler yields in an epoch, without advancing the sampler itself."""
     with suppress(Exception):  # it may hold something that cannot be copied
         sampler = copy.deepcopy(sampler, {id(dataset): dataset})
     try:
@@ -244,14 +244,14 @@ def sample_of(
 
     Args:
         loader: The loader.
-        samples: The number of samples, or more than there are for all.
+        samples: The number of samples. All are taken if there are fewer.
         batches: The number of batches in an epoch.
         rank: The index of this process.
         ranks: The number of processes, which take equal shares.
-        least: Returns the least number over all processes.
+        least: Returns the minimum of a number over all processes.
 
     Raises:
-        DrawError: If that is not possible; says why.
+        DrawError: If that is not possible, with the reason.
     """
     loader = check_drawable(loader)
     population = Population(loader, batches)
@@ -270,6 +270,6 @@ def sample_of(
 
 
 def _size(loader: DataLoader[Any]) -> int:
-    """Return the size of a loader's batches; a batch sampler of the user's own may not tell."""
+    """Return the batch size of a loader. A custom batch sampler may not reveal it."""
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     return size if isinstance(size, int) and size > 0 else BATCHES

@@ -1,7 +1,7 @@
-"""What batches say about the mean over all samples: its standard error, and intervals of means and of differences.
+"""Estimates of the mean over all samples from batches: standard errors, and intervals of means and differences.
 
 The mean of a batch of n samples has the variance σ²/n. So batches are weighted by their sizes, and the spread of their means
-tells σ².
+reveals σ².
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 LEVEL = 0.95
-"""How often intervals contain the true value."""
+"""The confidence level of intervals."""
 
 _TERMS = 200  # of a continued fraction
 _HALVINGS = 50  # of the interval in which a quantile lies
@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 
     @property
     def margin(self) -> float:
-        """Half the length of the interval; NaN if the standard error is not known."""
+        """Half the width of the interval; NaN if the standard error is unknown."""
         return self.error * t_quantile((1 + LEVEL) / 2, self.freedom) if self.error > 0 else self.error
 
     @property
@@ -84,7 +84,7 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 def paired_difference(first: Sequence[float], second: Sequence[float], weights: Sequence[float]) -> Estimate:
     """Estimate the first mean minus the second one, both measured on the same batches.
 
-    What makes a batch hard cancels out, so this is much more precise than :func:`difference`.
+    The difficulty of each batch cancels out, so this is much more precise than :func:`difference`.
 
     Example:
         >>> paired_difference([1.5, 2.5, 3.5], [1.0, 2.0, 3.0], [8, 8, 8])

@@ -1,4 +1,4 @@
-"""What the curves of a fit say: does it under-fit, fit, over-fit, or diverge?"""
+"""The verdict on the curves of a fit: does it under-fit, fit, over-fit, or diverge?"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["under-fits", "fits", "over-fits", "diverges", "cannot tell"]
 """What a fit does."""
 
 ENOUGH = 3
-"""The number of evaluated epochs from which on curves can be judged."""
+"""The minimum number of evaluated epochs for a verdict."""
 
 _HALF = 0.5
 _TENTH = 0.1
@@ -24,13 +24,13 @@ _THIRD = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a fit does, why that is thought, and what to try next.
+    """What a fit does, the evidence, and what to try next.
 
     Args:
         kind: ``"under-fits"``, ``"fits"``, ``"over-fits"``, ``"diverges"``, or ``"cannot tell"``.
-        reason: The numbers behind it.
+        reason: The numbers behind the verdict.
         advice: What to try next.
-        since: The first epoch of over-fitting, counted from 0 as Lightning does; ``None`` for everything else.
+        since: The first epoch of over-fitting, counted from 0 as in Lightning; ``None`` for any other verdict.
 
     Example:
         >>> print(Verdict("over-fits", "the gap grew from 0.1 to 0.6", "Stop earlier", since=7))
@@ -50,8 +50,8 @@ class Verdict:
 def judge(points: Sequence[Point], sign: float = 1.0, name: str = "OverfittingMonitor") -> Verdict:
     """Judge the curves of a fit, by the first of these rules that applies.
 
-    "Best" is the epoch of the smallest val. What was learned is the first val minus the best one, and likewise for train.
-    "By more than its margin" means that the 95 % interval lies on one side.
+    The best epoch has the smallest val. What was learned is the first val minus the best one, and likewise for train. "By more
+    than its margin" means that the 95 % interval lies entirely on one side.
 
     1. **cannot tell**, if fewer than three epochs were evaluated.
     2. **diverges**, if the last train or val is not finite, or if the last train is above the first one, or above the smallest
@@ -104,11 +104,11 @@ def _judge_learning(points: Sequence[Point], best: Point, sign: float) -> Verdic
 def _too_few(points: Sequence[Point]) -> Verdict:
     count = f"{len(points)} epoch{'' if len(points) == 1 else 's'}"
     advice = "Train for more epochs, or evaluate more often (every_n_epochs, check_val_every_n_epoch)"
-    return Verdict("cannot tell", f"{count} evaluated, and curves need {ENOUGH}", advice)
+    return Verdict("cannot tell", f"{count} evaluated, but a verdict needs {ENOUGH}", advice)
 
 
 def _divergence(points: Sequence[Point], sign: float) -> str | None:
-    """Say how a fit diverges; ``None`` if it does not."""
+    """Describe how a fit diverges, or return ``None`` if it does not."""
     first, last = points[0], points[-1]
     if not (math.isfinite(last.train) and math.isfinite(last.val)):
         return f"the metric is not finite at epoch {last.epoch}"
@@ -157,12 +157,12 @@ def _number(value: float) -> str:
 
 def _stronger(name: str) -> str:
     return (
-        f"Stop or save by 'reg/{name}/val' (EarlyStopping, ModelCheckpoint), or try more data, augmentation, or "
-        "regularization, such as WeightDecay, L2Penalty, or DropoutInjection"
+        f"Stop early or keep the best checkpoint by 'reg/{name}/val' (EarlyStopping, ModelCheckpoint), or try more data, "
+        "augmentation, or regularization, such as WeightDecay, L2Penalty, or DropoutInjection"
     )
 
 
-_NO_INTERVAL = "the gap has no interval, since the metric is not a mean over samples, or a sample has a single batch"
+_NO_INTERVAL = "the gap has no interval, because the metric is not a mean over samples, or a sample has a single batch"
 _LARGER = "Try larger samples (samples=…), or more validation data"
 _WEAKER = "Try more epochs, a larger learning rate, a larger model, or less regularization"
-_KEEP = "Nothing needs to change; lightning_reg.tuning can tell whether other techniques gain more"
+_KEEP = "Nothing needs to change. lightning_reg.tuning can test whether other techniques gain more"

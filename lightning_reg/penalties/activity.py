@@ -68,10 +68,10 @@ class ActivityPenalty(ModuleRegularizer):
 
     h is the output of a module for one sample. With several modules, their penalties are added.
     For recurrent modules and ``nn.MultiheadAttention``, only the output is penalized, not the states or the attention weights;
-    samples are where ``batch_first`` says. A ``PackedSequence`` is penalized without padding.
-    A copy of h is kept until the backward pass, so the model may change h in place afterwards.
+    ``batch_first`` determines the batch dimension. The padding of a ``PackedSequence`` is not penalized.
+    The callback keeps a copy of h until the backward pass, so the model may change h in place.
     The penalty depends on the data, so it acts on each accumulated batch, divided by ``accumulate_grad_batches`` like the loss.
-    If your module accumulates gradients by itself, divide λ as your module divides its loss.
+    If your module accumulates gradients itself, divide λ by the same number as the loss.
     Under DDP, each rank penalizes the outputs for its own samples. The metric is the mean over all ranks.
     Forward passes under ``torch.no_grad`` are not penalized. Compiled models work. Activation checkpointing works with
     ``use_reentrant=False``.
@@ -83,13 +83,13 @@ class ActivityPenalty(ModuleRegularizer):
             leading ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. Each module must return
             one float tensor, or be a recurrent or attention module.
         p: 1 for the L1 norm, for sparse outputs. 2 for half the squared L2 norm, for small outputs.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, ``p`` is neither 1 nor 2, ``modules`` matches nothing, or the module
             uses manual optimization.
         TypeError: If ``modules`` has a class or a module in place of a name. In the first forward pass, if a module returns
-            anything but one float tensor.
+            anything other than one float tensor.
         RuntimeError: In the first backward pass, if a module runs under activation checkpointing with ``use_reentrant=True``.
 
     Example:
@@ -118,7 +118,7 @@ class ActivityPenalty(ModuleRegularizer):
         self._handles: list[RemovableHandle] = []
         self._values: list[tuple[str, Tensor]] = []  # of the forward passes since the last backward pass, by module
         self._recorded: set[str] = set()  # the modules with a value in this batch
-        self._logged: list[tuple[str, Tensor]] = []  # the values of the last batch that is logged
+        self._logged: list[tuple[str, Tensor]] = []  # the values of the last logged batch
         self._last_term: tuple[Tensor, float] | None = None
         self._trainer: Trainer | None = None
         self._checks_loss = False  # whether to look for parameters that the loss ignores
@@ -131,7 +131,7 @@ class ActivityPenalty(ModuleRegularizer):
         """Raise an error in manual optimization, where a loss may belong to any of the optimizers."""
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "ActivityPenalty adds to the loss, which in manual optimization may belong to any of the optimizers: add "
+                "ActivityPenalty adds to the loss, but in manual optimization a loss may belong to any of the optimizers: add "
                 "lightning_reg.functional.activity_penalty to the right loss in training_step instead"
             )
         super().prepare(trainer, pl_module)
@@ -184,7 +184,7 @@ class ActivityPenalty(ModuleRegularizer):
             data = main.data if isinstance(main, PackedSequence) else main
             # a copy, since the model may change the output in place, as nn.ReLU(inplace=True) does
             value = activity_penalty(data.clone(), self.p, batch_size(module, main))
-            if not is_compiling() and _is_backward():  # checkpointing computes again what it did not save, the value included
+            if not is_compiling() and _is_backward():  # checkpointing recomputes what it did not save, the value included
                 self._check_recomputed(name, module)
             else:
                 self._values.append((name, value))
@@ -203,11 +203,11 @@ class ActivityPenalty(ModuleRegularizer):
 
     @property
     def adds_to_loss(self) -> bool:
-        """Whether it adds to the loss: always, since its gradient depends on the forward pass."""
+        """Whether the penalty is added to the loss: always, since its gradient depends on the forward pass."""
         return True
 
     def before_loss_term(self, loss: Tensor) -> None:
-        """Raise an error in the first batch if DDP takes parameters for unused that only the penalty uses.
+        """Raise an error in the first batch if only the penalty uses some parameters, which DDP then treats as unused.
 
         DDP looks for unused parameters in the graph of the loss, and would reduce their gradients twice.
         """
@@ -218,7 +218,7 @@ class ActivityPenalty(ModuleRegularizer):
         if ignored := [name for name, value in self._values if leaves(value) - used]:
             raise ValueError(
                 f"{self.name}: the loss does not depend on all parameters behind {abbreviate(ignored)}, and DDP with "
-                "find_unused_parameters=True takes these for unused: use the output in the loss, exclude the module with "
+                "find_unused_parameters=True treats these as unused: use the output in the loss, exclude the module with "
                 f"'!{ignored[0]}', or use find_unused_parameters=False"
             )
 
@@ -235,7 +235,7 @@ class ActivityPenalty(ModuleRegularizer):
         return value, self._last_term[1]
 
     def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
-        """Yield the metrics; the penalty is that of the samples of all ranks."""
+        """Yield the metrics. The penalty covers the samples of all ranks."""
         if self._trainer is not None:
             answers = answers_of_all(self._trainer, _by_module(self._logged))
             self._logged.clear()
@@ -244,11 +244,11 @@ class ActivityPenalty(ModuleRegularizer):
         yield from super().collect_metrics()
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
-        """Return what it added to the loss of the last batch."""
+        """Return the penalty that was added to the loss of the last batch."""
         return self._last_term and self._last_term[0] * self._last_term[1]
 
     def route(self) -> str:
-        """Return where it acts: always on the loss."""
+        """Return where the penalty acts: always on the loss."""
         return "loss"
 
 
@@ -284,5 +284,5 @@ def _by_module(values: Sequence[tuple[str, Tensor]]) -> dict[str, float]:
 
 
 def _is_backward() -> bool:
-    """Return whether a backward pass runs, in which checkpointed modules run again."""
+    """Return whether a backward pass is running, in which checkpointed modules run again."""
     return bool(torch._C._current_graph_task_id() != -1)

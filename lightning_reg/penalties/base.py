@@ -46,11 +46,12 @@ class Penalty(ParameterRegularizer):
 
     A subclass overrides ``value``, which returns R(θ). If it also overrides ``add_gradient_`` with a closed form,
     ``inject="gradient"`` needs no autograd graph.
-    Selected parameters that took no part in the forward pass are penalized too.
+    The penalty covers every selected parameter, even one that took no part in the forward pass.
     With gradient accumulation, the penalty counts once per step, not once per batch.
-    After ``backward(create_graph=True)``, second derivatives of the loss or of ``.grad`` contain the penalty. If it is added to
-    the gradients, they do so from ``on_before_optimizer_step`` on, as for an optimizer that computes them in its step.
-    An optimizer that uses the value of its closure, such as LBFGS, sees the objective with the penalty.
+    After ``backward(create_graph=True)``, second derivatives of the loss or of ``.grad`` include the penalty. If it is added
+    to the gradients, they include it from ``on_before_optimizer_step`` on, in time for an optimizer that computes them in its
+    step.
+    An optimizer that uses the value of its closure, such as LBFGS, minimizes the objective including the penalty.
     Where an optimizer maximizes (``maximize=True``), the penalty is subtracted, so that weights still shrink.
     The loss that the module logs does not contain the penalty.
 
@@ -61,13 +62,13 @@ class Penalty(ParameterRegularizer):
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
             loss wherever that is exact, and the gradients in manual optimization, if the module overrides ``optimizer_step``
             (it may accumulate gradients by itself), for sharded parameters, under DDP with ``find_unused_parameters``,
-            ``static_graph``, a communication hook, or sparse gradients, and beside a guard that sets gradients to zero.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+            ``static_graph``, a communication hook, or sparse gradients, and together with a guard that sets gradients to zero.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, the
-            penalty is added to the gradients of a fused optimizer under float16 loss scaling, or SparseAdam has to train a
-            selected parameter.
+            penalty is added to the gradients of a fused optimizer under float16 loss scaling, or SparseAdam trains a selected
+            parameter.
 
     Example:
         >>> class LogPenalty(Penalty):  # Σ log(1 + θ²): pulls small weights to zero and leaves large ones almost alone
@@ -106,8 +107,8 @@ class Penalty(ParameterRegularizer):
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
         """Add λ ∇R(θ) to the gradients. By default, autograd differentiates ``value``.
 
-        Sharded parameters are gathered for this, so that ``value`` sees full tensors. If it depends on the data of a rank, the
-        gradient is the mean over the ranks, as for a loss.
+        Sharded parameters are gathered for this, so that ``value`` sees full tensors. If ``value`` depends on a rank's data,
+        the gradient is averaged over the ranks, like that of a loss.
         """
         full_tensors = [full_tensor(p.detach()).requires_grad_() for p in params]
         with torch.enable_grad():
@@ -173,14 +174,14 @@ class Penalty(ParameterRegularizer):
         self._trainer = None
 
     def _refuse_sparse_only(self, trainer: Trainer) -> None:
-        """Raise an error for parameters of an optimizer that takes only sparse gradients: that of a penalty is dense."""
+        """Raise an error if an optimizer takes only sparse gradients, because the gradient of a penalty is dense."""
         optimizers = [inner for optimizer in trainer.optimizers for inner in with_inner(optimizer)]
         held = [self.name_of(p) for opt in optimizers if isinstance(opt, SparseAdam) for p in self.parameters_of(opt)]
         if held and any(callable(value) or value for _, _, value in self._values_given()):
             raise ValueError(
                 f"{self.name} adds a dense gradient to {abbreviate(held)}, but SparseAdam takes only sparse gradients: "
-                f"exclude what it trains, as in params=[…, '!{held[0]}'], use another optimizer, or use a technique that acts "
-                "on the weights, such as WeightDecay or SoftThresholding"
+                f"exclude these parameters, as in params=[…, '!{held[0]}'], use another optimizer, or a technique that acts on "
+                "the weights, such as WeightDecay or SoftThresholding"
             )
 
     def _needs_loss(self, trainer: Trainer) -> bool:
@@ -202,7 +203,7 @@ class Penalty(ParameterRegularizer):
             return "with an optimizer that maximizes only some of its parameter groups"
         changing = next((cb.name for cb in regularizers_of(trainer) if cb.overrides("before_forward")), None)
         if changing:
-            return f"beside {changing}, which changes the weights for the forward pass"
+            return f"together with {changing}, which changes the weights for the forward pass"
         if _lightning.has_shards(trainer, self.tensors.values()):
             return "for sharded parameters"
         if _lightning.ddp_tracks_parameters(trainer):
@@ -210,13 +211,13 @@ class Penalty(ParameterRegularizer):
         return self._reduction_obstacle(trainer, pl_module)
 
     def _reduction_obstacle(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
-        """Return what would change the gradient of a penalty in the loss, and not one that is added later."""
+        """Return what would change the gradient of a penalty in the loss, but not a gradient that is added later."""
         if _lightning.ddp_has_hooks(trainer):
             return "under DDP with a communication hook, which may round it"
         if _lightning.uses_ddp(trainer) and (sparse := self.sparse_embeddings(pl_module)):
             return f"under DDP with sparse gradients ({abbreviate(sparse)})"
         if guard := next((cb.name for cb in regularizers_of(trainer) if cb.zeroes_gradients), None):
-            return f"beside {guard}, which may set its gradient to zero"
+            return f"together with {guard}, which may set its gradient to zero"
         return None
 
     @property
@@ -270,7 +271,7 @@ class Penalty(ParameterRegularizer):
         return value
 
     def route(self) -> str:
-        """Return where it acts: on the loss or on the gradients."""
+        """Return where the penalty acts: on the loss or on the gradients."""
         if self.inject == "auto" and not self.tensors:
             return "loss or gradient"  # known when a fit starts
         return "loss" if self._uses_loss else "gradient"

@@ -1,7 +1,7 @@
 """Functions of many tensors with a closed-form gradient, each as a single node of the autograd graph.
 
-One node replaces the several nodes per tensor that autograd would record, and their overhead. Where that does not suffice, as
-for second derivatives, the same function is computed by plain, differentiable operations.
+One node replaces the several nodes per tensor that autograd would record, and their overhead. Where one node is not enough, as
+for second derivatives, plain differentiable operations compute the same function.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class GroupLassoPenalty(Penalty):
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
     optimizer step.
 
-    It pulls whole units toward zero. A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is
+    Pulls whole units toward zero. A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is
     transposed), or the vector of a token in an embedding.
     Gradient steps leave weights near zero, not exactly at it. For exact zeros, use ``GroupSoftThresholding``.
     Works with sharded parameters (FSDP2), but not with FSDP1.
@@ -88,7 +88,7 @@ class GroupLassoPenalty(Penalty):
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
             graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, the

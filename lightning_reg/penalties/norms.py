@@ -127,9 +127,9 @@ class L1Penalty(Penalty):
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
     optimizer step.
 
-    It pulls each weight toward zero with the same force, whatever its magnitude.
+    Pulls each weight toward zero with the same force, regardless of its magnitude.
     Gradient steps leave weights near zero, not exactly at it. For exact zeros, use ``SoftThresholding``.
-    Works with sharded parameters, and with complex ones.
+    Works with sharded and complex parameters.
 
     Args:
         strength: λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-3, for a loss that is a mean over samples.
@@ -137,7 +137,7 @@ class L1Penalty(Penalty):
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
             graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, or the
@@ -169,12 +169,12 @@ class L2Penalty(Penalty):
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
     optimizer step.
 
-    Its gradient is λθ, so it equals ``weight_decay=λ`` in SGD. With ``inject="gradient"``, it does so to the last bit.
+    Its gradient is λθ, so it equals ``weight_decay=λ`` in SGD, and with ``inject="gradient"`` the two match bit for bit.
     If your source omits the factor ½, use twice its λ. If it uses the norm without the square, λ‖θ‖, subclass ``Penalty``.
     With Adam, it is not the decoupled weight decay of AdamW, because Adam rescales the gradient of the penalty like any other.
-    Use ``WeightDecay`` for that.
-    It warns if the optimizer decays the same parameters.
-    Works with sharded parameters, and with complex ones.
+    For decoupled decay, use ``WeightDecay``.
+    Warns if the optimizer also decays the same parameters.
+    Works with sharded and complex parameters.
 
     Args:
         strength: λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-2, for a loss that is a mean over samples.
@@ -182,7 +182,7 @@ class L2Penalty(Penalty):
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
             graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, or the
@@ -222,7 +222,7 @@ class ElasticNetPenalty(Penalty):
     It equals scikit-learn's ``ElasticNet(alpha, l1_ratio)`` with ``l1 = alpha * l1_ratio``, ``l2 = alpha * (1 - l1_ratio)``,
     and half the mean squared error as the loss.
     Gradient steps leave weights near zero, not exactly at it. For exact zeros, use ``L2Penalty`` with ``SoftThresholding``.
-    Works with sharded parameters, and with complex ones.
+    Works with sharded and complex parameters.
 
     Args:
         l1: λ₁ ≥ 0, or a schedule.
@@ -231,7 +231,7 @@ class ElasticNetPenalty(Penalty):
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
             graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``l1`` or ``l2`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, or
@@ -287,7 +287,8 @@ def _fused_by_size(
 ) -> Tensor:
     """Return a sum over all tensors, with one autograd node for all small tensors and one for each large tensor.
 
-    A shared node saves calls. A node of its own lets autograd free the gradient of a large tensor before it computes the next.
+    A shared node saves calls. A separate node lets autograd free the gradient of a large tensor before it computes the next
+    one.
     """
     small = [p for p in params if p.numel() <= CHUNK_ENTRIES]
     parts = [*([p] for p in params if p.numel() > CHUNK_ENTRIES), *([small] if small else [])]

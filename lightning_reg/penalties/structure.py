@@ -105,9 +105,9 @@ class OrthogonalityPenalty(Penalty):
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
     optimizer step.
 
-    W is a weight with all dimensions but the first flattened, so that a linear layer or a convolution has a row for each
-    output unit. If W has more rows than columns, WᵀW replaces WWᵀ.
-    Each rank gathers sharded parameters (FSDP2). FSDP1 is not supported.
+    W is a weight with all dimensions but the first flattened, so it has one row for each output unit of a linear layer or a
+    convolution. If W has more rows than columns, WᵀW replaces WWᵀ.
+    Works with sharded parameters (FSDP2), which each rank gathers. FSDP1 is not supported.
 
     Args:
         strength: λ ≥ 0, or a schedule.
@@ -115,7 +115,7 @@ class OrthogonalityPenalty(Penalty):
             glob, a list of these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
             loss wherever that is exact, and the gradients otherwise.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, nothing is selected, a selected parameter has fewer than two dimensions,
@@ -155,11 +155,11 @@ class StartingPointPenalty(Penalty):
     optimizer step.
 
     For fine-tuning: w⁰ are the weights when the first fit of a model starts. Later fits of the same ``LightningModule`` object
-    with the same callback keep them. A fit of any other object starts anew, also of a copy, or of one from
+    with the same callback keep them. A fit of any other object starts anew, even if it is a copy or comes from
     ``load_from_checkpoint``. So does a fit after ``reset()``.
-    The copy w⁰ takes as much memory as the selected weights. Checkpoints contain it, so that a run that is resumed with
-    ``ckpt_path`` uses the same w⁰.
-    Works with sharded parameters, and with complex ones.
+    The copy w⁰ takes as much memory as the selected weights. Checkpoints contain it, so a run resumed with ``ckpt_path`` uses
+    the same w⁰.
+    Works with sharded and complex parameters.
 
     Args:
         strength: λ ≥ 0, or a schedule.
@@ -167,7 +167,7 @@ class StartingPointPenalty(Penalty):
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
             graph, for large models. ``"auto"`` uses the loss wherever that is exact, and the gradients otherwise.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, nothing is selected, ``inject="loss"`` is not exact in this run, the
@@ -191,7 +191,7 @@ class StartingPointPenalty(Penalty):
     def __init__(self, strength: Value, *, params: Params = "weights", inject: Route = "auto", name: str | None = None) -> None:
         super().__init__(strength, params=params, inject=inject, name=name)
         self._references: dict[int, Tensor] = {}
-        self._model = WeakIdentity()  # whose starting point it is
+        self._model = WeakIdentity()  # the model that the starting point belongs to
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget the starting point of another model."""
@@ -217,7 +217,7 @@ class StartingPointPenalty(Penalty):
         super().attach(trainer, pl_module)
         if lazy := [name for name, p in self.tensors.items() if is_lazy(p)]:
             raise ValueError(
-                f"{self.name}: {', '.join(lazy)} of a lazy module has no values yet: run the model on a batch before the fit"
+                f"{self.name}: a lazy module has no values yet for {', '.join(lazy)}: run the model on a batch before the fit"
             )
         if not self.state["start"]:
             self.state["start"].update((name, p.detach().clone()) for name, p in self.tensors.items())
@@ -240,13 +240,13 @@ class StartingPointPenalty(Penalty):
             if start is None or start.shape != p.shape:
                 saved = "nothing" if start is None else f"shape {tuple(start.shape)}"
                 raise ValueError(
-                    f"{self.name}: the starting point has {saved} for {name!r} of shape {tuple(p.shape)}: it belongs to "
-                    "another model or selection; use a new callback, or fit without this checkpoint"
+                    f"{self.name}: the starting point has {saved} for {name!r} of shape {tuple(p.shape)}, so it belongs to "
+                    "another model or selection: use a new callback, or fit without this checkpoint"
                 )
             self._references[id(p)] = start if isinstance(start, DTensor) else shard_like(start.to(p.device, p.dtype), p)
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
-        """Return that it should be a tensor, by the name of a parameter."""
+        """Describe a valid entry: a tensor for each parameter."""
         return "" if isinstance(key, str) and isinstance(value, Tensor) else "a tensor for each parameter"
 
     def unpack_state(self, packed: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Pruning during training: a schedule of sparsities, a criterion, and the masks that follow from them."""
+"""Pruning during training: a schedule of sparsities, a criterion, and the resulting masks."""
 
 from __future__ import annotations
 
@@ -58,48 +58,49 @@ class WeightPruning(RewindingRegularizer):
 
     Nothing is added to the model, and its parameters keep their names.
     The masks belong to the callback. A checkpoint stores one bit for each weight.
-    When weights are pruned, the optimizer's state for them is cleared.
+    Pruning a weight also clears the optimizer's state for it.
     Averages of the weights in EMA and SWA callbacks are masked too.
     Frozen parameters, and parameters whose optimizer has not stepped yet, are neither pruned nor counted.
-    A second fit continues with the masks if the model still has their zeros. For any other model, it starts with new masks.
-    All ranks prune the same weights, for sharded parameters too.
-    Scores are compared in float32. A weight that is NaN counts as the largest. Among equal scores, the first are pruned.
+    A second fit continues with the same masks if the model still has the zeros. With any other model, it starts with new
+    masks.
+    All ranks prune the same weights, even when parameters are sharded.
+    Scores are compared in float32. A NaN weight counts as the largest. Among equal scores, the first ones are pruned.
 
     Args:
         sparsity: The fraction of all selected weights to prune, in [0, 1), including those already pruned; or a schedule that
             never decreases; or a mapping from patterns of parameter names to these. ``Cubic(0.0, 0.9, until=0.7)`` has the
-            shape that Zhu and Gupta recommend, and leaves the last 30% of training to recover. Where a function falls, its
-            maximum so far counts. Each pattern of a mapping has a total of its own, and parameters that match none are not
-            pruned. For ``"2:4"``, 0.5, or a step from 0 to 0.5.
+            shape that Zhu and Gupta recommend, and leaves the last 30% of training for recovery. Where a function decreases,
+            its maximum so far applies. In a mapping, each sparsity counts over the parameters that match its pattern, and
+            parameters that match none are not pruned. For ``"2:4"``: 0.5, or a step from 0 to 0.5.
         criterion: ``"magnitude"`` (the smallest weights are pruned first), ``"random"``, or a callable
             ``(name, parameter) -> scores`` that returns a tensor of the parameter's shape; the lowest scores are pruned first.
-            With several processes, the mean of their scores is used.
+            Scores are averaged over processes.
         scope: ``"global"`` for a fraction of all selected weights together, ``"layer"`` for the same fraction of each tensor.
         structure: ``"element"`` for single weights. ``"unit"`` for whole output units with the smallest L2 norms; with scope
-            ``"global"``, units are compared by the root mean square of their weights, and as many are pruned as fit into the
-            sparsity. ``"2:4"`` for two of every four weights along the inputs of a linear layer, or the input channels of a
+            ``"global"``, units are compared by the root mean square of their weights, and as many are pruned as the sparsity
+            allows. ``"2:4"`` for two of every four weights along the inputs of a linear layer, or the input channels of a
             convolution.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``. The default leaves out embeddings, because their
-            magnitudes do not compare with those of other weights. For ``structure="unit"``, name the layers: in an output
-            layer, a pruned unit is a class that is gone.
-        every: How often to prune: ``"1ep"`` at the end of each epoch, ``"100st"`` after each 100th optimizer step, as for one
-            long epoch or data without an end.
-        min_kept: The fraction of its weights, or units, that each tensor keeps, in [0, 1), and at least one. With scope
-            ``"global"``, more of the other tensors is pruned instead. A warning names the tensors. The default becomes
-            1 − sparsity where that is less.
-        keep_zeros: Keep the weights at 0 that are 0 when the fit starts, to train a sparse model further. Tensors of zeros only
-            are left out.
-        rewind_to_step: Each time weights are pruned, set all trained parameters and the statistics of batch normalization back
-            to their values after this many optimizer steps, and reset the optimizers, to find a winning lottery ticket. 0 is
-            the start of the fit. In manual optimization, the steps of all optimizers count. The learning rate schedule
-            continues. A copy of the model is kept in memory and in checkpoints.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+            magnitudes are not comparable with those of other weights. For ``structure="unit"``, name the layers: in an output
+            layer, pruning a unit removes a class.
+        every: How often to prune: ``"1ep"`` at the end of each epoch, ``"100st"`` after every 100th optimizer step, for one
+            long epoch or endless data.
+        min_kept: The fraction of its weights, or units, that each tensor keeps, in [0, 1), and always at least one. With scope
+            ``"global"``, the other tensors lose more instead. A warning names the protected tensors. The default becomes
+            1 − sparsity where that is smaller.
+        keep_zeros: Keep weights at 0 that are 0 when the fit starts, to continue training a sparse model. All-zero tensors are
+            left out.
+        rewind_to_step: After each pruning, set all trained parameters and batch normalization statistics back to their values
+            after this many optimizer steps, and reset the optimizers, to find a winning lottery ticket. 0 is the start of the
+            fit. In manual optimization, the steps of all optimizers count. The learning rate schedule continues. A copy of the
+            model is kept in memory and in checkpoints.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
-        ValueError: If the sparsity is outside [0, 1), falls, or cannot be reached because of ``min_kept``; if scores have the
-            wrong shape or are not finite; if ``"2:4"`` cannot divide the inputs; for units without ``params``; if a checkpoint
-            has masks of another model; or under FSDP1.
+        ValueError: If the sparsity is outside [0, 1), decreases, or cannot be reached because of ``min_kept``; if scores have
+            the wrong shape or are not finite; if ``"2:4"`` does not divide the inputs; if ``structure="unit"`` comes without
+            ``params``; if a checkpoint has the masks of another model; or under FSDP1.
         TypeError: If the criterion does not return a tensor.
 
     Example:
@@ -138,8 +139,8 @@ class WeightPruning(RewindingRegularizer):
         check_choice("WeightPruning: structure", structure, ("element", "unit", "2:4"))
         if structure == "unit" and params == DEFAULT_PARAMS:
             raise ValueError(
-                "WeightPruning: structure='unit' needs params that leave out the output layer, where a pruned unit is a class "
-                "that is gone: use, for example, params=['weights', '!embeddings', '!head.*']"
+                "WeightPruning: structure='unit' needs params that leave out the output layer, because pruning one of its "
+                "units removes a class: use, for example, params=['weights', '!embeddings', '!head.*']"
             )
         check_mapping("WeightPruning", sparsity)
         self._every = parse_every("WeightPruning", every)
@@ -184,18 +185,18 @@ class WeightPruning(RewindingRegularizer):
             self._prune(params, step)
 
     def update(self, moment: Moment) -> None:
-        """Set the sparsities to those of a moment, but never to less than those that weights were pruned to."""
+        """Set the sparsities to those of a moment, but never below those already reached."""
         super().update(moment)
         self.current |= {key: max(self.current[key], highest) for key, highest in self._highest.items()}
 
     def route(self) -> str:
-        """Return when it acts."""
+        """Return when pruning acts."""
         return "after the step" if self._every.unit == "st" else "after the step and the epoch"
 
     # Pruning --------------------------------------------------------------------------------------------------------
 
     def _prune(self, params: Sequence[Parameter], step: Step) -> bool:
-        """Let the masks grow to the current sparsities; return whether they have. An error leaves the weights as they are."""
+        """Grow the masks to the current sparsities; return whether they have grown. An error leaves the weights unchanged."""
         ids = {id(p) for p in params if self.name_of(p) in self._state.trained and p.numel()}
         masks: dict[str, Tensor] = {}
         for key in self.current:
@@ -211,12 +212,12 @@ class WeightPruning(RewindingRegularizer):
         return bool(masks)
 
     def _is_outdated(self, key: str, params: Collection[str]) -> bool:
-        """Return whether other parameters are trained than at the last pruning, or another sparsity is asked for."""
+        """Return whether the trained parameters or the sparsity have changed since the last pruning."""
         last, target = self._state.groups.get(key, Pruned()), self._highest[key]
         return bool(target and params) and (last.target, last.names) != (target, set(params))
 
     def _grown_masks(self, key: str, params: dict[str, Parameter], step: Step) -> dict[str, Tensor]:
-        """Return larger masks of parameters that are pruned together; none if they stay as they are."""
+        """Return larger masks of parameters that are pruned together; none if the masks stay the same."""
         assert self._trainer is not None, "attached"
         target, tensors = self._highest[key], list(params.values())
         known = [self._pruned(p) for p in tensors]
@@ -232,22 +233,21 @@ class WeightPruning(RewindingRegularizer):
         return dict(zip(params, masks, strict=True)) if reached > before else {}
 
     def _warn_of_protected(self, key: str, names: Sequence[str]) -> None:
-        """Warn at the first pruning that would take more of a tensor than it may lose."""
+        """Warn at the first pruning that would take more from a tensor than it may lose."""
         if names and key not in self._protected:
             self._protected.add(key)
-            instead = " More of the others is pruned instead." if self.scope == "global" else ""
+            instead = " The other tensors lose more instead." if self.scope == "global" else ""
             group = self._state.groups[key]
             rank_zero_warn(
-                f"{self.name}: at a sparsity of {group.target:.2%}, these tensors keep weights that would be pruned without "
-                f"min_kept={self.min_kept:g}: {', '.join(names)}.{instead} The pruned fraction is "
-                f"{group.reached / group.total:.2%}"
+                f"{self.name}: at a sparsity of {group.target:.2%}, min_kept={self.min_kept:g} protects weights in these "
+                f"tensors: {', '.join(names)}.{instead} The pruned fraction is {group.reached / group.total:.2%}"
             )
 
     def _keep_zeros(self) -> None:
         """Mask the weights that are 0 when the fit starts."""
         zeros, empty = masks_of_zeros(self.tensors)
         if empty:
-            rank_zero_warn(f"{self.name}: keep_zeros leaves out tensors of zeros only, which may be new: {', '.join(empty)}")
+            rank_zero_warn(f"{self.name}: keep_zeros leaves out all-zero tensors, which may be new: {', '.join(empty)}")
         self._add_masks({name: mask | self._local_masks.get(id(self.tensors[name]), mask) for name, mask in zeros.items()})
         for key in self.current:
             members = [p for name, p in self.tensors.items() if self._groups[name] == key and not is_lazy(p)]
@@ -271,7 +271,7 @@ class WeightPruning(RewindingRegularizer):
         return {**fractions, "pruned": self._state.reached / max(self._state.total, 1)}
 
     def fit_summary(self) -> str:
-        """Return which fraction of the weights is pruned."""
+        """Return the pruned fraction of the weights."""
         total = self._state.total
         pruned = f"{self._state.reached / total:.2%} of {total:,} weights are pruned" if total else "no weights are pruned"
         patterns = {key: key.removeprefix("sparsity").removeprefix("/") for key in self._final}
@@ -298,7 +298,7 @@ class WeightPruning(RewindingRegularizer):
             self._check_layers(key, known_targets(value))
 
     def resolve(self, clock: Clock) -> None:
-        """Take up the schedules and the masks of a checkpoint or of the same model's last fit; else start without masks."""
+        """Resume schedules and masks from a checkpoint or the same model's last fit; otherwise, start without masks."""
         super().resolve(clock)
         assert self._trainer is not None, "attached"
         self._protected, self._final, self._highest = set(), {}, self._restored_targets()
@@ -317,7 +317,7 @@ class WeightPruning(RewindingRegularizer):
         check_layers(self.name, max(targets, default=0.0), members, *how, self.min_kept)
 
     def _check_plan(self, key: str, valid: Interval, value: Any, clock: Clock) -> None:
-        """Check the sparsity that each pruning of the fit will reach."""
+        """Check the sparsity of each planned pruning of the fit."""
         schedule: Callable[[Moment], float] = self._schedules.get(key, lambda _: self.current[key])
         markers = value.markers if isinstance(value, Schedule) else ()
         planned = planned_targets(schedule, clock, self._every) if clock.knows(markers) else {}

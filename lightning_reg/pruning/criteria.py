@@ -1,4 +1,4 @@
-"""Criteria: the scores of parameters by which pruning ranks their weights."""
+"""Criteria: the scores by which pruning ranks weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Criterion = Literal["magnitude", "random"] | Callable[[str, Parameter], Any]
 """``"magnitude"``, ``"random"``, or a callable ``(name, parameter) -> scores``. The lowest scores are pruned first.
 
-The command line refuses a callable whose annotation does not return what this one names, so it names no type.
+This type names no return type, because the command line refuses a callable whose annotation differs.
 """
 
 
@@ -35,8 +35,8 @@ def scores_of(
         what: The name of the callback, for error messages and random numbers.
         criterion: The criterion.
         params: The parameters by name.
-        key: What tells this step from others, for random numbers.
-        trainer: The trainer, over whose ranks scores are averaged.
+        key: What distinguishes this step from others, for random numbers.
+        trainer: The trainer. Scores are averaged over its ranks.
 
     Raises:
         TypeError: If a callable does not return a tensor.

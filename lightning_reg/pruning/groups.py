@@ -21,7 +21,7 @@ def check_mapping(what: str, values: Values) -> None:
 
     Raises:
         ValueError: If there are none, or one is malformed.
-        TypeError: If one is no text.
+        TypeError: If one is not a string.
     """
     if not isinstance(values, Mapping):
         return
@@ -32,7 +32,7 @@ def check_mapping(what: str, values: Values) -> None:
 
 
 def keyed(values: Values) -> dict[str, Value]:
-    """Return the values of a mapping, or the only value, by the keys of ``WeightPruning.current``.
+    """Return the values of a mapping, or the only value, under the keys of ``WeightPruning.current``.
 
     Example:
         >>> keyed(0.5), keyed({"encoder.*": 0.9})
@@ -73,7 +73,7 @@ def assign(module: nn.Module, params: Params, values: Values) -> dict[str, str]:
         for name in (name for name in matching if name in selected):
             if name in keys:
                 raise ValueError(
-                    f"two patterns of sparsity match {name!r}: {keys[name].removeprefix('sparsity/')!r} and {pattern!r}; write "
+                    f"two patterns of sparsity match {name!r}: {keys[name].removeprefix('sparsity/')!r} and {pattern!r}; use "
                     "patterns that do not overlap"
                 )
             keys[name] = f"sparsity/{pattern}"

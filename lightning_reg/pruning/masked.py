@@ -1,4 +1,4 @@
-"""Masks that hold: after every step, in averages of the weights, in checkpoints, and in later fits of the same model."""
+"""Masks that last: after each step, in averages of the weights, in checkpoints, and in later fits of the same model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class MaskedRegularizer(ParameterRegularizer):
-    """Base of pruning: parameters with masks, under which they stay 0.
+    """Base class of pruning: parameters with masks that keep entries at 0.
 
     Args:
         params: The parameters to act on.
@@ -75,7 +75,7 @@ class MaskedRegularizer(ParameterRegularizer):
         mask_copy_(copy, self._state.masks)
 
     def _add_masks(self, masks: Mapping[str, Tensor]) -> None:
-        """Take over this rank's parts of new masks."""
+        """Adopt this rank's parts of new masks."""
         self._state.masks |= {name: as_shard_of(mask, self.tensors[name]) for name, mask in masks.items()}
         self._local_masks = self._state.local_masks(self.tensors)
 
@@ -104,14 +104,14 @@ class MaskedRegularizer(ParameterRegularizer):
         return [input_dim(p, unit) if id(p) in self._in_layers else max(p.ndim - 1, 0) for p, unit in known]
 
     def _pruned(self, p: Parameter) -> Tensor | None:
-        """Return which entries are pruned already: by this callback, and single weights by ``torch.nn.utils.prune`` too."""
+        """Return which entries are already pruned, by this callback or (single weights) by ``torch.nn.utils.prune``."""
         mine, hidden = self._local_masks.get(id(p)), self.hidden(p) if self.structure == "element" else None
         return mine if hidden is None else hidden if mine is None else mine | hidden
 
     # The fit and the checkpoint -------------------------------------------------------------------------------------
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Select by name. Whether the fit resumes from a checkpoint is not known yet."""
+        """Select by name. It is not known yet whether the fit resumes from a checkpoint."""
         super().prepare(trainer, pl_module)
         self._is_restored = False
 
@@ -131,7 +131,7 @@ class MaskedRegularizer(ParameterRegularizer):
             mask_(*self._with_masks(list(self.tensors.values())))
 
     def _ids_in_layers(self) -> set[int]:
-        """Return the ids of the parameters of layers that are known, by their classes."""
+        """Return the ids of the parameters of layers with known classes."""
         assert self._trainer is not None, "attached"
         modules = owners(self._trainer.lightning_module)
         return {id(p) for p in self.tensors.values() if layer_units(modules[id(p)])}
@@ -158,7 +158,7 @@ class MaskedRegularizer(ParameterRegularizer):
         return self._restored or (self._state.packed() if self._state.steps or self._state.start else {})
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
-        """Restore the masks of a checkpoint: when the fit starts, or now if the fit goes on from an earlier point."""
+        """Restore the masks of a checkpoint: when the fit starts, or now if the fit goes back to an earlier point."""
         check_packed(packed)
         self._restored = packed
         self._restore()

@@ -74,13 +74,13 @@ def mask_gradients_(params: Tensors, masks: Tensors) -> None:
 
 @torch.no_grad()
 def clear_state_(optimizer: Optimizer, params: Tensors, masks: Tensors) -> None:
-    """Set an optimizer's state of masked entries to 0: momentum, and averages of gradients and of squared gradients.
+    """Clear an optimizer's state for masked entries: momentum, and averages of gradients and of squared gradients.
 
     The state of LBFGS does not divide into entries, so all of it is cleared.
 
     Args:
         optimizer: The optimizer. If it wraps others, as ``ZeroRedundancyOptimizer`` does, their state is cleared too. Tensors
-            that it does not hold are skipped.
+            that are not in the optimizer are skipped.
         params: Tensors.
         masks: A mask for each tensor, ``True`` where its state becomes 0. The mask of a sharded tensor has the shape of this
             rank's part.
@@ -107,7 +107,7 @@ def clear_state_(optimizer: Optimizer, params: Tensors, masks: Tensors) -> None:
 
 @torch.no_grad()
 def mask_copy_(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set masked parameters of a copy of a module to 0, such as an average of its weights.
+    """Set masked entries to 0 in a copy of a module, such as an average of its weights.
 
     Args:
         module: A module with parameters of the same names, on any device, sharded or not.
@@ -127,8 +127,8 @@ def masks_of_zeros(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
         tensors: Tensors by name, sharded or not.
 
     Returns:
-        A mask of this rank's part for each tensor that has zeros, and the names of the tensors that are all zeros. These have
-        no mask: they were initialized with zeros, as in LoRA, and would stay so.
+        A mask of this rank's part for each tensor that has zeros, and the names of the tensors that are all zeros. These get
+        no mask, because they may be initialized with zeros, as in LoRA, and a mask would keep them there.
 
     Example:
         >>> masks_of_zeros({"a": torch.tensor([0.0, 1.0]), "b": torch.zeros(2), "c": torch.ones(2)})

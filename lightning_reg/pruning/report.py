@@ -60,15 +60,16 @@ class Sparsity(NamedTuple):
 def sparsity(module: nn.Module, params: Params = "weights") -> Sparsity:
     """Count the exact zeros among a module's parameters: #{i : θᵢ = 0} / n.
 
-    Works on any module, pruned by this package or not. Of a weight that is computed from other parameters, as by
-    ``torch.nn.utils.prune`` or ``weight_norm``, the effective values count. If parameters are sharded, every rank must call it.
+    Works on any module, whether or not this package pruned it. For a weight that is computed from other parameters, as by
+    ``torch.nn.utils.prune`` or ``weight_norm``, the effective values count. If parameters are sharded, every rank must call
+    it.
 
     Args:
         module: The module.
-        params: Which parameters to count, see ``lightning_reg.select_parameters``. A tied parameter counts once.
+        params: The parameters to count, as for ``lightning_reg.select_parameters``. A tied parameter counts once.
 
     Returns:
-        The zeros and sizes by name and in total. ``.fraction`` is the fraction of zeros in total.
+        The zeros and sizes by name and in total. ``.fraction`` is the total fraction of zeros.
 
     Raises:
         ValueError: If no parameter is selected.

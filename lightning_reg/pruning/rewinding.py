@@ -34,7 +34,7 @@ def rewindable(module: LightningModule, optimizers: Iterable[Optimizer]) -> dict
 
 
 def trained_ids(module: LightningModule, optimizers: Iterable[Optimizer]) -> set[int]:
-    """Return the parameters of a module, by ``id``, that optimizers hold and that are not frozen now."""
+    """Return the ids of a module's parameters that are in an optimizer and not currently frozen."""
     toggled = _lightning.toggled(module)
     groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
     return {id(p) for params in groups for p in params if p.requires_grad or toggled.get(p)}
@@ -47,10 +47,10 @@ def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy the values of a snapshot into tensors. Tensors that are not in the snapshot stay as they are.
+    """Copy the values of a snapshot into tensors. Tensors that are not in the snapshot stay unchanged.
 
     Raises:
-        ValueError: If a tensor has another shape than in the snapshot.
+        ValueError: If a tensor's shape differs from that in the snapshot.
     """
     for name, tensor in tensors.items():
         value = saved.get(name)
@@ -65,7 +65,7 @@ def restore_(tensors: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None
 
 
 def initial_states(optimizers: Iterable[Optimizer]) -> dict[int, dict[Any, Any]]:
-    """Return a copy of the state of optimizers, and of those within them, before the first step, by ``id``. Most have none."""
+    """Return copies of the states of optimizers, and of those they wrap, before the first step, by ``id``. Most are empty."""
     return {id(inner): _copy_state(inner.state) for optimizer in optimizers for inner in with_inner(optimizer)}
 
 

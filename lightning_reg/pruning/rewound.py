@@ -1,4 +1,4 @@
-"""Pruning that sets the weights back to those of an early step each time it prunes."""
+"""Pruning that rewinds the weights to an early step after each pruning."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class RewindingRegularizer(MaskedRegularizer):
-    """Base of pruning that may rewind.
+    """Base class of pruning that may rewind.
 
     Args:
-        rewind_to_step: The number of optimizer steps to go back to, or ``None`` to go on from where the weights are.
+        rewind_to_step: The number of optimizer steps to go back to, or ``None`` for no rewinding.
         params: The parameters to act on.
         name: The name in metrics and checkpoints.
 
     Raises:
-        TypeError: If ``rewind_to_step`` is no integer.
+        TypeError: If ``rewind_to_step`` is not an integer.
         ValueError: If it is negative.
     """
 
@@ -44,7 +44,7 @@ class RewindingRegularizer(MaskedRegularizer):
         self._saved: set[int] = set()  # the ids of parameters whose values to rewind to are saved
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up the parameters, and copy the first state of the optimizers."""
+        """Look up the parameters, and copy the initial state of the optimizers."""
         super().attach(trainer, pl_module)
         self._optimizer_states = {} if self.rewind_to_step is None else rewinding.initial_states(trainer.optimizers)
 
@@ -55,7 +55,7 @@ class RewindingRegularizer(MaskedRegularizer):
             self._save_start()
 
     def before_batch(self) -> None:
-        """Save parameters that were frozen at the step to rewind to, and reset the optimizers if that was the last to happen.
+        """Save parameters that were frozen at the step to rewind to, and reset the optimizers if they have not stepped since.
 
         A checkpoint of sharded parameters cannot hold optimizers without state, so torch takes a step on zeros to save them.
         """

@@ -42,7 +42,7 @@ class Score(ABC):
         """Return the score of each output unit of the full tensor, in the shape of ``unit_norms``."""
 
     def keys(self, begin: int, end: int, buffer: Tensor) -> Tensor:
-        """Return the scores of a range as int32 keys in the same order. The result may use the buffer, and may be changed."""
+        """Return the scores of a range as int32 keys in the same order. The result may be the buffer, and may be changed."""
         return order_keys(self.chunk(begin, end))
 
     def full_tensor(self) -> Tensor:
@@ -73,8 +73,8 @@ class MagnitudeScores(Score):
 class RandomScores(Score):
     """Random numbers that do not depend on how the tensor is sharded.
 
-    A generator would give each shard the same numbers, or need all numbers on every rank. A hash of the seed and the position
-    in the full tensor needs neither.
+    A generator would give each shard the same numbers, or draw all numbers on every rank. A hash of the seed and the position
+    in the full tensor avoids both.
 
     Args:
         tensor: The tensor.
@@ -133,9 +133,9 @@ class GivenScores(Score):
 
 
 def scores_over_ranks(trainer: Trainer, tensor: Tensor, scores: Any) -> Tensor:
-    """Return a criterion's scores as the mean over all ranks in float32; those that are sharded as they are.
+    """Return a criterion's scores in float32, averaged over all ranks unless they are sharded.
 
-    The ranks compare what their criteria returned before they reduce anything. So if it is wrong on one, every rank raises.
+    The ranks compare what their criteria returned before they reduce anything, so if one is wrong, every rank raises an error.
 
     Args:
         trainer: The trainer, each of whose ranks must call this.
@@ -143,7 +143,7 @@ def scores_over_ranks(trainer: Trainer, tensor: Tensor, scores: Any) -> Tensor:
         scores: What the criterion returned.
 
     Raises:
-        TypeError: If the scores are no tensor on some rank.
+        TypeError: If the scores are not a tensor on some rank.
         ValueError: If they have another shape on some rank, or are sharded on some ranks only.
     """
     kinds = answers_of_all(trainer, (isinstance(scores, Tensor), isinstance(scores, DTensor), _wrong_scores(tensor, scores)))
@@ -161,7 +161,7 @@ def scores_over_ranks(trainer: Trainer, tensor: Tensor, scores: Any) -> Tensor:
 
 
 def _wrong_scores(tensor: Tensor, scores: Any) -> str:
-    """Say what is wrong with the type or the shape of scores; empty if nothing is."""
+    """Return what is wrong with the type or shape of scores, or an empty string."""
     if not isinstance(scores, Tensor):
         return f"{scores!r:.80} of type {type(scores).__name__}"
     if scores.shape == tensor.shape:
@@ -192,7 +192,7 @@ def order_keys(scores: Tensor) -> Tensor:
 
 
 def as_shard_of(part: Tensor, tensor: Tensor) -> Tensor:
-    """Wrap this rank's part of a tensor that is sharded like another one; return it as it is if that one is not sharded."""
+    """Wrap this rank's part of a tensor that is sharded like another one. If that one is not sharded, return it unchanged."""
     if not isinstance(tensor, DTensor):
         return part
     return DTensor.from_local(

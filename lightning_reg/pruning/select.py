@@ -44,8 +44,8 @@ class _Threshold(NamedTuple):
 def smallest_entries(scores: Tensors, count: int) -> list[Tensor]:
     """Return masks of exactly ``count`` entries: the smallest of all tensors together.
 
-    Among equal scores, the first entries are selected: in the order of the tensors, then of the flattened full tensor, however
-    it is sharded. Scores are compared in float32.
+    Among equal scores, the first entries are selected: in the order of the tensors, then of the flattened full tensor,
+    regardless of how it is sharded. Scores are compared in float32.
 
     Args:
         scores: Tensors of finite numbers, sharded or not.
@@ -140,11 +140,11 @@ def _find_threshold(tensors: Sequence[Tensor], keys: Keys, bits: int, count: int
     """Find the ``count``-th smallest key over all chunks and shards, from the first digit to the last.
 
     Args:
-        tensors: The tensors of the keys, which tell how they are sharded.
+        tensors: The tensors that the keys belong to, which determine the sharding.
         keys: The integer keys.
         bits: The number of bits of a key.
         count: Which key to find, at least 1.
-        signed: Whether keys may be negative; else they are all ≥ 0.
+        signed: Whether keys may be negative. Otherwise, all are ≥ 0.
     """
     prefix, smaller, equal, shift = 0, 0, 0, bits
     while shift:

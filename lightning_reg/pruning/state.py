@@ -27,10 +27,10 @@ class Pruned:
     """The last pruning of parameters that are pruned together.
 
     Args:
-        target: The sparsity that was asked for.
+        target: The requested sparsity.
         names: The names of the parameters.
         total: The number of their weights.
-        reached: The number of them that are pruned.
+        reached: The number of pruned weights.
     """
 
     target: float = 0.0
@@ -40,16 +40,16 @@ class Pruned:
 
 
 def check_packed(packed: Any) -> None:
-    """Raise an error if something is not what :meth:`PruningState.packed` returns, as far as that can be said without a model.
+    """Raise an error unless a value is what :meth:`PruningState.packed` returns, as far as can be told without a model.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is not.
     """
     check_keys("state", packed, [part.name for part in fields(PruningState)] if packed else ())
     for part, is_right in _PARTS.items() if packed else ():
         if not is_right(packed[part]):
             raise ValueError(
-                f"state[{part!r}] is {described_value(packed[part])}, which is no such part of the state of pruning"
+                f"state[{part!r}] is {described_value(packed[part])}, which does not belong in the state of pruning"
             )
 
 
@@ -109,7 +109,7 @@ class PruningState:
 
     @property
     def reached(self) -> int:
-        """The number of them that are pruned."""
+        """The number of pruned weights."""
         return sum(group.reached for group in self.groups.values())
 
     def packed(self) -> dict[str, Any]:
@@ -156,7 +156,7 @@ class PruningState:
         return cls(**{**packed, "masks": masks, "trained": set(packed["trained"]), "groups": groups})
 
     def matches(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return whether parameters are 0 where the masks prune them, so that they seem to be those that were pruned.
+        """Return whether parameters are 0 where the masks prune them, so they appear to be the ones that were pruned.
 
         A model whose other weights are all zeros would match any masks, so it matches none.
         """

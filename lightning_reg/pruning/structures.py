@@ -1,4 +1,4 @@
-"""Which weights to prune: single entries, whole output units, or two of every four, over all tensors or in each of them."""
+"""Which weights to prune: single entries, whole output units, or two of every four, over all tensors or within each one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ROUNDING = 1e-9
 
 
 class Limited(NamedTuple):
-    """Masks of the weights to prune, and which tensors kept weights that would have been pruned.
+    """Masks of the weights to prune, and the tensors that kept weights because of their limits.
 
     Args:
         masks: A mask for each tensor.
@@ -57,8 +57,8 @@ def pruning_masks(
 
     Single entries: exactly round(s·n) entries of all tensors together, or of each tensor, with ties in order. Units: round(s·u)
     of the u units of each tensor. With scope ``"global"``, units of all tensors are compared by the root mean square of their
-    entries, and as many are pruned as fit into round(s·n) entries. ``"2:4"``: two of every four entries along the
-    inputs, which are dimension 1, or the one before the output units where these are not in dimension 0.
+    entries, and as many are pruned as round(s·n) entries allow. ``"2:4"``: two of every four entries along the inputs. These
+    are in dimension 1, or, if the output units are not in dimension 0, in the dimension before them.
 
     Args:
         params: Tensors, sharded or not.
@@ -66,8 +66,8 @@ def pruning_masks(
         criterion: ``"magnitude"``, ``"random"``, or a tensor of finite scores for each tensor. The lowest scores are pruned.
         scope: ``"global"`` to prune a fraction of all tensors together, ``"layer"`` to prune the same fraction of each tensor.
         structure: ``"element"``, ``"unit"``, or ``"2:4"``.
-        units: Where each tensor has its output units, see ``lightning_reg.functional.units_of``. Dimension 0 by default.
-        pruned: Masks of the entries that are already pruned and stay so, or ``None``.
+        units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
+        pruned: Masks of the entries that are already pruned and stay pruned, or ``None``.
         min_kept: The fraction of its entries, or units, that each tensor keeps, in [0, 1), and at least one. With scope
             ``"global"``, more of the other tensors is pruned instead, as far as they have enough. With 0, a tensor may lose
             all. Has no effect on ``"2:4"``.
@@ -118,8 +118,8 @@ def masks_of_scores(
 ) -> Limited:
     """Return masks of the weights to prune, like ``pruning_masks``. Pruned weights stay pruned, whatever the sparsity.
 
-    Of each tensor, at most its limit of weights is pruned, or of units. For single weights over all tensors, the others make up
-    for it, so that the total is exact.
+    No tensor loses more weights, or units, than its limit. For single weights over all tensors, the others make up for it, so
+    the total is exact.
     """
     if structure == "2:4":
         grouped = zip(scores, units, inputs, pruned, strict=True)
@@ -136,7 +136,7 @@ def prunable(count: int, sparsity: float, min_kept: float) -> int:
 
     Args:
         count: The number of weights or units.
-        sparsity: The target. The default of ``min_kept`` leaves no more than it asks for.
+        sparsity: The target. It limits the default of ``min_kept``.
         min_kept: The fraction that stays.
 
     Example:
@@ -152,7 +152,7 @@ def prunable(count: int, sparsity: float, min_kept: float) -> int:
 def most_prunable(
     tensors: Sequence[Tensor], units: Sequence[Units], structure: Structure, sparsity: float, min_kept: float
 ) -> list[int]:
-    """Return how many weights of each tensor may be pruned, or how many units of it, see ``prunable``."""
+    """Return how many weights, or units, of each tensor may be pruned. See ``prunable``."""
     sizes = [count_units(p, u) if structure == "unit" else p.numel() for p, u in zip(tensors, units, strict=True)]
     return [prunable(size, sparsity, min_kept) for size in sizes]
 
@@ -192,8 +192,8 @@ def _masks(
 def _limited_masks(scores: Sequence[Score], count: int, pruned: Sequence[Tensor | None], limits: Sequence[int]) -> Limited:
     """Return masks of ``count`` entries, or as many as the limits allow: the lowest scores of all tensors below their limits.
 
-    A tensor above its limit is fixed at its limit, and the others make up for it. This can only raise their numbers, so a
-    tensor that is fixed once stays so.
+    A tensor above its limit is fixed at its limit, and the others make up for it. Their numbers can only grow, so a fixed
+    tensor stays fixed.
     """
     masks: dict[int, Tensor] = {}
     free = list(range(len(scores)))
@@ -217,7 +217,7 @@ def _unit_masks(
     pruned: Sequence[Tensor | None],
     limits: Sequence[int],
 ) -> Limited:
-    """Return masks of whole units: a fraction of the units of a layer, or as many of all units as fit into the sparsity."""
+    """Return masks of whole units: a fraction of the units of a layer, or as many of all units as the sparsity allows."""
     if not scores:
         return Limited([], set())
     tensors = [score.tensor for score in scores]
@@ -245,7 +245,7 @@ def _unit_masks(
 
 
 def _pruned_units(tensor: Tensor, units: Units, pruned: Tensor | None) -> Tensor:
-    """Return which units of the full tensor are pruned as a whole, in the shape of ``unit_norms``."""
+    """Return which units of the full tensor are entirely pruned, in the shape of ``unit_norms``."""
     kept = torch.ones(local_tensor(tensor).shape, device=tensor.device) if pruned is None else pruned.logical_not().float()
     return full_tensor(unit_norms(as_shard_of(kept, tensor), units)) == 0
 

@@ -1,4 +1,4 @@
-"""Checks of the sparsity that pruning will reach, as early as it is known."""
+"""Checks that pruning can reach its sparsity, as early as possible."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def known_targets(value: Value) -> list[float]:
 
 
 def check_schedule(what: str, value: Value, structure: Structure) -> None:
-    """Check that a schedule never decreases, and that it has only values that the structure can reach.
+    """Check that a schedule never decreases and has only values that the structure can reach.
 
     Args:
         what: The names of the callback and the argument, for the error message.
@@ -45,7 +45,7 @@ def check_schedule(what: str, value: Value, structure: Structure) -> None:
         structure: The structure to prune.
 
     Raises:
-        ValueError: If the schedule falls, or has values other than 0 and 0.5 for ``"2:4"``.
+        ValueError: If the schedule decreases, or has values other than 0 and 0.5 for ``"2:4"``.
     """
     targets = known_targets(value)
     check_rising(f"{what}={value!r}", targets)
@@ -57,7 +57,7 @@ def check_schedule(what: str, value: Value, structure: Structure) -> None:
 
 
 def _is_gradual(value: Value) -> bool:
-    """Return whether a schedule has more values than those that are known."""
+    """Return whether a schedule has values other than the known ones."""
     if isinstance(value, SequentialSchedule):
         return any(map(_is_gradual, value.schedules))
     return isinstance(value, Schedule) and not isinstance(value, Steps) and len(set(known_targets(value))) > 1
@@ -67,7 +67,7 @@ def check_rising(what: str, targets: Sequence[float]) -> None:
     """Check that sparsities never decrease, since pruned weights do not come back.
 
     Args:
-        what: What has these values, for the error message.
+        what: The name of these values, for the error message.
         targets: The sparsities in the order in which they are reached.
 
     Raises:
@@ -76,7 +76,7 @@ def check_rising(what: str, targets: Sequence[float]) -> None:
     for earlier, later in pairwise(targets):
         if later < earlier - _ROUNDING:
             raise ValueError(
-                f"{what} falls from {earlier:g} to {later:g}, but pruned weights do not come back: use a schedule that "
+                f"{what} decreases from {earlier:g} to {later:g}, but pruned weights do not come back: use a schedule that "
                 "never decreases"
             )
 
@@ -132,7 +132,7 @@ def check_reachable(what: str, target: float, min_kept: float, sizes: Sequence[i
         sizes: The numbers of weights of all tensors.
 
     Raises:
-        ValueError: If they have not.
+        ValueError: If they do not.
     """
     most = sum(prunable(size, target, min_kept) for size in sizes)
     if round(target * sum(sizes)) > most:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_reg._engine.plan import Plan, Point
 
 _ROUNDING = 1e-9
-_MANY = 1000  # prunings of a plan that are looked at; of more, only some
+_MANY = 1000  # the most planned prunings that are checked; beyond that, a subset
 
 
 class Every(NamedTuple):
@@ -39,19 +39,19 @@ class Every(NamedTuple):
         return f"{self.number}{self.unit}"
 
     def is_due(self, before: float, done: float) -> bool:
-        """Return whether pruning was due between two numbers of epochs or steps that are done."""
+        """Return whether pruning was due between two counts of epochs or steps."""
         return done // self.number > before // self.number
 
 
 def parse_every(what: str, every: str) -> Every:
-    """Return what a text such as ``"1ep"`` or ``"100st"`` says.
+    """Parse a string such as ``"1ep"`` or ``"100st"``.
 
     Args:
         what: The name of the callback, for the error message.
-        every: The text.
+        every: The string.
 
     Raises:
-        TypeError: If it is no text.
+        TypeError: If it is not a string.
         ValueError: If it is malformed, or the number is not an integer ≥ 1.
     """
     expected = f"{what}: every must be a whole number of epochs, as in '1ep', or of optimizer steps, as in '100st', got"
@@ -67,7 +67,7 @@ def parse_every(what: str, every: str) -> Every:
 
 
 def planned_targets(schedule: Callable[[Moment], float], clock: Clock, every: Every) -> dict[float, float]:
-    """Return the sparsity of each pruning that a fit still has, of very many only of some; a function that falls is held.
+    """Return the sparsity of each remaining pruning of a fit, or of a subset if there are very many.
 
     Args:
         schedule: The sparsity as a function of the moment.
@@ -75,7 +75,7 @@ def planned_targets(schedule: Callable[[Moment], float], clock: Clock, every: Ev
         every: How often pruning happens.
 
     Returns:
-        Sparsities, keyed by the number of batches before the pruning; empty if that number is unknown.
+        Sparsities, which never decrease, keyed by the number of batches before the pruning; empty if that number is unknown.
     """
     points = _planned_points(clock.plan, every)
     targets = accumulate((schedule(clock.moment(point)) for point in points), max)
@@ -117,7 +117,7 @@ def late_rewinding_message(what: str, step: int, first: str) -> str:
 
 
 def short_schedule_warning(planned: Mapping[float, float], final: float, clock: Clock) -> str:
-    """Return a warning about a sparsity that the last pruning of the fit does not reach; empty if it does.
+    """Return a warning if the last pruning of the fit does not reach the final sparsity; otherwise, an empty string.
 
     Args:
         planned: What ``planned_targets`` returned.
@@ -129,12 +129,12 @@ def short_schedule_warning(planned: Mapping[float, float], final: float, clock: 
         return ""
     return (
         f"reaches a sparsity of only {planned[last]:.2%}, not the final {final:.2%} of its schedule: the last pruning is after "
-        f"{last:g} of {clock.plan.total:g} batches; end the schedule earlier (until=…), or end the fit when it prunes"
+        f"{last:g} of {clock.plan.total:g} batches; end the schedule earlier (until=…), or prune at the end of the fit"
     )
 
 
 def never_warning(every: Every, plan: Plan) -> str:
-    """Return a warning about pruning that never happens, or may not; empty if it does.
+    """Return a warning if pruning never happens, or may never happen; otherwise, an empty string.
 
     Args:
         every: How often pruning happens.
@@ -150,6 +150,6 @@ def never_warning(every: Every, plan: Plan) -> str:
     if every.unit == "ep" and not plan.is_sized and math.isinf(plan.max_epochs):
         return (
             f"prunes at the end of epochs (every='{every}'), but the data have no length, and the fit has no max_epochs: if "
-            "the data do not end, it never prunes. Use steps, as in every='100st'"
+            "the data never end, it never prunes. Use steps, as in every='100st'"
         )
     return ""

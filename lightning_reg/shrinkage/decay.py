@@ -97,18 +97,18 @@ class WeightDecay(ParameterRegularizer):
     right before ``optimizer.step()``. Not in a step that a loss scaler or a guard skips.
     For LBFGS, and for optimizers whose step is not torch's own code, right after ``optimizer.step()``: θ ← θ' − η·λ·θ, where θ
     are the weights before the step and θ' those after it. Such an optimizer may evaluate the loss several times in a step, and
-    restore weights itself. This takes a copy of the selected weights.
+    restore weights itself. This requires a copy of the selected weights.
 
-    With Adam it equals AdamW, to the last bit. With SGD it is SGDW.
+    With Adam, the result equals AdamW bit for bit. With SGD, it is SGDW.
     As in these optimizers, parameters without a gradient do not decay.
-    It warns if the optimizer decays the same parameters.
-    Works with sharded parameters, and with complex ones.
+    Warns if the optimizer also decays the same parameters.
+    Works with sharded and complex parameters.
 
     Args:
         weight_decay: λ ≥ 0, or a schedule. The default of torch's AdamW is 0.01.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``weight_decay`` is negative or NaN, nothing is selected, a fused optimizer is used under float16 loss
@@ -149,7 +149,7 @@ class WeightDecay(ParameterRegularizer):
             self._before = {id(p): p.detach().clone() for p in params}
 
     def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
-        """Decay the parameters with a gradient, if the update cannot undo it. Others are forgotten."""
+        """Decay the parameters that have a gradient, if the update cannot undo it. Forget the others."""
         trained = [p for p in params if p.grad is not None]
         if self._before:
             self._before = {id(p): self._before[id(p)] for p in trained}
@@ -175,7 +175,7 @@ class WeightDecay(ParameterRegularizer):
         self._before.clear()
 
     def route(self) -> str:
-        """Return where it acts: between the backward pass and the update, or after a step that is not torch's own."""
+        """Return where the decay acts: between the backward pass and the update, or after a step that is not torch's own."""
         after = bool(self._optimizers) and not any(map(evaluates_once, self._optimizers))
         return "after the step" if after else "before the update"
 
@@ -185,12 +185,12 @@ class WeightDecayScheduler(Regularizer):
 
     Runs in: ``on_train_batch_start``, whenever the value has changed.
 
-    It sets the ``weight_decay`` of each parameter group that has a nonzero one when the fit starts, such as the first group of
-    ``decay_groups``, or when the group is added during the fit. After the fit, it restores the original values.
+    Sets the ``weight_decay`` of each parameter group whose own is nonzero when the fit starts, such as the first group of
+    ``decay_groups``, or when the group is added during the fit. Restores the original values after the fit.
 
     Args:
         weight_decay: The weight decay, ≥ 0, or a schedule.
-        name: The name in metrics and checkpoints. By default it is the name of the class.
+        name: The name in metrics and checkpoints. The name of the class by default.
 
     Raises:
         ValueError: If ``weight_decay`` is negative or NaN, or no parameter group has a nonzero ``weight_decay``.
@@ -201,7 +201,7 @@ class WeightDecayScheduler(Regularizer):
         >>> trainer = Trainer(callbacks=[WeightDecayScheduler(Cosine(0.04, 0.4))], logger=False)
 
     Reference:
-        For a weight decay that grows: M. Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021.
+        For an increasing weight decay: M. Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021.
     """
 
     phase = Phase.DECAY
@@ -232,8 +232,8 @@ class WeightDecayScheduler(Regularizer):
     def _find_groups(self) -> None:
         """Note the groups' own weight decay.
 
-        They are known by their indices, because loading a checkpoint and other callbacks replace the groups. A resumed run
-        knows them from its checkpoint, since its groups have the scheduled values.
+        Indices identify the groups, because loading a checkpoint and other callbacks replace them. A resumed run takes their
+        values from its checkpoint, since its groups have the scheduled values.
         """
         original = self.state["original"]
         for (optimizer, group), value in self._groups():
@@ -252,11 +252,11 @@ class WeightDecayScheduler(Regularizer):
         return [(group, value) for group, value in found if value]
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
-        """Return that it should be a number, by the indices of an optimizer and a group."""
+        """Describe a valid entry: a number for each parameter group."""
         return "" if isinstance(key, str) and is_number(value) else "a number for each parameter group"
 
     def update(self, moment: Moment) -> None:
-        """Set the weight decay of each group, also of one that was added since the last batch or came with a new optimizer."""
+        """Set the weight decay of each group, including groups that were added since the last batch."""
         super().update(moment)
         self._find_groups()
         for group, _ in self._scheduled():
@@ -275,5 +275,5 @@ class WeightDecayScheduler(Regularizer):
         return f"{counted(len(groups), 'group')}, {counted(count, 'parameter')}"
 
     def route(self) -> str:
-        """Return where it acts: in the optimizer."""
+        """Return where the callback acts: in the optimizer."""
         return "the optimizer's own"

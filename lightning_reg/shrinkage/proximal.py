@@ -36,7 +36,8 @@ def soft_threshold_(params: Tensors, threshold: float | Tensor) -> None:
 
     Args:
         params: Tensors, which are changed in place.
-        threshold: t ≥ 0, a number or a scalar tensor. The value of a tensor is not read, so nothing waits for its device.
+        threshold: t ≥ 0, a number or a scalar tensor. A tensor's value is never read on the host, so nothing waits for its
+            device.
 
     Example:
         >>> w = torch.tensor([-3.0, 0.5, 2.0])
@@ -60,7 +61,8 @@ def group_soft_threshold_(params: Tensors, threshold: float | Tensor, units: Uni
 
     Args:
         params: Tensors, which are changed in place.
-        threshold: t ≥ 0, a number or a scalar tensor. The value of a tensor is not read, so nothing waits for its device.
+        threshold: t ≥ 0, a number or a scalar tensor. A tensor's value is never read on the host, so nothing waits for its
+            device.
         units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Example:
@@ -87,19 +89,18 @@ def group_soft_threshold_(params: Tensors, threshold: float | Tensor, units: Uni
 class SoftThresholding(ParameterRegularizer):
     """Proximal L1, with exact zeros: θ ← sign(θ) · max(|θ| − ηλ, 0), where η is the learning rate of the parameter group.
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
-    skips.
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips.
 
     With plain SGD, this is proximal gradient descent (ISTA) for the lasso, J = L + λ Σ|θ|.
     With momentum μ, it converges to the lasso of strength λ (1 − μ).
-    With Adam, whose steps do not scale with the gradient, λ is relative to the size of these steps, not to the gradient.
+    With Adam, whose steps do not scale with the gradient, λ is relative to the size of the steps, not of the gradient.
     Works with sharded parameters.
 
     Args:
         strength: λ ≥ 0, or a schedule.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, or nothing is selected.
@@ -144,28 +145,27 @@ class SoftThresholding(ParameterRegularizer):
         return {"zeros": _zero_fraction(params)}
 
     def route(self) -> str:
-        """Return where it acts: after the optimizer step."""
+        """Return where the callback acts: after the optimizer step."""
         return "after the step"
 
 
 class GroupSoftThresholding(SoftThresholding):
     """Proximal group lasso, which zeroes whole units: w_u ← w_u · max(1 − ηλ √n / ‖w_u‖₂, 0) for a unit u of n entries.
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard
-    skips.
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips.
 
     A unit is a row of a linear layer, a filter of a convolution (dimension 1 if it is transposed), or the vector of a token in
     an embedding. η is the learning rate of the parameter group.
     With plain SGD, this is proximal gradient descent for the group lasso, J = L + λ Σ √n ‖w_u‖₂.
     With momentum μ, it converges to the group lasso of strength λ (1 − μ).
-    With Adam, whose steps do not scale with the gradient, λ is relative to the size of these steps, not to the gradient.
+    With Adam, whose steps do not scale with the gradient, λ is relative to the size of the steps, not of the gradient.
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
         strength: λ ≥ 0, or a schedule.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``strength`` is negative or NaN, nothing is selected, or FSDP1 has flattened the parameters.

@@ -48,12 +48,13 @@ def shrink_randomly_(params: Tensors, epsilon: float, generator: torch.Generator
 class RandomShrinkage(ParameterRegularizer):
     """Shrink each weight by a random fraction of itself: θ ← θ − ε·U(0, 1)·θ, with an independent U for each weight.
 
-    Runs in: right after ``optimizer.step()``, once per step, but not after one that a loss scaler or a guard skips. With
+    Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips. With
     ``every="epoch"``, the end of each epoch, before its validation.
 
-    On average, this is a decay by ε/2. It is sometimes called weight clipping. See ``WeightClipping`` for bounds on weights.
+    On average, each step decays the weights by ε/2. This is sometimes called weight clipping. For bounds on the weights, see
+    ``WeightClipping``.
     The random numbers depend only on ``seed``, ``name``, and the step. They are the same on every rank, for sharded parameters
-    (FSDP2), and after a resume. The global random generators are not used.
+    (FSDP2), and after a resume. Global random generators stay untouched.
 
     Args:
         epsilon: ε in [0, 1], the largest fraction, or a schedule.
@@ -61,7 +62,7 @@ class RandomShrinkage(ParameterRegularizer):
         seed: The seed of the random numbers, an integer in [0, 2³¹).
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
-        name: The name in metrics and checkpoints. By default it is made from the class and the selection.
+        name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
         ValueError: If ``epsilon`` is outside [0, 1], ``every`` is neither ``"step"`` nor ``"epoch"``, ``seed`` is out of range,
@@ -111,5 +112,5 @@ class RandomShrinkage(ParameterRegularizer):
         return dict(self.current) if self.every == "epoch" else {}
 
     def route(self) -> str:
-        """Return where it acts: after the step or the epoch."""
+        """Return where the callback acts: after the step or the epoch."""
         return f"after the {self.every}"

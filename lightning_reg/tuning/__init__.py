@@ -1,6 +1,6 @@
 """Choosing: whether a regularizer helps, how strong it should be, and which ones to use.
 
-Needs the extra ``tuning``.
+Requires the extra ``tuning``.
 """
 
 try:
@@ -10,7 +10,7 @@ try:
     import scipy as scipy
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f'lightning_reg.tuning needs the package {error.name}; install the extra: pip install "lightning-reg[tuning]"',
+        f'lightning_reg.tuning requires the package {error.name}; install the extra: pip install "lightning-reg[tuning]"',
         name=error.name,
     ) from error
 

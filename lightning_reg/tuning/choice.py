@@ -52,12 +52,12 @@ PLAIN = "{}"
 
 
 class Worth(NamedTuple):
-    """What a technique was worth when it was left out.
+    """What a technique contributes, measured by leaving it out.
 
     Attributes:
-        mean: Mean loss of the metric without it, over splits 1 to 5. Positive if it helps.
+        mean: How much worse the metric is without it, as a mean over splits 1 to 5. Positive if the technique helps.
         error: Standard error of the mean.
-        kept: Whether it earned its place: the mean is above one standard error.
+        kept: Whether the technique is kept: the mean is above one standard error.
     """
 
     mean: float
@@ -67,14 +67,14 @@ class Worth(NamedTuple):
 
 @dataclass(kw_only=True)
 class Choice(Report):
-    """What `choose` found. See `Report` for the other attributes.
+    """The result of `choose`. See `Report` for the other attributes.
 
     Attributes:
         found: The techniques and values of the best trial.
-        kept: Those of them that earned their place.
-        claimed: The gain over plain that the best trial claimed on the split of the search. It is the largest of many noisy
-            numbers, so it is too large. What was confirmed is in ``differences["chosen"]``.
-        worth: What each technique of the best trial was worth when it was left out.
+        kept: The techniques and values that were kept after leaving each one out.
+        claimed: The gain over plain of the best trial, on the split of the search. As the largest of many noisy numbers, it is
+            too large. The confirmed gain is in ``differences["chosen"]``.
+        worth: What each technique of the best trial contributes.
         trials: The runs of the search.
         level: The level of the confirmation.
     """
@@ -89,16 +89,16 @@ class Choice(Report):
     def summary(self) -> str:
         """Return the result in one sentence."""
         if not self.kept:
-            return "keep plain: nothing that the search found earned its place"
+            return "keep plain: no technique that the search found helps enough"
         confirmed = self.differences["chosen"]
         if self.verdict == "better":
             return f"{', '.join(self.kept)}: better than plain ({p_in_words(confirmed.p_value)})"
         if self.verdict == "plain":
             return f"keep plain: no gain of {self.rope:.2g} or more was confirmed"
-        return "undecided: the gain was not confirmed for sure, so keep plain or repeat more often"
+        return "undecided: the gain could not be confirmed, so keep plain, or use more splits"
 
     def table(self) -> Table:
-        """Return a table with what the search claimed, what was confirmed, and what each technique was worth."""
+        """Return a table with the claimed gain, the confirmed gain, and the contribution of each technique."""
         table = Table(title=f"{self.metric}: gain over plain", caption=self._caption(), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("What", min_width=10, overflow="fold")
         for column in ("Gain", "Interval", "Verdict"):
@@ -128,7 +128,7 @@ class Choice(Report):
         return paired_differences(chosen, plain, self.mode)
 
     def figure(self) -> Figure:
-        """Draw the trials of the search, what the best claimed, and what was confirmed."""
+        """Draw the trials of the search, the claimed gain, and the confirmed gain."""
         from lightning_reg.tuning.figures import draw_choice
 
         return draw_choice(self)
@@ -152,40 +152,42 @@ def choose(
     run: Run | None = None,
     progress: bool = True,
 ) -> Choice:
-    """Search for techniques and strengths, drop what does not earn its place, and confirm the rest on new splits.
+    """Search for techniques and strengths, drop those that do not help, and confirm the rest on new splits.
 
     The best of many trials looks good by chance: the best of 50 identical runs gains about two standard deviations of a run.
-    So this goes in three steps. Optuna searches on split 0. Then techniques are left out in turn, on splits 1 to 5, and only
-    those stay whose loss is above one standard error. What remains meets the plain model on ``confirm`` splits that nothing
-    saw, in one test. Only that counts.
+    So there are three steps. First, Optuna searches on split 0. Second, each technique is left out in turn, on splits 1 to 5,
+    and stays only if the metric gets worse by more than one standard error. Third, the remaining techniques are compared with
+    the plain model on ``confirm`` new splits, in a single test. Only that test counts.
 
     Args:
         model: Function that returns a new model. ``None`` with ``run``.
         data: Function that returns the data of a split: a ``LightningDataModule``, or a training and a validation loader. Each
             number is a new random split. ``None`` with ``run``.
-        techniques: The techniques that the search may switch on, each with its ranges. By default weight decay, an L1 penalty,
-            dropout after the activations, a maximum norm, and norm clipping.
-        trials: Number of runs in the search, at least 1. Of a study that goes on, the total.
+        techniques: The techniques that the search may switch on, each with its ranges. By default, weight decay, an L1
+            penalty, dropout after the activations, a maximum norm, and norm clipping.
+        trials: Number of runs in the search, at least 1. For a resumed study, the total.
         confirm: Number of splits of the confirmation, at least 3.
         metric: A metric that the model logs. Its value after the last epoch counts.
         mode: ``"min"`` if lower values are better, ``"max"`` if higher ones are.
-        trainer: Arguments of the Trainer. Without others, it has no logger, checkpoints, progress bar, or summary.
+        trainer: Arguments of the Trainer. By default, it has no logger, checkpoints, progress bar, or summary.
         seed: The run of split i is seeded with ``seed + i``, model and data included.
-        overlap: Validation samples divided by training samples. By default, the runs count them. 0 if each split is fresh data.
-        rope: The smallest difference that matters. By default half the standard deviation of plain's runs.
-        storage: Address of the database that keeps the runs. The same call in another process, also on another machine, joins
-            in. An interrupted search goes on. ``None`` keeps nothing.
+        overlap: Validation samples divided by training samples. By default, the runs count the samples. 0 if each split is
+            fresh data.
+        rope: The smallest difference that matters. By default, half the standard deviation of the plain model's runs.
+        storage: URL of the database that stores the runs. The same call in another process, even on another machine, joins the
+            study. An interrupted search resumes. ``None`` stores nothing.
         name: Name of the study in the database.
-        run: Function ``(callbacks, split, seed) -> float`` in place of a model, data, and a Trainer. Needs ``overlap``.
+        run: Function ``(callbacks, split, seed) -> float`` to use instead of a model, data, and a Trainer. Requires
+            ``overlap``.
         progress: Whether to show a progress bar.
 
     Returns:
-        The verdict, the callbacks to use, what the search claimed, and what was confirmed.
+        The verdict, the callbacks to use, the gain that the search claimed, and the gain that was confirmed.
 
     Raises:
-        ValueError: If an argument is out of range, the metric is not logged, the data ignore the split, the database cannot be
-            reached, or the stored study was made with other settings.
-        TypeError: If an argument has a wrong type.
+        ValueError: If an argument is out of range, the metric is not logged, ``data`` ignores the split, the database cannot
+            be reached, or the stored study was made with other settings.
+        TypeError: If an argument has the wrong type.
         RuntimeError: If three runs in a row fail.
 
     Example:
@@ -225,7 +227,7 @@ def choose(
 
 
 class _Engine:
-    """Makes the runs of a choice."""
+    """Performs the runs of a choice."""
 
     def __init__(self, techniques: dict[str, Technique], run: Run, mode: Mode, seed: int, study: Study, progress: bool) -> None:
         self.techniques, self.run, self.mode = techniques, run, mode
@@ -260,7 +262,7 @@ class _Engine:
             return measure(self.study, self.run, names, self.build, splits, self.seed, report)
 
     def trim(self, found: Setting) -> tuple[Setting, dict[str, Worth]]:
-        """Leave out the technique that is worth least, as long as one is worth no more than its standard error."""
+        """Drop the technique that contributes least, as long as one contributes no more than its standard error."""
         kept, worth = dict(found), dict[str, Worth]()
         while kept:
             without = {name: key_of({other: kept[other] for other in kept if other != name}) for name in kept}
@@ -274,14 +276,14 @@ class _Engine:
 
 
 def worth_of(complete: Sequence[Outcome], without: Sequence[Outcome], mode: Mode) -> Worth:
-    """Return what a technique is worth: how much worse the runs without it are."""
+    """Return what a technique contributes: how much worse the runs without it are."""
     lost = paired_differences([run.value for run in complete], [run.value for run in without], mode)
     mean, error = fmean(lost), standard_error(lost, overlap=0)
     return Worth(mean, error, mean > error)
 
 
 def best_setting(outcomes: Sequence[Outcome], mode: Mode) -> Setting:
-    """Return the setting of the best run; of equals, that with the fewest techniques.
+    """Return the setting of the best run. Among equals, return the one with the fewest techniques.
 
     Raises:
         RuntimeError: If all runs failed.
@@ -309,19 +311,19 @@ def setting_of(outcome: Outcome) -> Setting:
 
 
 def key_of(setting: Setting) -> str:
-    """Return a setting as text."""
+    """Return a setting as a string."""
     return json.dumps(setting, sort_keys=True)
 
 
 def confirmation(study: Study, kept: Setting, confirm: int) -> tuple[list[int], float]:
     """Return the splits and the level of a confirmation.
 
-    A study that goes on may find another setting, and confirm that. It then takes new splits, and half the level of the
-    confirmation before, so that all together err in at most twice the level.
+    A resumed study may find another setting, and confirm it. It then takes new splits, and half the level of the previous
+    confirmation, so that the total error is at most twice the level.
 
     Args:
-        study: Keeps what has been confirmed.
-        kept: What is to be confirmed.
+        study: Stores what has been confirmed.
+        kept: The setting to confirm.
         confirm: The number of splits.
     """
     earlier: list[str] = study.user_attrs.get("confirmed", [])
@@ -336,7 +338,7 @@ def confirmation(study: Study, kept: Setting, confirm: int) -> tuple[list[int], 
 def sampler(seed: int, number: int) -> TPESampler:
     """Return Optuna's sampler for a trial.
 
-    With ``group=True``, it models the arguments of each technique among the trials that have it.
+    With ``group=True``, it models the arguments of each technique from the trials that use it.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -347,7 +349,7 @@ def checked_techniques(techniques: Any, model: Callable[[], LightningModule] | N
     """Return the techniques by their names.
 
     Raises:
-        TypeError: If one is no `Technique`.
+        TypeError: If one is not a `Technique`.
         ValueError: If there is none, or two have the same name.
     """
     if isinstance(techniques, str):
@@ -360,9 +362,9 @@ def checked_techniques(techniques: Any, model: Callable[[], LightningModule] | N
     listed: dict[str, Technique] = {}
     for technique in techniques:
         if not isinstance(technique, Technique):
-            raise TypeError(f"techniques must be a list of Technique, got {described_value(technique)} in it")
+            raise TypeError(f"techniques must be a list of Technique, but it contains {described_value(technique)}")
         if technique.name in listed:
-            raise ValueError(f"two techniques have the name {technique.name!r}: give one of them name=")
+            raise ValueError(f"two techniques have the name {technique.name!r}: pass name= to one of them")
         listed[technique.name] = technique
     if not listed:
         raise ValueError("techniques must have at least one entry, got none")

@@ -1,4 +1,4 @@
-"""Is this better? Candidates on the same splits, with a test that is right although the splits share data."""
+"""Is this better? Candidates on the same splits, with a test that accounts for the data that splits share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class Comparison(Report):
-    """What `compare` found. See `Report` for the other attributes.
+    """The result of `compare`. See `Report` for the other attributes.
 
     Attributes:
         best: The candidate with the largest gain among those that are better, or the first candidate.
@@ -50,7 +50,7 @@ class Comparison(Report):
             return f"{self.best} is better than {plain} ({p_in_words(self.differences[self.best].p_value)})"
         if self.verdict == "plain":
             return f"keep {plain}: no candidate gains {self.rope:.2g} or more"
-        return f"undecided: no candidate is better than {plain} for sure"
+        return f"undecided: no candidate is clearly better than {plain}"
 
 
 def compare(
@@ -73,34 +73,36 @@ def compare(
     """Compare lists of callbacks on the same splits and seeds, and test each against the first.
 
     Differences are paired by split. The corrected resampled t-test is one-sided at 5 %, with Holm's correction for several
-    candidates. The number of repeats is fixed in advance. If you look after each repeat and stop as soon as the result pleases,
-    the test errs in 20 % of studies and more.
+    candidates. Fix the number of repeats in advance. If you look after each repeat and stop as soon as you like the result,
+    the test errs in 20 % of studies or more.
 
     Args:
         model: Function that returns a new model. ``None`` with ``run``.
         data: Function that returns the data of a split: a ``LightningDataModule``, or a training and a validation loader. Each
             number is a new random split, or a fold. ``None`` with ``run``.
-        candidates: For each candidate, by its name, its callbacks. The first is the one to beat, usually ``[]``.
+        candidates: A mapping from the name of each candidate to its callbacks. The first is the one to beat, usually ``[]``.
         metric: A metric that the model logs. Its value after the last epoch counts, not the best of all epochs.
         mode: ``"min"`` if lower values are better, ``"max"`` if higher ones are.
         repeats: Number of splits, at least 3.
-        trainer: Arguments of the Trainer. Without others, it has no logger, checkpoints, progress bar, or summary.
+        trainer: Arguments of the Trainer. By default, it has no logger, checkpoints, progress bar, or summary.
         seed: The run of split i is seeded with ``seed + i``, model and data included.
-        overlap: Validation samples divided by training samples. By default, the runs count them. 0 if each split is fresh data.
-        rope: The smallest difference that matters. By default half the standard deviation of the first candidate's runs.
-        storage: Address of a database that keeps the runs, such as ``"sqlite:///runs/compare.db"``. An interrupted comparison
-            goes on, and other processes may help. By default nothing is kept.
+        overlap: Validation samples divided by training samples. By default, the runs count the samples. 0 if each split is
+            fresh data.
+        rope: The smallest difference that matters. By default, half the standard deviation of the first candidate's runs.
+        storage: URL of a database that stores the runs, such as ``"sqlite:///runs/compare.db"``. An interrupted comparison
+            resumes, and other processes may help. By default, nothing is stored.
         name: Name of the study in the database.
-        run: Function ``(callbacks, split, seed) -> float`` in place of a model, data, and a Trainer. Needs ``overlap``.
+        run: Function ``(callbacks, split, seed) -> float`` to use instead of a model, data, and a Trainer. Requires
+            ``overlap``.
         progress: Whether to show a progress bar.
 
     Returns:
         The verdict, the callbacks to use, and the difference of each candidate from the first.
 
     Raises:
-        ValueError: If an argument is out of range, the metric is not logged, the data ignore the split, or a stored study was
+        ValueError: If an argument is out of range, the metric is not logged, ``data`` ignores the split, or a stored study was
             made with other settings.
-        TypeError: If an argument has a wrong type.
+        TypeError: If an argument has the wrong type.
         RuntimeError: If three runs in a row fail.
 
     Example:
@@ -142,7 +144,7 @@ def judged(
     overlap: float,
     rope: float | None,
 ) -> Comparison:
-    """Return what runs say about candidates.
+    """Evaluate the runs of candidates.
 
     Args:
         candidates: The callbacks of each candidate, the one to beat first.
@@ -180,7 +182,7 @@ def judged(
 
 
 def overall(differences: Mapping[str, Difference]) -> Any:
-    """Return the verdict on all candidates: better if one is, plain if none matters, otherwise undecided."""
+    """Return the verdict on all candidates: better if one is, plain if none gains enough to matter, otherwise undecided."""
     verdicts = {found.verdict for found in differences.values()}
     return "better" if "better" in verdicts else "undecided" if "undecided" in verdicts else "plain"
 
@@ -189,7 +191,7 @@ def checked_candidates(candidates: Mapping[str, Sequence[Callback]]) -> dict[str
     """Return the callbacks of each candidate.
 
     Raises:
-        TypeError: If they are no mapping from names to lists of callbacks.
+        TypeError: If they are not a mapping from names to lists of callbacks.
         ValueError: If there are fewer than two.
     """
     if not isinstance(candidates, Mapping):

@@ -28,7 +28,7 @@ Mode: TypeAlias = Literal["min", "max"]
 Loaders: TypeAlias = "LightningDataModule | tuple[Any, Any]"
 Data: TypeAlias = "Callable[[int], Loaders]"
 Run: TypeAlias = "Callable[[Sequence[Callback], int, int], float]"
-"""What everything rests on: ``run(callbacks, split, seed)`` returns the value of one run."""
+"""The foundation of everything else: ``run(callbacks, split, seed)`` returns the value of one run."""
 
 QUIET: dict[str, Any] = {
     "logger": False,
@@ -37,18 +37,18 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
-"""Trainer arguments of a run, unless others are given."""
+"""Default Trainer arguments of a run."""
 
 
 class SetupError(ValueError):
-    """The call is wrong, so that no run can succeed."""
+    """The call is wrong, so no run can succeed."""
 
 
 class Measured(float):
-    """The value of a run, and what else the run measured.
+    """The value of a run, and its other measurements.
 
     Attributes:
-        training: The same metric on the training data, or NaN where it was not asked for.
+        training: The same metric on the training data, or NaN if it was not requested.
         overlap: Validation samples divided by training samples, or NaN if a size is unknown.
     """
 
@@ -63,13 +63,13 @@ class TrainerRun:
         model: Function that returns a new model.
         data: Function that returns the data of a split: a ``LightningDataModule``, or a training and a validation loader.
         metric: Name of a metric in ``trainer.callback_metrics`` after ``fit``, such as ``"val/loss"``.
-        trainer: Arguments of the Trainer. Without others, it has no logger, checkpoints, progress bar, or summary. Its
+        trainer: Arguments of the Trainer. By default, it has no logger, checkpoints, progress bar, or summary. Its
             ``callbacks`` are part of every run.
         training: Whether to measure the metric on the training data too, in evaluation mode after the fit.
         overlap: Validation samples divided by training samples. By default, each run counts its samples.
 
     Raises:
-        TypeError: If ``model``, ``data``, ``metric``, or ``trainer`` has a wrong type.
+        TypeError: If ``model``, ``data``, ``metric``, or ``trainer`` has the wrong type.
     """
 
     def __init__(
@@ -88,7 +88,9 @@ class TrainerRun:
         if not isinstance(metric, str):
             raise TypeError(f"metric must be the name of a metric, as in 'val/loss', got {described_value(metric)}")
         if isinstance(trainer, Trainer):
-            raise TypeError('trainer must be the arguments of the Trainer, as in {"max_epochs": 30}: each run makes its own')
+            raise TypeError(
+                'trainer must be a mapping of Trainer arguments, as in {"max_epochs": 30}: each run creates its own Trainer'
+            )
         self.model, self.data, self.metric, self.training, self.overlap = model, data, metric, training, overlap
         self.trainer = {**QUIET, **(trainer or {})}
 
@@ -124,7 +126,7 @@ class TrainerRun:
         if first and len(first) == len(second) and all(map(torch.equal, first, second)):
             raise SetupError(
                 f"data({splits[0]}) and data({splits[1]}) have the same validation data: data must use its argument, "
-                "the number of the split, to split the samples anew (for example as the seed of the split)"
+                "the number of the split, to split the samples differently (for example, as the seed of the split)"
             )
 
     def _own_callbacks(self) -> list[Callback]:
@@ -153,7 +155,7 @@ class TrainerRun:
 
 
 def fit(trainer: Trainer, model: LightningModule, data: Loaders) -> None:
-    """Fit, and raise ``KeyboardInterrupt`` if the user interrupts it, which Lightning turns into an exit or a plain end."""
+    """Fit, and raise ``KeyboardInterrupt`` if the user interrupts it, which Lightning turns into an exit or a normal end."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         if isinstance(data, LightningDataModule):
@@ -163,7 +165,7 @@ def fit(trainer: Trainer, model: LightningModule, data: Loaders) -> None:
     except SystemExit:
         if not trainer.interrupted:
             raise
-        signal.signal(signal.SIGINT, handler)  # Lightning has it ignored from here on
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores the signal from here on
         raise KeyboardInterrupt from None
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -184,7 +186,7 @@ def checked_pair(data: Any) -> tuple[Any, Any]:
 
 
 def fresh(callbacks: Sequence[Callback]) -> list[Callback]:
-    """Return copies of callbacks, without what earlier fits left in them."""
+    """Return copies of callbacks, without the state of earlier fits."""
     copies = copy.deepcopy(list(callbacks))
     for callback in copies:
         if isinstance(callback, Regularizer):
@@ -200,7 +202,7 @@ def overlap_of(trainer: Trainer) -> float:
 
 
 def samples(loaders: Any, batches: Sequence[float]) -> float:
-    """Return how many samples an epoch takes from loaders, or NaN if one does not tell."""
+    """Return how many samples an epoch takes from loaders, or NaN if that is unknown."""
     flat = [leaf for leaf in tree_leaves(loaders) if leaf is not None]
     limits = list(batches) if len(batches) == len(flat) else [batches[0]] * len(flat) if batches else []
     return sum(map(_samples, flat, limits)) if flat else math.nan
@@ -217,7 +219,7 @@ def _samples(loader: Any, batches: float) -> float:
 
 
 def unshuffled(loader: Any) -> Any:
-    """Return a loader of the same samples in order, so that Lightning does not warn of a shuffled evaluation."""
+    """Return a loader of the same samples in order, so that Lightning does not warn about a shuffled evaluation."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return loader
     return DataLoader(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
@@ -239,7 +241,7 @@ def first_validation_batch(data: Loaders) -> list[torch.Tensor]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Turn off what Lightning tells about each of many runs. A warning is shown once, and not in each run."""
+    """Turn off Lightning's messages about each of many runs. Show each warning once, not in each run."""
     with warnings.catch_warnings(record=True) as caught, _quiet_loggers():
         warnings.filterwarnings("ignore", message=r".*LeafSpec|.*does not have many workers")
         yield

@@ -15,7 +15,7 @@ COLORS = {"better": "#0072B2", "undecided": "#7F7F7F", "plain": "#D55E00"}  # di
 
 
 def draw_differences(report: Any) -> Figure:
-    """Draw the gain of each candidate of a `Report` over the first, with its interval and what it means."""
+    """Draw the gain of each candidate of a `Report` over the first, with its interval and verdict."""
     names = list(report.differences)
     figure = Figure(figsize=(8, 1.6 + 0.5 * len(names)), layout="constrained")
     axis = figure.subplots()
@@ -37,7 +37,7 @@ def draw_differences(report: Any) -> Figure:
 
 
 def draw_path(path: Any) -> Figure:
-    """Draw a `StrengthPath`: the metric over the strength with error bars, and the best and the chosen strength."""
+    """Draw a `StrengthPath`: the metric against the strength with error bars, and the best and the chosen strength."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     logarithmic = path.values[0] > 0
@@ -60,7 +60,7 @@ def draw_path(path: Any) -> Figure:
 
 
 def draw_choice(choice: Any) -> Figure:
-    """Draw a `Choice`: the trials of the search, the gain that the best one claims, and the gain that was confirmed."""
+    """Draw a `Choice`: the trials of the search, the gain that the best one claims, and the confirmed gain."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     sign = 1 if choice.mode == "max" else -1

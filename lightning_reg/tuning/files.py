@@ -32,7 +32,7 @@ def config_of(callback: Callback) -> dict[str, Any]:
 
 
 def described_callbacks(callbacks: list[Callback]) -> list[str]:
-    """Return what tells one list of callbacks from another, as text: the same in every process.
+    """Return strings that distinguish one list of callbacks from another, and are the same in every process.
 
     Example:
         >>> described_callbacks([lightning_reg.L2Penalty(1e-3)])
@@ -62,7 +62,7 @@ def _is_default(value: Any, argument: inspect.Parameter, given: Any) -> bool:
 
 
 def _plain(value: Any, what: str) -> Any:
-    """Return a value as numbers, texts, lists, and mappings."""
+    """Return a value as numbers, strings, lists, and mappings."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""How strong? One technique at several strengths, and the strongest that is about as good as the best."""
+"""How strong? One technique at several strengths, and the strongest one that is about as good as the best."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class StrengthPath(Runs):
-    """What `strength_path` found.
+    """The result of `strength_path`.
 
     Attributes:
-        callbacks: The technique with the strength that was chosen.
-        argument: The argument that was varied.
+        callbacks: The technique with the chosen strength.
+        argument: The varied argument.
         values: The strengths, in increasing order.
         best: The strength with the best mean.
         choice: The strongest value whose mean is within one standard error of the best.
-        failed: The strengths at which a run failed. They are not chosen.
+        failed: The strengths at which a run failed. These are never chosen.
     """
 
     argument: str
@@ -77,7 +77,7 @@ class StrengthPath(Runs):
         return ", ".join(marks)
 
     def figure(self) -> Figure:
-        """Draw the metric over the strength, for validation and training data, with bands of one standard error."""
+        """Draw the metric against the strength, for validation and training data, with bands of one standard error."""
         from lightning_reg.tuning.figures import draw_path
 
         return draw_path(self)
@@ -102,10 +102,10 @@ def strength_path(
     run: Run | None = None,
     progress: bool = True,
 ) -> StrengthPath:
-    """Train one technique at several strengths, and choose the strongest that is about as good as the best.
+    """Train one technique at several strengths, and choose the strongest one that is about as good as the best.
 
-    The choice follows the one-standard-error rule: among the strengths whose mean is within one standard error of the best
-    mean, it takes the strongest. It tells how strong, and not whether the technique helps: `compare` tells that.
+    The choice follows the one-standard-error rule: it takes the strongest value whose mean is within one standard error of the
+    best mean. This determines how strong the technique should be, not whether it helps. For that, use `compare`.
 
     Args:
         model: Function that returns a new model. ``None`` with ``run``.
@@ -118,23 +118,24 @@ def strength_path(
         metric: A metric that the model logs in validation. Its value after the last epoch counts.
         mode: ``"min"`` if lower values are better, ``"max"`` if higher ones are.
         repeats: Number of splits, at least 3.
-        stronger: Whether ``"larger"`` or ``"smaller"`` values regularize more. By default larger, but smaller for bounds
-            such as ``max_norm`` and ``clip_value``.
-        trainer: Arguments of the Trainer. Without others, it has no logger, checkpoints, progress bar, or summary.
+        stronger: Whether ``"larger"`` or ``"smaller"`` values regularize more. By default, larger ones, except for bounds such
+            as ``max_norm`` and ``clip_value``.
+        trainer: Arguments of the Trainer. By default, it has no logger, checkpoints, progress bar, or summary.
         seed: The run of split i is seeded with ``seed + i``.
-        overlap: Validation samples divided by training samples. By default, the runs count them.
-        storage: Address of a database that keeps the runs. By default nothing is kept.
+        overlap: Validation samples divided by training samples. By default, the runs count the samples.
+        storage: URL of a database that stores the runs. By default, nothing is stored.
         name: Name of the study in the database.
-        run: Function ``(callbacks, split, seed) -> float`` in place of a model, data, and a Trainer. Needs ``overlap``.
+        run: Function ``(callbacks, split, seed) -> float`` to use instead of a model, data, and a Trainer. Requires
+            ``overlap``.
         progress: Whether to show a progress bar.
 
     Returns:
         The curve, the best strength, and the one to use.
 
     Raises:
-        ValueError: If an argument is out of range, the metric is not logged, the data ignore the split, or a stored study was
+        ValueError: If an argument is out of range, the metric is not logged, ``data`` ignores the split, or a stored study was
             made with other settings.
-        TypeError: If an argument has a wrong type.
+        TypeError: If an argument has the wrong type.
         RuntimeError: If three runs in a row fail, or a run failed at every strength.
 
     Example:
@@ -207,7 +208,7 @@ def chosen(values: Sequence[float], runs: Sequence[Sequence[Outcome]], mode: Mod
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and the standard error of the values that are finite."""
+    """Return the mean and the standard error of the finite values."""
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return (finite[0] if finite else math.nan), math.nan
@@ -215,14 +216,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def checked_values(values: Sequence[float]) -> list[float]:
-    """Return different values in increasing order.
+    """Return distinct values in increasing order.
 
     Raises:
         ValueError: If there are fewer than two, or one is not finite.
     """
     grid = sorted({float(value) for value in values})
     if len(grid) < 2 or not all(map(math.isfinite, grid)):
-        raise ValueError(f"values must be at least two different finite numbers, got {list(values)}")
+        raise ValueError(f"values must be at least two distinct finite numbers, got {list(values)}")
     return grid
 
 
@@ -231,7 +232,7 @@ def made(technique: Callable[..., Callback], argument: str, value: float) -> Cal
 
     Raises:
         ValueError: If the technique refuses the value or the argument.
-        TypeError: If it is no callback class or function.
+        TypeError: If it is neither a callback class nor a function.
     """
     if not callable(technique):
         raise TypeError(f"technique must be a callback class, as in L2Penalty, got {described_value(technique)}")

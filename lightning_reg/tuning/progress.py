@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(what: str, total: int, mode: Mode, shown: bool) -> Iterator[Callable[[dict[str, Outcome]], None]]:
-    """Show a bar while runs are made, and yield the function that moves it, which takes the outcomes so far.
+    """Show a bar during runs, and yield the function that advances it, which takes the outcomes so far.
 
     Args:
-        what: What the runs are for.
-        total: How many runs there will be.
+        what: The purpose of the runs.
+        total: The total number of runs.
         mode: Whether the lowest or the highest value is the best.
         shown: Whether to show it.
     """
@@ -43,6 +43,6 @@ def progress_bar(what: str, total: int, mode: Mode, shown: bool) -> Iterator[Cal
 
 
 def best_of(outcomes: dict[str, Outcome], mode: Mode) -> str:
-    """Return the best value so far as text."""
+    """Return the best value so far as a string."""
     values = [outcome.value for outcome in outcomes.values() if math.isfinite(outcome.value)]
     return f"{(min if mode == 'min' else max)(values):.4g}" if values else "–"

@@ -1,7 +1,7 @@
 """Runs under DDP, where Lightning starts the script again for each further rank.
 
-Rank 0 decides what is run, keeps the outcomes, and tells the other ranks. Before the first fit there are no other ranks, and no
-process group. What they have missed is in a file, whose path they inherit in their environment.
+Rank 0 decides what to run, stores the outcomes, and tells the other ranks. Before the first fit, there are no other ranks and
+no process group. A file, whose path they inherit in their environment, holds what they have missed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _finished: list[dict[str, Any]] = []
 
 
 def follows() -> bool:
-    """Return whether this process is a rank that does what rank 0 says."""
+    """Return whether this process is a rank that follows rank 0."""
     return dist.get_rank() > 0 if _is_joint() else VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def follow(execute: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
-    """Run what rank 0 runs, until all of a set of tasks is done, and return its outcomes."""
+    """Run what rank 0 runs until a set of tasks is done, and return its outcomes."""
     if not _is_joint():
         missed = pickle.loads(Path(os.environ[VARIABLE]).read_bytes())  # of the parent process
         if len(_finished) < len(missed["finished"]):
@@ -48,7 +48,7 @@ def follow(execute: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
 
 
 def _hear() -> tuple[str, Any]:
-    """Wait for what rank 0 says."""
+    """Wait for a message from rank 0."""
     message: list[Any] = [None]
     dist.broadcast_object_list(message)
     kind, content = message[0]
@@ -56,7 +56,7 @@ def _hear() -> tuple[str, Any]:
 
 
 class Leader:
-    """Tells other ranks what this one does, in a ``with`` statement around a set of tasks.
+    """Tells other ranks what to do, in a ``with`` statement around a set of tasks.
 
     Example:
         >>> with Leader() as leader:
@@ -75,7 +75,7 @@ class Leader:
         self._folder.cleanup()
 
     def tell(self, values: dict[str, Any]) -> None:
-        """Say what is run next: to the ranks that there are, or to those that the run will start."""
+        """Announce the next run to the existing ranks, or to those that the run will start."""
         if _is_joint():
             dist.broadcast_object_list([("run", values)])
             return
@@ -84,7 +84,7 @@ class Leader:
         os.environ[VARIABLE] = str(path)
 
     def finish(self, outcomes: dict[str, Any]) -> None:
-        """Say that all is done."""
+        """Announce that all tasks are done."""
         _finished.append(outcomes)
         if _is_joint():
             dist.broadcast_object_list([("finished", outcomes)])
@@ -95,6 +95,6 @@ def _is_joint() -> bool:
 
 
 def _try(execute: Callable[[dict[str, Any]], float], values: dict[str, Any]) -> None:
-    """Run; what fails here fails on rank 0 too, which keeps the reason."""
+    """Run, and ignore failures, which also occur on rank 0, where the reason is stored."""
     with suppress(Exception):
         execute(values)

@@ -1,4 +1,4 @@
-"""What a comparison found: differences with their intervals, and the tables, figures, and files that show them."""
+"""The results of a comparison: differences with their intervals, and the tables, figures, and files that show them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Difference(NamedTuple):
-    """A candidate against plain, signed so that positive is better whatever the mode.
+    """The difference of a candidate from plain. Positive is better, regardless of the mode.
 
     Attributes:
         mean: Mean of the paired differences.
@@ -50,7 +50,7 @@ class Difference(NamedTuple):
 def paired_differences(runs: Sequence[float], plain: Sequence[float], mode: Mode) -> list[float]:
     """Return the differences of paired runs, positive where the first is better.
 
-    A pair with a failed run is no evidence for "better": it counts as the worst difference that was seen, and at most as 0.
+    A pair with a failed run is no evidence for "better": it counts as the worst observed difference, but never as more than 0.
 
     Args:
         runs: The values of a candidate, one for each split. NaN for a failed run.
@@ -72,7 +72,7 @@ def smallest_difference(plain: Sequence[float], rope: float | None, error: str) 
 
     Args:
         plain: The values of the plain model's runs. NaN for a failed run.
-        rope: The smallest difference, if the user gave one.
+        rope: The smallest difference, if the user passed one.
         error: Why a run failed.
 
     Raises:
@@ -87,7 +87,7 @@ def smallest_difference(plain: Sequence[float], rope: float | None, error: str) 
 def difference(
     differences: Sequence[float], overlap: float, rope: float, p_value: float | None = None, level: float = LEVEL
 ) -> Difference:
-    """Test paired differences, and judge what the test says.
+    """Test paired differences, and judge the result.
 
     Args:
         differences: The paired differences.
@@ -105,7 +105,7 @@ def difference(
 
 @dataclass(kw_only=True)
 class Runs:
-    """What runs measured, and what to make of it.
+    """Measurements of runs, and the conclusion.
 
     Attributes:
         callbacks: What to pass to a Trainer.
@@ -124,7 +124,7 @@ class Runs:
     splits: list[int] = field(repr=False)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return a frame with a row for each run."""
+        """Return a pandas DataFrame with a row for each run."""
         return pd.DataFrame(
             {
                 "candidate": name,
@@ -160,7 +160,7 @@ class Runs:
 
 @dataclass(kw_only=True)
 class Report(Runs):
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
         verdict: ``"better"``, ``"plain"`` (no gain that matters), or ``"undecided"``.
@@ -185,12 +185,12 @@ class Report(Runs):
         return table
 
     def caption(self) -> str:
-        """Return what the numbers of the table mean."""
+        """Return an explanation of the numbers in the table."""
         better = "higher" if self.mode == "max" else "lower"
         footnote = ""
         if any(found.verdict == "undecided" for found in self.differences.values()):
-            footnote = f" Needed: repeats that find a difference of {self.rope:.2g}"
-            footnote += "; ∞ if the splits share too much data for any number." if self._needs_infinity() else "."
+            footnote = f" Needed: repeats that would find a difference of {self.rope:.2g}"
+            footnote += "; ∞ if splits share too much data for any number." if self._needs_infinity() else "."
         return (
             f"{self.summary()}\nGain: paired difference from {next(iter(self.runs))}, positive if better "
             f"({better} {self.metric}). Overlap {self.overlap:.2g}; differences below {self.rope:.2g} do not matter.{footnote}"
@@ -215,7 +215,7 @@ class Report(Runs):
 
 
 def repeats_in_words(found: Difference) -> str:
-    """Return the number of repeats that would decide, where the runs do not.
+    """Return the number of repeats that would decide an undecided comparison.
 
     Example:
         >>> repeats_in_words(Difference(0.01, -0.02, 0.04, 0.3, "undecided", 24))
@@ -225,7 +225,7 @@ def repeats_in_words(found: Difference) -> str:
 
 
 def p_in_words(p_value: float) -> str:
-    """Return a p-value as text.
+    """Return a p-value as a string.
 
     Example:
         >>> p_in_words(0.0123), p_in_words(1e-7)
@@ -235,7 +235,7 @@ def p_in_words(p_value: float) -> str:
 
 
 def decimals(spread: float) -> int:
-    """Return how many decimals show two digits of a spread.
+    """Return how many decimals show two significant digits of a spread.
 
     Example:
         >>> decimals(0.025), decimals(3.1), decimals(0.0)
@@ -261,6 +261,6 @@ def mean_seconds(runs: Sequence[Outcome]) -> str:
 
 
 def known_overlap(given: float | None, runs: Mapping[str, Sequence[Outcome]]) -> float:
-    """Return the overlap that was given, or else the mean of what the runs counted."""
+    """Return the overlap that the user passed, or the mean of those that the runs counted."""
     counted = [run.overlap for each in runs.values() for run in each if math.isfinite(run.overlap)]
     return given if given is not None else fmean(counted)

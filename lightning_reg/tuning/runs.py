@@ -29,11 +29,11 @@ def measure(
     seed: int,
     report: Callable[[dict[str, Outcome]], None] = lambda outcomes: None,
 ) -> dict[str, list[Outcome]]:
-    """Run each candidate on each split, unless the study has the run already.
+    """Run each candidate on each split, unless the study already has the run.
 
     Args:
-        study: Keeps the runs.
-        run: Makes a run.
+        study: Stores the runs.
+        run: Performs a run.
         candidates: The names of the candidates.
         build: Function that returns the callbacks of a name. Other processes may have written names that are not in
             ``candidates``.
@@ -72,7 +72,7 @@ def checked_run(
 
     Raises:
         ValueError: If one is out of range.
-        TypeError: If one has a wrong type.
+        TypeError: If one has the wrong type.
     """
     check_choice("mode", mode, ("min", "max"))
     check_seed("seed", seed)
@@ -82,7 +82,7 @@ def checked_run(
     if run is None:
         return TrainerRun(model, data, metric, trainer, training, overlap)
     if (model, data, trainer) != (None, None, None):
-        raise TypeError("run= takes the place of model, data, and trainer: pass None for these")
+        raise TypeError("run= replaces model, data, and trainer: pass None for these")
     if overlap is None:
         raise ValueError("run= needs overlap=, the number of test samples divided by the number of training samples")
     return run
@@ -104,7 +104,7 @@ def check_splits(run: Run, splits: Sequence[int]) -> None:
 
 
 def shared_settings(metric: str, seed: int, overlap: float | None, trainer: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the settings that all questions share, as a database keeps them."""
+    """Return the settings that all questions share, as a database stores them."""
     return {
         "metric": metric,
         "seed": seed,

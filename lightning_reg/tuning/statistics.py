@@ -1,12 +1,12 @@
 """The statistics of a comparison, as functions of numbers.
 
-Runs on overlapping training sets resemble each other, so the mean of their differences varies more than their spread tells. The
-corrected resampled t-test allows for that. With n differences d, their mean m, and their standard deviation s,
+Runs on overlapping training sets resemble each other, so the mean of their differences varies more than their spread suggests.
+The corrected resampled t-test allows for that. With n differences d, their mean m, and their standard deviation s,
 
     t = m / (s √(1/n + overlap)),    overlap = n_test / n_train,
 
-follows about Student's t distribution with n − 1 degrees of freedom. The uncorrected test has overlap = 0. It is right only if
-each split is fresh data.
+approximately follows Student's t distribution with n − 1 degrees of freedom. The uncorrected test has overlap = 0. It is valid
+only if each split is fresh data.
 
 Reference: C. Nadeau, Y. Bengio, "Inference for the Generalization Error", 2003.
 """
@@ -49,7 +49,7 @@ class PairedTest(NamedTuple):
         mean: Mean of the differences.
         low: Lower bound of the mean at one-sided level α. The test finds a gain if it is above 0.
         high: Upper bound of the mean at one-sided level α.
-        p_value: Probability of such a mean, or a larger one, if there is no difference. One-sided.
+        p_value: One-sided probability of such a mean, or a larger one, if there is no difference.
     """
 
     mean: float
@@ -97,7 +97,7 @@ def corrected_t_test(differences: Sequence[float], overlap: float, level: float 
         >>> test = corrected_t_test([0.02, 0.01, 0.03, 0.02, 0.01], overlap=0.25)
         >>> round(test.mean, 3), round(test.p_value, 3)
         (0.018, 0.016)
-        >>> round(corrected_t_test([0.02, 0.01, 0.03, 0.02, 0.01], overlap=0.0).p_value, 3)  # too sure of itself
+        >>> round(corrected_t_test([0.02, 0.01, 0.03, 0.02, 0.01], overlap=0.0).p_value, 3)  # overconfident
         0.004
 
     Reference:
@@ -215,7 +215,7 @@ def repeats_needed(effect: float, std: float, overlap: float, level: float = LEV
 
     Returns:
         The smallest such number, or infinity. It is infinite if effect ≤ z·std·√overlap, where z is the normal quantile of
-        ``level``: the splits share so much data that no number of them is enough. Then a smaller test part helps, or more data.
+        ``level``: the splits share so much data that no number of them is enough. Then a smaller test set helps, or more data.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -244,7 +244,7 @@ def repeats_needed(effect: float, std: float, overlap: float, level: float = LEV
 
 
 def judge(test: PairedTest, p_value: float, rope: float, level: float = LEVEL) -> Verdict:
-    """Return what a test says about a candidate and the plain model.
+    """Return the verdict of a test between a candidate and the plain model.
 
     Args:
         test: The test of the differences, positive where the candidate is better.

@@ -1,7 +1,7 @@
-"""Runs that are kept in a database: each is done once, by whichever process takes it first.
+"""Runs that are stored in a database. Each is performed once, by whichever process takes it first.
 
-Every run is an Optuna trial. A process writes the tasks that are missing, takes one that waits, runs it, and stores its value.
-Several processes may do so at the same time, on the same study. A process that is killed stops sending heartbeats. Another one
+Every run is an Optuna trial. A process adds missing tasks, takes one that is waiting, runs it, and stores its value. Several
+processes may do so at the same time, on the same study. If a process is killed, it stops sending heartbeats. Another process
 then marks its trial as failed and runs the task again.
 """
 
@@ -42,7 +42,7 @@ Storage: TypeAlias = "str | BaseStorage | None"
 
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 90
-"""A process that sends no heartbeat for so long counts as dead. Shorter, and a busy process might be taken for a dead one."""
+"""A process that sends no heartbeat for this long counts as dead. Less might mistake a busy process for a dead one."""
 POLL_SECONDS = 0.5
 FAILURES_IN_A_ROW = 3
 
@@ -52,15 +52,15 @@ class RunsFailedError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """A run that is done.
+    """A finished run.
 
     Attributes:
         value: Its metric, or NaN if the run failed.
         training: The metric on the training data, or NaN.
         overlap: Validation samples divided by training samples, or NaN.
         seconds: How long it took.
-        error: The traceback or the reason of a failed run, or an empty text.
-        values: What was run.
+        error: The traceback or the reason of a failed run, or an empty string.
+        values: The values of the run.
     """
 
     value: float
@@ -81,11 +81,11 @@ class _Failed(Exception):  # noqa: N818
 
 @contextmanager
 def open_storage(storage: Storage) -> Iterator[BaseStorage]:
-    """Open a database by its address, such as ``"sqlite:///runs/choose.db"``, or memory for ``None``, and close it at the end.
+    """Open a database by its URL, such as ``"sqlite:///runs/choose.db"``, or memory for ``None``, and close it at the end.
 
     Raises:
-        SetupError: If the database cannot be reached, or the address is none.
-        TypeError: If ``storage`` has a wrong type.
+        SetupError: If the database cannot be reached, or the URL is invalid.
+        TypeError: If ``storage`` has the wrong type.
     """
     if storage is None or isinstance(storage, BaseStorage):
         yield storage or optuna.storages.InMemoryStorage()
@@ -100,7 +100,7 @@ def open_storage(storage: Storage) -> Iterator[BaseStorage]:
 
 def _database(storage: str) -> RDBStorage:
     if not isinstance(storage, str):
-        raise TypeError(f'storage must be an address such as "sqlite:///runs/choose.db", or None, got {storage!r:.80}')
+        raise TypeError(f'storage must be a database URL, such as "sqlite:///runs/choose.db", or None, got {storage!r:.80}')
     try:
         url = make_url(storage)
         if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
@@ -111,9 +111,7 @@ def _database(storage: str) -> RDBStorage:
         event.listen(database.engine, "begin", _begin_with_lock)
         return database
     except ArgumentError as error:
-        raise SetupError(
-            f'storage must be the address of a database, such as "sqlite:///runs/choose.db", got {storage!r}'
-        ) from error
+        raise SetupError(f'storage must be a database URL, such as "sqlite:///runs/choose.db", got {storage!r}') from error
     except (ImportError, SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
         raise SetupError(f"the database {_without_password(storage)} cannot be reached: {reason}") from error
@@ -122,13 +120,13 @@ def _database(storage: str) -> RDBStorage:
 def _begin_with_lock(connection: Connection) -> None:
     """Lock the file before anything is read, so that two processes never take the same task.
 
-    By default, Python's sqlite3 begins a transaction at the first write, and what was read before may have changed.
+    By default, Python's sqlite3 begins a transaction at the first write, when earlier reads may be out of date.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _connected(storage: str, options: dict[str, Any], tries: int = 5) -> RDBStorage:
-    """Connect, and create the tables. Two processes may do so at the same moment; then one of them fails, and tries again."""
+    """Connect, and create the tables. If two processes do so at the same moment, one of them fails and tries again."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         try:
@@ -148,7 +146,7 @@ def open_study(storage: BaseStorage, name: str, mode: Mode, settings: Mapping[st
     """Create a study, or join the one of this name if it was made with the same settings.
 
     Raises:
-        SetupError: If the study was made with other settings; the message names them.
+        SetupError: If the study was created with other settings, which the message names.
     """
     direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
     with _quiet():
@@ -161,7 +159,7 @@ def open_study(storage: BaseStorage, name: str, mode: Mode, settings: Mapping[st
     differing = [key for key in {**stored, **now} if stored.get(key) != now.get(key)]
     if differing:
         listed = ", ".join(f"{key} (stored: {stored.get(key)!r}, now: {now.get(key)!r})" for key in differing)
-        raise SetupError(f"the study {name!r} was made with other settings: {listed}; give another name=, or delete the study")
+        raise SetupError(f"the study {name!r} was created with other settings: {listed}; pass another name=, or delete it")
     return study
 
 
@@ -174,16 +172,16 @@ def perform(
     sampler: Callable[[int], BaseSampler] | None = None,
     joint: bool = False,
 ) -> dict[str, Outcome]:
-    """Do the tasks that no process has done yet, wait for those that others do, and return the outcome of each.
+    """Perform the tasks that no process has done yet, wait for those of other processes, and return the outcome of each.
 
     Args:
-        study: Where the tasks and their values are kept.
-        tasks: For each task, by its key, the values that are given, and not suggested.
+        study: The study that stores the tasks and their values.
+        tasks: For each task, by its key, the values that are fixed rather than suggested.
         suggest: Function that completes the values of a trial. What it returns can be written as JSON.
         execute: Function that runs a task with these values and returns its metric.
         report: Function that is called with the outcomes so far, at the start and after each run.
-        sampler: Function that returns what suggests the values of a trial, by its number. The same number suggests the same,
-            also in a study that goes on.
+        sampler: Function from the number of a trial to the sampler of its values. The same number gives the same values, even
+            in a resumed study.
         joint: Whether a run may start further ranks, which then do what this one does.
 
     Raises:
@@ -234,7 +232,7 @@ def _perform(
 
 
 def done(trials: Sequence[FrozenTrial], study: Study) -> dict[str, Outcome]:
-    """Return the outcome of each task that is done, by its key. A task that several trials did counts once."""
+    """Return the outcome of each finished task, by its key. A task that several trials performed counts once."""
     again = set(study.user_attrs.get("again", []))
     finished: dict[str, Outcome] = {}
     for trial in trials:
@@ -254,7 +252,7 @@ def done(trials: Sequence[FrozenTrial], study: Study) -> dict[str, Outcome]:
 
 
 class _Worker:
-    """Takes tasks, one after the other, and counts how many in a row failed."""
+    """Takes tasks, one after another, and counts consecutive failures."""
 
     def __init__(
         self, study: Study, suggest: Callable[[Trial], dict[str, Any]], execute: Callable[[dict[str, Any]], float]
@@ -263,8 +261,8 @@ class _Worker:
         self.failed: list[int] = []
 
     def take_one(self) -> None:
-        """Take a task that waits, run it, and store its outcome."""
-        with _quiet(), suppress(UpdateFinishedTrialError):  # another process took this one for dead, and did its task
+        """Take a waiting task, run it, and store its outcome."""
+        with _quiet(), suppress(UpdateFinishedTrialError):  # another process mistook this one for dead, and did its task
             self.study.optimize(self._objective, n_trials=1, catch=(_Skip, _Failed))
 
     def _objective(self, trial: Trial) -> float:
@@ -305,12 +303,12 @@ class _Worker:
         if len(self.failed) < FAILURES_IN_A_ROW:
             raise _Failed from cause
         again = [*self.study.user_attrs.get("again", []), *self.failed]
-        self.study.set_user_attr("again", again)  # the reason may be mended
+        self.study.set_user_attr("again", again)  # the cause may be fixed by now
         raise RunsFailedError(f"{len(self.failed)} runs failed in a row. The last one:\n{error}") from cause
 
 
 def _next_number(study: Study) -> int:
-    """Return the number of the trial that waits longest."""
+    """Return the number of the trial that has waited longest."""
     return min((trial.number for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,))), default=0)
 
 
@@ -319,14 +317,14 @@ def _keys(trials: Sequence[FrozenTrial], state: TrialState) -> set[str]:
 
 
 def _last_params(trials: Sequence[FrozenTrial], key: str) -> dict[str, Any]:
-    """Return what was suggested for a task when a process died in it, so that the same run is done again."""
+    """Return the suggested values of a task whose process died, so that the same run is repeated."""
     found = [trial.params for trial in trials if trial.user_attrs.get("task") == key]
     return dict(found[-1]) if found else {}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Turn off what Optuna says about each trial."""
+    """Turn off Optuna's messages about each trial."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(level, logging.ERROR))
     try:

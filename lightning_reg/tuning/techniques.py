@@ -34,7 +34,7 @@ ACTIVATIONS = (
 """The classes that the default dropout comes after."""
 
 SMALLER_IS_STRONGER = frozenset({"clip_factor", "clip_value", "max_norm", "quantile", "z"})
-"""Arguments that are bounds: the smaller, the more they regularize."""
+"""Arguments that are bounds: smaller values regularize more."""
 
 
 class Technique:
@@ -42,12 +42,12 @@ class Technique:
 
     Args:
         callback: The callback class, or a function that returns a callback.
-        name: The name in tables and databases. By default that of the class.
-        **arguments: For each argument of the callback, an Optuna distribution to search in, or a value that is always the same.
+        name: The name in tables and databases. The name of the class by default.
+        **arguments: For each argument of the callback, an Optuna distribution to search, or a fixed value.
 
     Raises:
         TypeError: If ``callback`` is not callable, or has no such argument.
-        ValueError: If the callback refuses the bounds of a distribution.
+        ValueError: If the callback rejects the bounds of a distribution.
 
     Example:
         >>> from lightning_reg import L2Penalty
@@ -84,11 +84,11 @@ class Technique:
         return {key: _suggested(trial, f"{self.name}.{key}", distribution) for key, distribution in self.ranges.items()}
 
     def build(self, values: Mapping[str, Any]) -> Callback:
-        """Return a callback with some values, and the arguments that are always the same.
+        """Return a callback with the given values and the fixed arguments.
 
         Raises:
-            TypeError: If the callback refuses the type of one.
-            ValueError: If the callback refuses one.
+            TypeError: If the callback rejects the type of a value.
+            ValueError: If the callback rejects a value.
         """
         fixed = {key: value for key, value in self.arguments.items() if key not in self.ranges}
         try:
@@ -108,7 +108,7 @@ class Technique:
             raise TypeError(f"Technique {self.name}: no argument {key!r}; there are: {close_matches(key, parameters)}")
 
     def _corners(self) -> list[dict[str, Any]]:
-        """Return values with each argument at the ends of its range, and the others at their first."""
+        """Return values with each argument at both ends of its range and the others at their first values."""
         ends = {key: _ends(distribution) for key, distribution in self.ranges.items()}
         first = {key: values[0] for key, values in ends.items()}
         return [first, *({**first, key: value} for key, values in ends.items() for value in values[1:])]
@@ -143,14 +143,14 @@ DEFAULT_RANGES: dict[type[Callback], dict[str, Any]] = {
     # average norm, which is near 1 for a normalized model
     GradientNormClipping: {"max_norm": FloatDistribution(0.1, 10.0, log=True)},
 }
-"""The default techniques, each with its default range and the source of it."""
+"""The default techniques, each with its default range and the source of that range."""
 
 
 def default_techniques(module: nn.Module | None = None) -> list[Technique]:
-    """Return the techniques of a search that names none.
+    """Return the default techniques of a search.
 
     Args:
-        module: The model. Dropout comes after its activation layers; without any, it is left out.
+        module: The model. Dropout is added after its activation layers. If it has none, dropout is left out.
 
     Example:
         >>> from torch import nn
