@@ -648,7 +648,13 @@ MISTAKES = {
         lambda: fit([OverfittingMonitor()], Model()),
         r"OverfittingMonitor needs validation data, but there is no val_dataloader: pass some, as in trainer\.fit",
     ),
-    "limit 0": (mistake(limit_val_batches=0), "needs validation data, but limit_val_batches is 0"),
+    "limit 0": (mistake(limit_val_batches=0), "needs validation data, but limit_val_batches is 0: remove it"),
+    "barebones": (
+        lambda: Trainer(barebones=True, accelerator="cpu", max_epochs=1, callbacks=[OverfittingMonitor()]).fit(
+            Model(), loader(), loader()
+        ),
+        r"OverfittingMonitor needs a fit that validates, but Trainer\(barebones=True\) does not: remove it",
+    ),
     "misspelt metric": (
         mistake(metric="val/acuracy"),
         r"OverfittingMonitor: Model\.validation_step does not log 'val/acuracy'\. Close names: val/accuracy",

@@ -130,10 +130,14 @@ class OverfittingMonitor(Regularizer):
                 f"{self.name}: {module}.validation_step(dataloader_iter) fetches its batches itself, so it cannot be given a "
                 "sample: write validation_step(batch, batch_idx)"
             )
+        if trainer.barebones:
+            raise ValueError(f"{self.name} needs a fit that validates, but Trainer(barebones=True) does not: remove it")
+        if trainer.limit_val_batches == 0:
+            raise ValueError(f"{self.name} needs validation data, but limit_val_batches is 0: remove it, or set it to 1.0")
         if not _evaluation.has_validation_data(trainer):
-            why = "limit_val_batches is 0" if trainer.limit_val_batches == 0 else "there is no val_dataloader"
             raise ValueError(
-                f"{self.name} needs validation data, but {why}: pass some, as in trainer.fit(model, train_loader, val_loader)"
+                f"{self.name} needs validation data, but there is no val_dataloader: pass some, as in trainer.fit(model, "
+                "train_loader, val_loader)"
             )
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
