@@ -92,6 +92,25 @@ def test_sdist_contains_files_that_tests_read():
     assert all((ROOT / name).exists() for name in included)
 
 
+def test_page_of_the_package_has_no_links_to_files():
+    """They would lead nowhere there. The README itself has many, and a picture."""
+    page = (ROOT / "README.md").read_text()
+    relative = r"\]\((?!https?:|#)"
+    assert len(re.findall(relative, page)) > 10
+    for substitution in CONFIGURATION["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        page = re.sub(substitution["pattern"], substitution["replacement"], page)
+    assert not re.findall(relative, page)
+    assert "![" not in page
+    assert re.findall(r"\]\(https:", page)
+    assert re.findall(r"\]\(#", page)
+
+
+def test_changelog_describes_the_version():
+    """It has a date, and nothing waits for another release when the version is tagged."""
+    versions = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert (PROJECT["version"], True) in [(version, bool(date)) for version, date in versions]
+
+
 def test_tuning_names_the_extra_where_a_package_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "lightning_reg.tuning", raising=False)
