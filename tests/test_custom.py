@@ -156,7 +156,7 @@ def test_an_argument_with_a_name_of_the_base_class_is_refused(name):
     body = f"def __init__(self, strength, {name}=1.0):\n    Penalty.__init__(self, strength)\n"
     exec(body, namespace)
     cls = with_range(__init__=namespace["__init__"])
-    expected = "add self.members = members" if name == "members" else f"the argument '{name}' has the name of an attribute"
+    expected = "add self.members = members" if name == "members" else f"the argument '{name}' has the same name as an attribute"
     with pytest.raises(TypeError, match=expected):
         cls(0.1)
 

@@ -112,7 +112,7 @@ def test_scheduler_without_decaying_group_raises():
 
 
 def test_decay_in_addition_to_optimizer_warns():
-    with pytest.warns(UserWarning, match=r"WeightDecay acts on parameters that the optimizer decays too \(weight_decay=0.1\)"):
+    with pytest.warns(UserWarning, match=r"WeightDecay acts on parameters that the optimizer also decays \(weight_decay=0.1\)"):
         fit([WeightDecay(0.1)], Classifier(weight_decay=0.1))
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
-    pytest.mark.filterwarnings("ignore:.*acts on parameters that the optimizer decays too"),
+    pytest.mark.filterwarnings("ignore:.*acts on parameters that the optimizer also decays"),
     pytest.mark.filterwarnings("ignore:PeakGradientDropping with k=1 drops every entry of plain_weight"),
 ]
 WORKER = "laws_worker.py"

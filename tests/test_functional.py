@@ -117,7 +117,7 @@ SGD = torch.optim.SGD([nn.Parameter(OTHER)])
 WRONG = {
     "a module of class Linear: pass its .parameters()": nn.Linear(2, 1),
     "a module of class ReLU at position 0: pass its .parameters()": nn.Sequential(nn.ReLU()),
-    "at position 0: pass .parameters() in place of .named_parameters()": list(nn.Linear(2, 1).named_parameters()),
+    "at position 0: pass .parameters() instead of .named_parameters()": list(nn.Linear(2, 1).named_parameters()),
     "got 'w' at position 0: pass its .values()": {"w": torch.zeros(1)},
     "got 1.0": 1.0,
     "got None": None,

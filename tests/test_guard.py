@@ -34,7 +34,7 @@ OPTIMIZERS = {
 }
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*acts on parameters that the optimizer decays too"),
+    pytest.mark.filterwarnings("ignore:.*acts on parameters that the optimizer also decays"),
     pytest.mark.filterwarnings("ignore:NonFiniteGradientGuard.*infinite or NaN gradients at step"),  # see test_skipped_steps
 ]
 

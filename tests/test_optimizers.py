@@ -324,7 +324,7 @@ RAISES = "infinite or NaN gradients at step 1 in linear.weight"
 MANUAL = "inject='loss' is not exact in manual optimization"
 
 UNSEEN = "did not act in"
-OTHER_WEIGHTS = "evaluates other weights than it trains"
+OTHER_WEIGHTS = "evaluates different weights from those that it trains"
 
 COMMON = dict.fromkeys(PHASES, ACTS) | {"guard: raise": RAISES}
 BARE = COMMON | {"decay schedule": NO_DECAY}  # the optimizer has no decay of its own
@@ -425,7 +425,7 @@ def test_technique_with_optimizer(name, phase):
         warnings.simplefilter("always")
         found = trained(PHASES[phase], name)
     texts = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-    texts = [text for text in texts if not re.search("NaN gradients at step|the optimizer decays too", text)]  # as always
+    texts = [text for text in texts if not re.search("NaN gradients at step|the optimizer also decays", text)]  # as always
     assert len(texts) == ((name, phase) in WARNINGS or expected == NONE), texts
     if expected == NONE:
         assert f"{type(PHASES[phase].callback()).__name__} {UNSEEN}" in texts[0]

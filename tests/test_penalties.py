@@ -421,7 +421,7 @@ def test_gradient_route_with_fused_optimizer_raises():
 
 
 def test_l2_penalty_in_addition_to_weight_decay_warns():
-    with pytest.warns(UserWarning, match=r"L2Penalty acts on parameters that the optimizer decays too \(weight_decay=0.1\)"):
+    with pytest.warns(UserWarning, match=r"L2Penalty acts on parameters that the optimizer also decays \(weight_decay=0.1\)"):
         fit([L2Penalty(0.1)], Classifier(weight_decay=0.1))
 
 

@@ -20,7 +20,7 @@ from lightning_reg.penalties.activity import penalty_of_all
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
-    pytest.mark.filterwarnings("ignore:.*acts on parameters that the optimizer decays too"),
+    pytest.mark.filterwarnings("ignore:.*acts on parameters that the optimizer also decays"),
 ]
 WORKER = "ranks_worker.py"
 
@@ -121,7 +121,7 @@ def test_other_callbacks_on_one_rank_are_named(ranks):
         error, _ = rank["other callback"]
         assert "rank 1 differ from those of rank 0: it has L1Penalty(" in error
         assert "MaxNorm(" in error
-        assert "and rank 0 has L2Penalty(" in error
+        assert "but rank 0 has L2Penalty(" in error
 
 
 def test_a_rank_without_callbacks_is_named(ranks):

@@ -627,7 +627,7 @@ def test_average_without_projection_is_no_unit_vector():
 
 def test_schedule_free_optimizer_warns_by_name():
     model = with_optimizer(lambda p: zoo.ScheduleFree(p, lr=0.5))
-    with pytest.warns(UserWarning, match=r"^ScheduleFree evaluates other weights .* UnitNorm, WeightClipping changes"):
+    with pytest.warns(UserWarning, match=r"^ScheduleFree evaluates different weights .* UnitNorm, WeightClipping changes"):
         fit([WeightClipping(0.2), UnitNorm(), L2Penalty(0.1), GradientNormClipping(1.0)], model, max_epochs=1)
 
 
@@ -700,7 +700,7 @@ def test_objective_with_groups_of_which_one_maximizes_is_finite():
 
 RATES = {
     "RelativeStep has no learning rate (lr)": zoo.RelativeStep,
-    "Prodigy multiplies the learning rate by a factor d of its own": zoo.Prodigy,
+    "Prodigy multiplies the learning rate by its own factor d": zoo.Prodigy,
 }
 
 

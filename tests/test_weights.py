@@ -511,7 +511,7 @@ def test_a_star_means_the_layers_before_the_output():
     assert list(select_modules(Branches(), ["*", "!blocks.1.*", "!Embedding"])) == expected[1:4]
     assert list(select_modules(Branches(), ["*", "head"])) == [*expected, "head"]
     fit([DropoutInjection(0.1, after="*")])
-    message = r"'\*' means the layers before the last one that has parameters, and the model has none; name modules, as in '0'"
+    message = r"'\*' means the layers before the last one that has parameters, but the model has none; name modules, as in '0'"
     with pytest.raises(ValueError, match=message):
         select_modules(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "*")
 

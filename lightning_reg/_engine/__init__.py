@@ -1,1 +1,1 @@
-"""What runs the techniques: their base classes, the driver, selection, schedules' clock, metrics, state and the summary."""
+"""The machinery behind the techniques: base classes, driver, selection, clock, metrics, state, and summary."""

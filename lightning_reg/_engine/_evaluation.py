@@ -1,4 +1,4 @@
-"""What is asked of Lightning's loops beyond their documented interface, to evaluate batches outside of them."""
+"""Access to Lightning's loops beyond their documented interface, to evaluate batches outside of them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WITH_INDEX = 2  # arguments of a step: the batch and its index
 
 
 class Logged(NamedTuple):
-    """What a step has logged under a name.
+    """A value that a step has logged under a name.
 
     Args:
         value: A number, a tensor, or a torchmetrics metric.
         size: The batch size that was passed, if any.
-        reduce: What makes the value of an epoch of those of batches: a name in torch, or a function.
+        reduce: How to reduce the values of batches to that of an epoch: a name in torch, or a function.
     """
 
     value: Any
@@ -37,12 +37,12 @@ class Logged(NamedTuple):
 
     @property
     def is_mean(self) -> bool:
-        """Whether the mean over the batches is the value of an epoch."""
+        """Whether the value of an epoch is the mean over its batches."""
         return self.reduce in ("mean", torch.mean)
 
 
 class Record(dict[str, Any]):
-    """Takes the place of the collection in which a loop of Lightning keeps what is logged."""
+    """Replaces the collection in which a Lightning loop keeps logged values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Record(dict[str, Any]):
 
 @contextmanager
 def recorded_logs(trainer: Trainer, pl_module: LightningModule) -> Iterator[dict[str, Logged]]:
-    """Let the module log as in ``validation_step``, into the dictionary that is returned; loggers get nothing."""
+    """Let the module log as in ``validation_step``, but into the yielded dictionary instead of loggers."""
     loop: Any = trainer.fit_loop.epoch_loop.val_loop
     connector: Any = trainer._logger_connector
     module: Any = pl_module
@@ -89,7 +89,7 @@ def validation_step(trainer: Trainer, batch: Any, batch_idx: int) -> None:
 
 
 def _indices(step: Callable[..., Any], batch_idx: int) -> tuple[int, ...]:
-    """Return the arguments after the batch that a step takes, as far as they have no default."""
+    """Return the required arguments of a step after the batch."""
     parameters = inspect.signature(step).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(positional) < _WITH_INDEX and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -99,12 +99,12 @@ def _indices(step: Callable[..., Any], batch_idx: int) -> tuple[int, ...]:
 
 
 def fetches_its_batches(pl_module: LightningModule) -> bool:
-    """Return whether ``validation_step`` takes an iterator in place of a batch."""
+    """Return whether ``validation_step`` takes an iterator instead of a batch."""
     return "dataloader_iter" in inspect.signature(pl_module.validation_step).parameters
 
 
 def has_validation_data(trainer: Trainer) -> bool:
-    """Return whether the fit validates, as far as that is known before the data are loaded."""
+    """Return whether the fit validates, as far as is known before the data are loaded."""
     return trainer.limit_val_batches != 0 and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
 
 
@@ -119,12 +119,12 @@ def validation_data(trainer: Trainer) -> Any:
 
 
 def is_last_validation(trainer: Trainer) -> bool:
-    """Return whether the current validation is the last one of its epoch, as far as that can be known."""
+    """Return whether the current validation is the last one of its epoch, as far as can be known."""
     loop = trainer.fit_loop.epoch_loop
     if _lightning.stops_early(trainer) or _lightning.ends_epoch(trainer) or loop._is_training_done:
         return True
     if getattr(trainer, "_val_check_time_interval", None) is not None or trainer.num_training_batches == float("inf"):
-        return True  # a later one of the same epoch takes the place of this one
+        return True  # a later one of the same epoch replaces this one
     done = loop.total_batch_idx if trainer.check_val_every_n_epoch is None else loop.batch_idx
     interval = trainer.val_check_batch
     left = min(trainer.num_training_batches - loop.batch_idx - 1, _batches_left(trainer))
@@ -154,7 +154,7 @@ def log_now(trainer: Trainer, keys: Sequence[str], values: Tensor) -> None:
 
 
 def over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Return the tensors of all ranks, stacked in a new dimension 0; every rank must call it with the same shape."""
+    """Return the tensors of all ranks, stacked in a new dimension 0. Every rank must call it with the same shape."""
     if trainer.world_size == 1:
         return tensor[None]
     gathered: Tensor = trainer.strategy.all_gather(tensor.to(trainer.strategy.root_device))
@@ -162,12 +162,12 @@ def over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
 
 
 def least(trainer: Trainer) -> Callable[[int], int]:
-    """Return a function that returns the least of the numbers of all ranks; every rank must call it."""
+    """Return a function that returns the minimum of a number over all ranks. Every rank must call it."""
     return lambda number: int(over_ranks(trainer, torch.tensor(number)).min())
 
 
 def log_directory(trainer: Trainer) -> Path | None:
-    """Return the directory of the first logger that has one, if there is a logger; every rank must call it."""
+    """Return the directory of the first logger that has one, if any. Every rank must call it."""
     if not trainer.loggers or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
     directory = trainer.log_dir

@@ -1,7 +1,7 @@
-"""Everything that is asked of Lightning beyond its documented interface.
+"""All access to Lightning beyond its documented interface.
 
-Lightning is installed as two packages, ``lightning.pytorch`` and ``pytorch_lightning``, with the same classes twice. The second
-takes 1.7 s to import. So classes are recognized by their names, and ``pytorch_lightning`` is never imported here.
+Lightning comes as two packages, ``lightning.pytorch`` and ``pytorch_lightning``, each with its own copy of the classes. The
+second takes 1.7 s to import. So this module recognizes classes by name, and never imports ``pytorch_lightning``.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _PACKAGES = ("lightning.pytorch.", "pytorch_lightning.")
 
 
 def is_instance_of(obj: object, name: str) -> bool:
-    """Return whether an object is an instance of Lightning's class of that name, from either package."""
+    """Return whether an object is an instance of the Lightning class of that name, from either package."""
     return any(cls.__name__ == name and cls.__module__.startswith(_PACKAGES) for cls in type(obj).__mro__)
 
 
 def is_code_of_lightning(frame: FrameType) -> bool:
-    """Return whether code of Lightning runs in a frame, from either package."""
+    """Return whether a frame runs Lightning's code, from either package."""
     return str(frame.f_globals.get("__name__")).startswith(_PACKAGES)
 
 
 def derive_from_both(callback_class: type) -> None:
-    """Make a class of callbacks a subclass of ``pytorch_lightning.Callback`` too, if that is imported.
+    """Make a callback class also a subclass of ``pytorch_lightning.Callback``, if that has been imported.
 
     The LightningCLI of ``pytorch_lightning`` accepts no other class, and neither does its Trainer before version 2.6.
     """
@@ -71,7 +71,7 @@ def builds_modules_later(pl_module: LightningModule) -> bool:
 
 
 def overrides(pl_module: LightningModule, hook: str) -> bool:
-    """Return whether a module defines a hook itself, and does not inherit Lightning's."""
+    """Return whether a module defines a hook itself instead of inheriting Lightning's."""
     defined_in = getattr(getattr(pl_module, hook), "__module__", None) or ""
     return not defined_in.startswith(("lightning.pytorch.core.", "pytorch_lightning.core."))
 
@@ -91,7 +91,7 @@ def averaged_models(trainer: Trainer) -> list[nn.Module]:
 
 
 def wrap_average_updates(trainer: Trainer, after: Callable[[nn.Module], None]) -> list[Callable[[], None]]:
-    """Call a function with each average of the weights after its callback has updated it; return functions to stop that."""
+    """Call a function with each average of the weights after each update of it. Return functions that stop this."""
 
     def wrapper(update: Callable[..., Any], average: nn.Module) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -112,12 +112,12 @@ def wrap_average_updates(trainer: Trainer, after: Callable[[nn.Module], None]) -
 
 
 def wrap_method(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
-    """Replace a method of one object by ``wrapper(method)``; return a function that restores it.
+    """Replace a method of one object by ``wrapper(method)``, and return a function that restores it.
 
-    Copies of the object, pickled ones included, have the method as it was.
+    Copies of the object, including pickled ones, have the original method.
     """
     method = getattr(owner, name)
-    own = {name: method} if name in vars(owner) else {}  # the object may have one of its own already
+    own = {name: method} if name in vars(owner) else {}  # the object may already have one of its own
     copied = (_itself, (method,)) if own else (getattr, (owner, name))
     setattr(owner, name, _Wrapped(wrapper(method), method, copied))
 
@@ -129,7 +129,7 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], C
 
 
 class _Wrapped:
-    """A function in place of a method. Its copy is the method: ``copied`` has a function that returns it, and arguments."""
+    """A function that replaces a method. Its copies are the method, which ``copied`` describes by a function and arguments."""
 
     def __init__(self, function: Callable[..., Any], method: Callable[..., Any], copied: tuple[Any, tuple[Any, ...]]) -> None:
         update_wrapper(self, method)  # Lightning reads the signature
@@ -156,7 +156,7 @@ def is_endless(trainer: Trainer) -> bool:
 
 
 def plan_of(trainer: Trainer, *, in_batch: bool = True) -> Plan:
-    """Return the length of the fit as it is known in the current epoch, in a batch or before the first one."""
+    """Return the length of the fit as known in the current epoch, in a batch or before the first one."""
     epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs - _epochs_without_training(trainer)
     steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     per_step = batches_per_step(trainer) if trainer.lightning_module.automatic_optimization else {}
@@ -184,12 +184,12 @@ def _epochs_without_training(trainer: Trainer) -> int:
 
 
 def batch_number(trainer: Trainer) -> int:
-    """Return the number of the current training batch in the whole fit."""
+    """Return the number of the current training batch within the fit."""
     return trainer.fit_loop.total_batch_idx
 
 
 def point_of(trainer: Trainer, *, in_batch: bool = True) -> Point:
-    """Return what was done before the optimizer step to which the current batch belongs, or before the first batch.
+    """Return the point before the optimizer step of the current batch, or before the first batch.
 
     Measured there, progress is the same whether a step has one batch or accumulates several.
     """
@@ -199,18 +199,18 @@ def point_of(trainer: Trainer, *, in_batch: bool = True) -> Point:
 
 
 def point_after_epoch(trainer: Trainer) -> Point:
-    """Return what is done after the current batch, with which the epoch ends, be it the last one or not."""
+    """Return the point after the current batch, with which the epoch ends, whether or not it was planned as the last one."""
     return Point(_batches_done(trainer)[0] + 1, trainer.current_epoch + 1, trainer.global_step)
 
 
 def point_after_step(trainer: Trainer, steps: int) -> Point:
-    """Return what is done after the step that the current batch ends with, which is the number of steps given."""
+    """Return the point after the step at the end of the current batch, given the number of steps so far."""
     done, in_epoch = _batches_done(trainer)
     return _point(trainer, done + 1, in_epoch + 1)._replace(steps=steps)
 
 
 def _point(trainer: Trainer, done: int, in_epoch: int) -> Point:
-    """Return a point of the fit. Where the length of an epoch is unknown, it has no fractions."""
+    """Return a point of the fit. If the length of an epoch is unknown, the epoch has no fractions."""
     return Point(done, trainer.current_epoch + in_epoch / trainer.num_training_batches, trainer.global_step)
 
 
@@ -247,7 +247,7 @@ def accumulates(trainer: Trainer) -> bool:
 
 
 def wrap_optimizer_step(trainer: Trainer, step: Callable[..., Any]) -> Callable[[], None]:
-    """Replace steps of Lightning's optimizers by ``step(take_step, optimizer, closure)``; return a function to stop that."""
+    """Replace Lightning's optimizer steps by ``step(take_step, optimizer, closure)``. Return a function that stops this."""
 
     def wrapper(optimizer_step: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
@@ -265,7 +265,7 @@ def _keep_model(
 
 
 def wrap_training_step(trainer: Trainer, before: Callable[[], None], after: Callable[[Any], None]) -> Callable[[], None]:
-    """Call functions before and after every ``training_step``, the latter with its result; return a function to stop that.
+    """Call functions before and after every ``training_step``, the latter with its result. Return a function that stops this.
 
     An optimizer may run the training step several times for one batch. If it raises an error, its result is ``None``.
     """
@@ -289,13 +289,13 @@ def wrap_training_step(trainer: Trainer, before: Callable[[], None], after: Call
 
 
 def logs_this_step(trainer: Trainer, logs: bool, log_every_n_steps: int) -> bool:
-    """Return whether metrics are computed for the current step: if any rank has a logger, in the steps that Lightning logs."""
+    """Return whether to compute metrics for the current step: if any rank has a logger, in the steps that Lightning logs."""
     step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
     return logs and log_every_n_steps > 0 and (step % log_every_n_steps == 0 or trainer.should_stop)
 
 
 def available_metrics(trainer: Trainer) -> dict[str, Tensor]:
-    """Return the metrics that callbacks can monitor. Asking for them in public would compute those of the module."""
+    """Return the metrics that callbacks can monitor. The public property would compute those of the module."""
     return trainer._logger_connector._callback_metrics
 
 
@@ -314,7 +314,7 @@ def grad_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
 
 
 def is_searching_scale(trainer: Trainer) -> bool:
-    """Return whether gradients may be non-finite just because the loss scale is still too large."""
+    """Return whether gradients may be non-finite merely because the loss scale is still too large."""
     scaler = grad_scaler(trainer)
     return scaler is not None and scaler.get_scale() >= 1
 
@@ -333,12 +333,12 @@ def has_shards(trainer: Trainer, parameters: Iterable[Tensor]) -> bool:
 
 
 def uses_fsdp1(trainer: Trainer) -> bool:
-    """Return whether FSDP1 has flattened the parameters, so that they have lost their shapes."""
+    """Return whether FSDP1 has flattened the parameters, which then have no shapes."""
     return is_instance_of(trainer.strategy, "FSDPStrategy")
 
 
 def fsdp1_root(trainer: Trainer) -> Any:
-    """Return the root module of FSDP1, which alone can compute the norm of its gradients; ``None`` without FSDP1."""
+    """Return the root module of FSDP1, the only one that can compute the norm of its gradients, or ``None`` without FSDP1."""
     return trainer.strategy.model if uses_fsdp1(trainer) else None
 
 
@@ -384,14 +384,14 @@ def tensor_parallel_size(trainer: Trainer) -> int:
 
 
 def mean_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Return the mean of a tensor over all ranks; every rank must call it."""
+    """Return the mean of a tensor over all ranks. Every rank must call it."""
     mean = trainer.strategy.reduce(tensor.detach(), reduce_op="mean") if trainer.world_size > 1 else tensor
     assert isinstance(mean, torch.Tensor)
     return mean
 
 
 def any_rank(trainer: Trainer, flags: Tensor) -> Tensor:
-    """Return for each flag whether it is true on any rank; every rank must call it."""
+    """Return for each flag whether it is true on any rank. Every rank must call it."""
     if trainer.world_size == 1:
         return flags
     total = trainer.strategy.reduce(flags.float(), reduce_op="sum")

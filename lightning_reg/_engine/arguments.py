@@ -1,4 +1,4 @@
-"""Constructor arguments: which values they may have, readable errors, and a ``repr`` that shows them."""
+"""Constructor arguments: their valid values, readable errors, and a ``repr`` that shows them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers that an argument may be, and the way an error message writes them.
+    """The range of an argument, and its notation in error messages.
 
     Args:
         low: The smallest number.
@@ -76,7 +76,7 @@ def check_integer(what: str, number: Any, low: int, below: int | None = None) ->
         what: The name of the argument, for the error message.
         number: The value to check.
         low: The smallest integer allowed.
-        below: The smallest integer above ``low`` that is not allowed; any integer from ``low`` on is allowed by default.
+        below: The smallest integer above ``low`` that is not allowed. There is no upper limit by default.
 
     Raises:
         ValueError: If it is not an integer, or out of range.
@@ -108,7 +108,7 @@ def check_choice(what: str, value: Any, choices: Sequence[Any], other: str | Non
         what: The name of the argument, for the error message.
         value: The value to check.
         choices: The allowed values.
-        other: A description of the callables that are allowed too, if any are.
+        other: A description of allowed callables, if any.
 
     Raises:
         ValueError: If it is not one of them.
@@ -125,10 +125,10 @@ def check_choice(what: str, value: Any, choices: Sequence[Any], other: str | Non
 
 
 def check_module(what: str, module: Any) -> None:
-    """Raise an error if something else is passed in place of a module.
+    """Raise an error if a value is not a module.
 
     Raises:
-        TypeError: If it is not a module; the message says what to pass.
+        TypeError: If it is not a module. The message says what to pass.
     """
     if not isinstance(module, nn.Module):
         fix = f"create one, as in {module.__name__}(…)" if isinstance(module, type) else "pass the model itself"
@@ -136,7 +136,7 @@ def check_module(what: str, module: Any) -> None:
 
 
 class SignatureRepr:
-    """A ``repr`` that shows the constructor's arguments, without those at their default.
+    """A ``repr`` that shows the constructor's arguments, except those at their defaults.
 
     Each argument must be stored as an attribute of the same name.
     """
@@ -156,7 +156,7 @@ class SignatureRepr:
 
 
 def constructor_arguments(cls: type) -> list[inspect.Parameter]:
-    """Return the arguments of a class' constructor that have a name: neither ``*args`` nor ``**kwargs``."""
+    """Return the named arguments of a class's constructor: neither ``*args`` nor ``**kwargs``."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [parameter for parameter in inspect.signature(cls).parameters.values() if parameter.kind not in variadic]
 
@@ -166,9 +166,9 @@ def close_matches(wanted: str, names: Iterable[str], limit: int = 5, shown: Sequ
 
     Args:
         wanted: The name that was not found. Its case does not matter.
-        names: The names that there are.
+        names: The existing names.
         limit: The largest number of names to list.
-        shown: The names to list if none is close; by default all.
+        shown: The names to list if none is close; all by default.
 
     Example:
         >>> close_matches("encodr.weight", ["encoder.weight", "head.bias"])
@@ -189,7 +189,7 @@ def close_matches(wanted: str, names: Iterable[str], limit: int = 5, shown: Sequ
 
 
 def quoting_hint(example: str) -> str:
-    """Return how to write a list on the command line, where YAML gives ``!`` and ``*`` a meaning of their own.
+    """Return how to write a list on the command line, where ``!`` and ``*`` have special meanings in YAML.
 
     Example:
         >>> print(quoting_hint("ReLU"))
@@ -199,7 +199,7 @@ def quoting_hint(example: str) -> str:
 
 
 def text_keys(mapping: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return a mapping with texts in place of integer keys: YAML reads the name of the module ``"2"`` as a number.
+    """Return a mapping with integer keys converted to strings: YAML reads the module name ``"2"`` as a number.
 
     Example:
         >>> text_keys({2: 0.1, "head.*": 0.5})
@@ -216,7 +216,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def described_value(value: Any) -> str:
-    """Describe a value of a wrong type in one line, for an error message.
+    """Describe a value of the wrong type in one line, for an error message.
 
     Example:
         >>> described_value(Interval), described_value([1, 2])

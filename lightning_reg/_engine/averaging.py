@@ -1,4 +1,4 @@
-"""Averages of the parameters over the ranks, which some strategies and optimizers take after a step: post-local SGD."""
+"""Averages of the parameters over the ranks, which some strategies and optimizers compute after a step: post-local SGD."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def averagers(trainer: Trainer) -> list[Any]:
-    """Return the objects that average the parameters over the ranks: that of the strategy, and those of optimizers.
+    """Return the objects that average the parameters over the ranks, from the strategy and the optimizers.
 
-    With one of them, the replicas differ between two averages.
+    With such an object, the replicas differ between averages.
     """
     optimizers = [inner for optimizer in trainer.optimizers for inner in with_inner(optimizer)]
     owned = [getattr(trainer.strategy, "_model_averager", None), *(getattr(inner, "averager", None) for inner in optimizers)]
@@ -25,7 +25,7 @@ def averagers(trainer: Trainer) -> list[Any]:
 
 
 def wrap_averagers(trainer: Trainer, after: Callable[[], None]) -> list[Callable[[], None]]:
-    """Call a function after each average of the parameters over the ranks; return functions to stop that."""
+    """Call a function after each average of the parameters over the ranks. Return functions that stop this."""
     return [wrap_method(averager, "average_parameters", partial(_followed, after=after)) for averager in averagers(trainer)]
 
 

@@ -1,4 +1,4 @@
-"""Checks of technique classes: mistakes that are easy to make get an error that names them and the fix."""
+"""Checks of technique classes: common mistakes raise an error that names the mistake and the fix."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 RESERVED = frozenset({"current", "has_logger", "logging", "running", "saved_clock", "state"})
-"""Attributes of the base class, whose names no argument may have."""
+"""Attributes of the base class. No argument may have these names."""
 
 
 def check_class(cls: type) -> None:
     """Check a technique class when it is defined.
 
     Raises:
-        TypeError: If ``valid_ranges`` hold something else than intervals, or leave out a parent's value that the constructor
-            still takes.
+        TypeError: If ``valid_ranges`` contains anything other than intervals, or leaves out a parent's value that the
+            constructor still takes.
     """
     ranges: Mapping[str, Interval] = getattr(cls, "valid_ranges", {})
     for key, valid in ranges.items():
@@ -39,17 +39,19 @@ def check_class(cls: type) -> None:
 
 
 def check_arguments(technique: Any) -> None:
-    """Check that a technique has stored what its constructor was given, which ``repr``, schedules and checkpoints read.
+    """Check that a technique has stored its constructor arguments, which ``repr``, schedules, and checkpoints read.
 
     Raises:
         TypeError: If an argument is not stored under its own name or has the name of something else in the base class, if
-            ``valid_ranges`` name something that is not stored, or if the class has no ``phase``.
+            ``valid_ranges`` names something that is not stored, or if the class has no ``phase``.
     """
     cls = type(technique)
     names = [argument.name for argument in constructor_arguments(cls)]
     for name in names:
         if name in RESERVED or (_is_taken(cls, name) and name not in vars(technique)):
-            raise TypeError(f"{cls.__name__}: the argument {name!r} has the name of an attribute of its base class: rename it")
+            raise TypeError(
+                f"{cls.__name__}: the argument {name!r} has the same name as an attribute of the base class: rename it"
+            )
     missing = [name for name in names if not _is_stored(technique, name)]
     if missing:
         stored = "; ".join(f"self.{name} = {name}" for name in missing)
@@ -77,7 +79,7 @@ def _is_stored(technique: Any, name: str) -> bool:
 
 
 def _accepted_arguments(cls: type) -> Iterator[str]:
-    """Yield the names of a constructor's arguments, with those of the parents as far as it passes arguments on."""
+    """Yield the names of a constructor's arguments, including those that it passes on to parents."""
     for parent in cls.__mro__:
         if "__init__" in vars(parent):
             parameters = list(inspect.signature(vars(parent)["__init__"]).parameters.values())[1:]

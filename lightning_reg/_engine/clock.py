@@ -1,4 +1,4 @@
-"""The clock of a fit: how far it is in batches, optimizer steps, and epochs, and which markers it has passed."""
+"""The clock of a fit: its progress in batches, optimizer steps, and epochs, and the markers that it has passed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Line(NamedTuple):
         return self.value + (1.0 - self.value) * max(position - self.since, 0.0) / (self.until - self.since)
 
     def position(self, value: float) -> float:
-        """Return where a value is reached, the reverse of ``at``; the start for a value that was reached before."""
+        """Return where a value is reached: the inverse of ``at``, or the start for a value that was reached earlier."""
         if value <= self.value:
             return self.since
         return self.since + (self.until - self.since) * (value - self.value) / (1.0 - self.value)
 
     def to(self, until: float, position: float, here: float) -> Line:
-        """Return the line that goes on from the value at a position to another end; the position is ``here`` from now on."""
+        """Return the line that continues from the value at a position to another end. The position becomes ``here``."""
         return self if (until, here) == (self.until, position) else Line(self.at(position), here, until)
 
 
@@ -44,11 +44,11 @@ class Moment:
     """A point of a fit, as a schedule sees it.
 
     Args:
-        progress: The fraction of the fit that is done; in a run without an end, the number of batches.
+        progress: The fraction of the fit that is done. In an endless run, the number of batches.
         epochs: The number of epochs that are done, with the fraction of the current one; NaN outside of a fit.
         steps: The number of optimizer steps that are done; NaN outside of a fit.
         batches: The number of training batches that are done; NaN outside of a fit.
-        clock: The clock of the fit, which knows where markers are and were.
+        clock: The clock of the fit, which knows the positions of markers.
 
     Example:
         >>> moment = Moment(progress=0.25, epochs=1.0, steps=500.0)
@@ -63,7 +63,7 @@ class Moment:
     clock: Clock | None = field(default=None, repr=False, compare=False)
 
     def has_passed(self, marker: float | str) -> bool:
-        """Return whether a marker is here or was before: a fraction of training, ``"3ep"``, or ``"500st"``."""
+        """Return whether a marker has been reached: a fraction of training, ``"3ep"``, or ``"500st"``."""
         number, unit = _split(marker)
         if number and math.isnan(self.count(unit)):
             raise RuntimeError(f"the position of the marker {marker!r} is unknown until a fit starts")
@@ -80,19 +80,19 @@ class Moment:
         return line_in_unit(begin, until, self).at(self.count(_split(until)[1]))
 
     def within(self, since: float | str, until: float | str) -> StretchMoment:
-        """Return this point as a schedule sees it that acts between two markers: everything counts from the first one."""
+        """Return this point as seen by a schedule between two markers, where everything counts from the first one."""
         (first, unit), progress = _split(since), self.between(since, until)
         epochs, steps = (self.count(of) - first if unit == of or not first else math.nan for of in ("ep", "st"))
         return StretchMoment(progress, epochs, steps, whole=self, since=since, until=until)
 
     def count(self, unit: str) -> float:
-        """Return what is done in a unit: ``"ep"`` (epochs), ``"st"`` (optimizer steps), or an empty string (progress)."""
+        """Return the progress in a unit: ``"ep"`` (epochs), ``"st"`` (optimizer steps), or an empty string (fraction)."""
         return {"": self.progress, "ep": self.epochs, "st": self.steps}[unit]
 
 
 @dataclass(frozen=True)
 class StretchMoment(Moment):
-    """A point of a fit within a stretch of it, to which markers are relative.
+    """A point within a stretch of a fit. Markers are relative to the stretch.
 
     Args:
         whole: The point in the whole fit.
@@ -110,7 +110,7 @@ class StretchMoment(Moment):
     until: float | str = field(kw_only=True)
 
     def has_passed(self, marker: float | str) -> bool:
-        """Return whether a marker, relative to the stretch, is here or was before."""
+        """Return whether a marker, relative to the stretch, has been reached."""
         absolute = marker_in_whole(marker, self.since, self.until)
         if absolute is not None:
             return self.whole.has_passed(absolute)
@@ -126,10 +126,10 @@ class StretchMoment(Moment):
 
 @lru_cache
 def marker_in_whole(marker: float | str, since: float | str, until: float | str) -> float | str | None:
-    """Return where a marker is in a fit that is relative to a stretch between two markers; ``None`` if no marker says that.
+    """Return a marker within a stretch as a marker of the whole fit, or ``None`` if that cannot be expressed.
 
     Raises:
-        ValueError: If its unit is another than that of the stretch's beginning.
+        ValueError: If its unit differs from that of the stretch's beginning.
 
     Example:
         >>> marker_in_whole("2ep", "5ep", 1.0), marker_in_whole(0.5, "2ep", "6ep"), marker_in_whole(0.5, "5ep", 1.0)
@@ -137,7 +137,7 @@ def marker_in_whole(marker: float | str, since: float | str, until: float | str)
     """
     (number, unit), (first, first_unit), (last, last_unit) = map(_split, (marker, since, until))
     if unit and first and unit != first_unit:
-        raise ValueError(f"{marker!r} counts from {since!r}, which has another unit")
+        raise ValueError(f"{marker!r} counts from {since!r}, which has a different unit")
     if number == 0.0:
         return since
     if unit:
@@ -148,7 +148,7 @@ def marker_in_whole(marker: float | str, since: float | str, until: float | str)
 
 
 def line_in_unit(begin: float | str, until: float | str, now: Moment) -> Line:
-    """Return the line between two markers in the unit of the second. The first one, if in another unit, is passed just now."""
+    """Return the line between two markers in the unit of the second. A first marker in another unit counts as passed now."""
     (first, unit), (last, other) = _split(begin), _split(until)
     return Line(0.0, first if unit == other or not first else now.count(other), last)
 
@@ -163,9 +163,9 @@ _WHOLE = Line(0.0, 0.0, 1.0)
 class Clock:
     """The clock of one fit.
 
-    Progress is the fraction of the planned training batches that are done. Where their number is unknown, it is the fraction of
-    the epochs or of the optimizer steps. If the plan changes in the course of a fit, because epochs change their length or a
-    resumed run has other limits, what is done stays done: progress goes on from where it is, and reaches 1 at the new end.
+    Progress is the fraction of the planned training batches that are done. If their number is unknown, it is the fraction of
+    the epochs or optimizer steps. If the plan changes during a fit, because epochs change their length or a resumed run has
+    other limits, progress continues from its current value, and reaches 1 at the new end.
 
     Args:
         plan: The length of the fit, as far as it is known when it starts.
@@ -190,7 +190,7 @@ class Clock:
         self.now = self.moment(plan.start)
 
     def begin_epoch(self, plan: Plan, here: Point | None = None) -> None:
-        """Take over what is known when an epoch starts, or when it goes on after a resume, at a point within it."""
+        """Adopt the plan when an epoch starts, or when it continues after a resume, at a point within it."""
         here, length = here or plan.start, plan.length
         positions = {ramp: self._position(ramp[1], self.moment(here)) for ramp in self._ramps}
         if _has_end(length) and _has_end(self._length):
@@ -205,7 +205,7 @@ class Clock:
             self._ramps[begin, until] = line.to(end, positions[begin, until], self._position(until, now))
 
     def advance(self, point: Point) -> Moment:
-        """Return the moment at a point. Ramps that have begun there go on from there if the plan changes."""
+        """Return the moment at a point. Ramps that have begun continue from there if the plan changes."""
         self.now = self.moment(point)
         return self.now
 
@@ -228,7 +228,7 @@ class Clock:
         return line.at(self._position(until, moment))
 
     def knows(self, markers: Iterable[float | str]) -> bool:
-        """Return whether the plan says where markers are; in manual optimization, nobody knows when a step will be."""
+        """Return whether the plan determines the positions of markers. In manual optimization, steps cannot be predicted."""
         return self.plan.is_automatic or "st" not in [_split(marker)[1] for marker in markers]
 
     def ends_before(self, marker: float | str) -> bool:
@@ -241,7 +241,7 @@ class Clock:
         )
 
     def comes_before(self, marker: float | str, other: float | str) -> bool:
-        """Return whether a marker comes before another one, as far as that is certain: the plan does not tell what was."""
+        """Return whether a marker certainly comes before another one. The plan does not cover the past."""
         (first, unit), (last, other_unit) = _split(marker), _split(other)
         if unit == other_unit or not last:
             return first < last
@@ -261,12 +261,12 @@ class Clock:
         return {"length": list(self._length), "is_exact": self._is_exact, "line": list(self._line), "ramps": ramps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the state of the run that is resumed."""
+        """Continue from the state of the resumed run."""
         self._length, self._is_exact, self._line = Point(*state["length"]), state["is_exact"], Line(*state["line"])
         self._ramps = {(begin, until): Line(*line) for begin, until, *line in state["ramps"]}
 
     def _position(self, until: float | str, moment: Moment) -> float:
-        """Return where a moment is on the way to a marker: in batches if they can be counted, else in the marker's unit."""
+        """Return the position of a moment on the way to a marker, in batches if they are known, else in the marker's unit."""
         unit = _split(until)[1]
         return moment.batches if unit and self._is_exact else moment.count(unit)
 

@@ -1,4 +1,4 @@
-"""What the command line writes as text: infinite numbers, and functions by their import path."""
+"""Values that the command line writes as strings: infinite numbers, and functions by their import path."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SelectionFunction(Protocol):
 
 
 class ScheduleFunction(Protocol):
-    """The type of a schedule function in a mapping: jsonargparse would take the mapping of a class for one of schedules."""
+    """The type of a schedule function in a mapping: jsonargparse would mistake the mapping of a class for one of schedules."""
 
     def __call__(self, progress: float, /) -> float:
         """Return the value at a progress in [0, 1]."""
@@ -38,7 +38,7 @@ class ScheduleFunction(Protocol):
 
 
 def is_function_path(text: str) -> bool:
-    """Return whether a text has the form of a function's import path.
+    """Return whether a string has the form of a function's import path.
 
     Example:
         >>> is_function_path("package.module:function"), is_function_path("package.module.function")
@@ -51,7 +51,7 @@ def function_at(path: str) -> Any:
     """Import the function at a path such as ``"package.module:function"``.
 
     Raises:
-        ValueError: If there is none; the message says what is missing.
+        ValueError: If there is none. The message says what is missing.
 
     Example:
         >>> function_at("math:sqrt")(9)
@@ -73,7 +73,7 @@ def path_of(function: Any) -> str:
     """Return the import path of a function, or of another callable object that is a global variable of its module.
 
     Raises:
-        ValueError: If it has none, such as a ``lambda`` or a function within another one.
+        ValueError: If it has none, like a ``lambda`` or a nested function.
 
     Example:
         >>> path_of(math.sqrt)
@@ -89,7 +89,7 @@ def path_of(function: Any) -> str:
 
 
 def path_suggestion(text: str) -> str:
-    """Return the import path that a text with dots may stand for, or an empty text if it names no importable package.
+    """Return the import path that a dotted string may stand for, or an empty string if no package matches.
 
     Example:
         >>> path_suggestion("math.sqrt"), path_suggestion("encoder.weight")
@@ -104,7 +104,7 @@ def path_suggestion(text: str) -> str:
 
 
 def _infinity(text: Any) -> float:
-    """Return the infinite number that a text names.
+    """Return the infinite number that a string names.
 
     Raises:
         ValueError: If it names none.
@@ -124,7 +124,7 @@ def _is_function(value: Any, _: type) -> bool:
 
 
 def _schedule_function(text: Any) -> Any:
-    """Return the function that a text such as ``"math.sqrt"`` names.
+    """Return the function that a string such as ``"math.sqrt"`` names.
 
     Raises:
         ValueError: If it names none.
@@ -142,7 +142,7 @@ def _path_with_dots(function: Any) -> str:
 
 
 def _no_function(value: Any) -> Any:
-    """Refuse what is no function: a text stays one until the selection is made.
+    """Reject anything that is not a function: a string stays a string until the selection is made.
 
     Raises:
         ValueError: Always.

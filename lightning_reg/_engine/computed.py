@@ -1,4 +1,4 @@
-"""Weights that a module computes from other parameters: parametrizations, and torch's hooks of older make."""
+"""Weights that a module computes from other parameters: parametrizations, and torch's older hooks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Computed(NamedTuple):
         name: The qualified name of the tensor.
         owner: The module.
         attribute: The name of the tensor in the module.
-        value: Computes the tensor, and changes nothing.
-        is_masked: Whether it is its only original times a mask of zeros and ones (``torch.nn.utils.prune``). What acts on
-            masked originals acts on the tensor.
+        value: Computes the tensor without side effects.
+        is_masked: Whether it is its only original times a mask of zeros and ones (``torch.nn.utils.prune``). Acting on a
+            masked original is acting on the tensor.
     """
 
     name: str
@@ -97,7 +97,7 @@ def _masked(original: Tensor, mask: Tensor) -> Tensor:
 
 
 def _in_eval_mode(parametrizations: nn.Module) -> Callable[[], Tensor]:
-    """Return a function that computes a tensor without the side effects that training mode has, as in ``spectral_norm``."""
+    """Return a function that computes a tensor without the side effects of training mode, as in ``spectral_norm``."""
 
     def value() -> Tensor:
         training = [m for m in parametrizations.modules() if m.training]

@@ -1,7 +1,7 @@
 """Calls the techniques of a fit at the right time, in an order that does not depend on the callback list.
 
 The first regularizer in the trainer's list owns the driver; the others only hold their configuration. Techniques of one phase
-are sorted by class and name, so that even sums of floats are equal to the last bit.
+are sorted by class and name, so that even sums of floats are bitwise equal.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Driver:
 
     Args:
         trainer: The trainer of the fit.
-        pl_module: The module that is trained.
+        pl_module: The module to train.
         techniques: Its techniques, in any order.
     """
 
@@ -125,8 +125,8 @@ class Driver:
         others = [type(optimizer).__name__ for optimizer in self.trainer.optimizers if evaluates_other_weights(optimizer)]
         if names and others:
             rank_zero_warn(
-                f"{', '.join(others)} evaluates other weights than it trains. {names} changes only those that it trains, so "
-                "constraints may not hold in the others, which optimizer.eval() leaves to be validated and saved"
+                f"{', '.join(others)} evaluates different weights from those that it trains. {names} changes only the trained "
+                "ones, so constraints may not hold for the others, which are validated and saved after optimizer.eval()"
             )
 
     def _unseen_steps(self) -> UnseenSteps:
@@ -143,17 +143,17 @@ class Driver:
         return UnseenSteps([cb.name for cb in need_steps], [cb.name for cb in need_gradients], accumulated)
 
     def stop(self) -> None:
-        """Leave no trace in the module, the optimizers and the strategy, even if undoing one thing fails."""
+        """Leave no trace in the module, the optimizers, and the strategy, even if one cleanup fails."""
         if self._stopped:
             return
         self._stopped = True
         with ExitStack() as stack:
             for undo in (*(technique.detach for technique in self.techniques[::-1]), *self._undo[::-1], self._forward.undo):
-                stack.callback(undo)  # called in reverse order, each of them, whatever the others raise
+                stack.callback(undo)  # all are called, in reverse order, whatever the others raise
         self._undo.clear()
 
     def start_clock(self) -> None:
-        """Start the clock or let it go on, check the schedules, and follow the averages of other callbacks."""
+        """Start or resume the clock, check the schedules, and follow the averages of other callbacks."""
         if self._clock is not None:
             return
         plan = _lightning.plan_of(self.trainer, in_batch=False)
@@ -180,7 +180,7 @@ class Driver:
     # The forward and backward pass ----------------------------------------------------------------------------------
 
     def before_batch(self) -> None:
-        """Set every value to that of the progress at which the current optimizer step began; called at least once per batch."""
+        """Set every value to that at the start of the current optimizer step. Called at least once per batch."""
         number = _lightning.batch_number(self.trainer)
         if number == self._batch:
             return
@@ -205,7 +205,7 @@ class Driver:
         self._forward.after_backward()
 
     def before_backward(self, loss: Tensor) -> None:
-        """Add to the loss what belongs there."""
+        """Add the terms of techniques to the loss."""
         self._has_gradients = True
         self._unseen.backward()
         if self._adding and loss.requires_grad:  # else torch's own error must come, that the loss has no graph
@@ -221,7 +221,7 @@ class Driver:
 
     @property
     def is_active(self) -> bool:
-        """Whether the trainer has its callbacks; a learning-rate finder removes them for a while."""
+        """Whether the trainer has its callbacks. A learning-rate finder temporarily removes them."""
         return self.techniques[0] in self.trainer.callbacks  # type: ignore[attr-defined]
 
     @property
@@ -271,13 +271,13 @@ class Driver:
             self.before_update(optimizer)
 
     def _should_step(self, optimizer: Optimizer, step: Step) -> bool:
-        """Ask every guard, since each counts."""
+        """Ask every guard, since each one counts steps."""
         asked = [(cb, cb.parameters_of(optimizer)) for cb in self._acting["should_step"]]
         answers = [cb.should_step(params, optimizer, step) for cb, params in asked if params]
         return all(answers)
 
     def _skip(self, optimizer: Optimizer) -> None:
-        """Skip a step without a trace: remove the gradients, or end a step of other code before it has changed anything."""
+        """Skip a step without a trace: remove the gradients, or end another optimizer's step before it changes anything."""
         assert self._steps is not None, "the fit has started"
         if self._steps.evaluations > 1 or self._steps.moved_early:
             names = ", ".join(cb.name for cb in self._acting["should_step"])
@@ -291,7 +291,7 @@ class Driver:
             raise SkippedStep
 
     def before_update(self, optimizer: Optimizer) -> None:
-        """Let every technique decay the weights; not called in a step that a loss scaler skips."""
+        """Let every technique decay the weights. Not called in a step that a loss scaler skips."""
         if self._acting["before_update"] and self._is_step(optimizer):
             with torch.no_grad():
                 for technique in self._acting["before_update"]:
@@ -305,7 +305,7 @@ class Driver:
         is_step = self._is_step(optimizer)
         was_announced = optimizer in self._about_to_step
         self._about_to_step.discard(optimizer)
-        if not is_step or (known and not was_announced):  # nothing was evaluated: there is no closure, or it was not called
+        if not is_step or (known and not was_announced):  # no evaluation: there is no closure, or it was not called
             self._hold_after_old_gradients(optimizer)
             return
         self._stepped.add(optimizer)
@@ -331,7 +331,7 @@ class Driver:
                 self._reproject()
 
     def _change_weights(self, optimizer: Optimizer, done: int) -> None:
-        """Let every technique act after a step, with which a number of steps are done, and then at the end of the step."""
+        """Let every technique act after a step, given the number of steps so far, and then at the end of the step."""
         step = self._step()
         with torch.no_grad():
             for technique in self._acting["weights"]:
@@ -346,7 +346,7 @@ class Driver:
         self._forward.end_step()
 
     def _is_step(self, optimizer: Optimizer) -> bool:
-        """Return whether there was something to step with, and no guard has skipped the step."""
+        """Return whether there were gradients, and no guard has skipped the step."""
         return self._has_gradients and optimizer not in self._skipped
 
     def _step(self) -> Step:
@@ -357,7 +357,7 @@ class Driver:
         return Step(self.trainer.fit_loop.total_batch_idx, self._steps_in_batch, evaluation)
 
     def objective_terms(self, optimizer: Optimizer) -> list[Tensor]:
-        """Return what the techniques add to the objective."""
+        """Return the terms that the techniques add to the objective."""
         with torch.no_grad():
             terms = [technique.objective(optimizer) for technique in self.techniques]
         return [term for term in terms if term is not None]
@@ -365,7 +365,7 @@ class Driver:
     # The end of the batch and the epoch -----------------------------------------------------------------------------
 
     def after_batch(self) -> None:
-        """End the epoch after its last batch, and log; called at least once per batch."""
+        """End the epoch after its last batch, and log. Called at least once per batch."""
         if self._ended == self._batch:
             return
         self._ended = self._batch
@@ -380,7 +380,7 @@ class Driver:
     def _log(self, metrics: dict[str, float | Tensor]) -> None:
         """Add metrics to the next row of the loggers, and make them available to callbacks that monitor one.
 
-        Every rank computes them, also one without a logger. What techniques of a user log may depend on a rank's data.
+        Every rank computes them, even one without a logger. Metrics of a user's own techniques may depend on a rank's data.
         """
         numbers = dict(zip(metrics, _to_numbers(list(metrics.values())), strict=True))
         if of_users := tuple(f"reg/{cb.name}/" for cb in self.techniques if may_differ(cb)):
@@ -388,25 +388,25 @@ class Driver:
         self._rows.add(numbers)
 
     def _publish(self, techniques: Iterable[Technique]) -> None:
-        """Make known to callbacks what they may monitor before a step is logged or an epoch ends."""
+        """Publish the metrics that callbacks may monitor before a step is logged or an epoch ends."""
         mine = [cb for cb in techniques if not may_differ(cb)]  # what others return may depend on a rank's data
         self._rows.publish({f"reg/{cb.name}/{key}": value for cb in mine for key, value in cb.epoch_metrics().items()})
 
     def before_validation(self) -> None:
-        """End an epoch that is cut short, so that what is validated is what is saved."""
+        """End an epoch that is cut short, so that the validated weights are the saved ones."""
         self._validates = True
         if self._trained and (_lightning.stops_early(self.trainer) or _lightning.ends_epoch(self.trainer)):
             self._end_epoch()
 
     def after_validation(self) -> None:
-        """Let techniques look at the module that was validated."""
+        """Let techniques look at the validated module."""
         if self._validates:
             self._validates = False
             for technique in self._acting["validated"]:
                 technique.validated()
 
     def after_epoch(self) -> None:
-        """End an epoch whose last batch was not known to be the last; one that ``max_steps`` cuts short has not ended."""
+        """End an epoch whose last batch was not known to be the last. An epoch that ``max_steps`` cuts short has not ended."""
         if self._trained and _lightning.ends_epoch(self.trainer):
             self._end_epoch()
 
@@ -424,20 +424,20 @@ class Driver:
         self._log({f"reg/{cb.name}/{key}": value for cb in self.techniques for key, value in cb.epoch_metrics().items()})
 
     def _reproject(self) -> None:
-        """Enforce again what weights that are pruned or shrunk may violate."""
+        """Enforce constraints that pruning or shrinkage may have violated."""
         for technique in self._acting["reproject"]:
             for optimizer in self.trainer.optimizers:
                 if optimizer in self._stepped and (params := technique.parameters_of(optimizer)):
                     technique.reproject(params)
 
     def _after_average_update(self, average: Module) -> None:
-        """Let an average of the weights satisfy the constraints, which the average of satisfying weights may not."""
+        """Project an average of the weights, since the average of feasible weights may be infeasible."""
         with torch.no_grad():
             for technique in self._acting["reproject"]:
                 technique.reproject_copy(average)
 
     def _after_average_over_ranks(self) -> None:
-        """Let the average of the ranks' weights satisfy the constraints, which the average of satisfying weights may not."""
+        """Project the average of the ranks' weights, since the average of feasible weights may be infeasible."""
         with torch.no_grad():
             self._reproject()
 
@@ -446,7 +446,7 @@ class Driver:
 
 
 def in_order(techniques: Iterable[AnyTechnique]) -> list[AnyTechnique]:
-    """Sort techniques as they act: by phase, then by class and name."""
+    """Sort techniques in the order in which they act: by phase, then by class and name."""
     return sorted(techniques, key=lambda cb: (cb.phase, type(cb).__name__, cb.name))
 
 

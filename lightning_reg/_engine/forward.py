@@ -1,4 +1,4 @@
-"""Changes of the weights for one forward and backward pass: put in before it, and taken out after it."""
+"""Temporary changes of the weights for one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ForwardChanges:
     """Lets techniques change the weights for the forward and backward passes of a training step.
 
     Args:
-        techniques: Those that change weights, in the order in which they do so.
+        techniques: The techniques that change weights, in the order in which they act.
         parameters_of: Returns the parameters that a technique may change now.
         step: Returns the number of the current optimizer step.
-        automatic: Whether the fit uses automatic optimization. In manual optimization several backward passes may share a
+        automatic: Whether the fit uses automatic optimization. In manual optimization, several backward passes may share a
             forward pass, so the changes stay until the optimizer of the parameters steps.
     """
 
@@ -55,17 +55,17 @@ class ForwardChanges:
             self.undo()
 
     def after_backward(self) -> None:
-        """Undo the changes; in manual optimization other backward passes may follow, so only before the step."""
+        """Undo the changes. In manual optimization, wait for the step, because other backward passes may follow."""
         if self._automatic:
             self.undo()
 
     def end_step(self) -> None:
-        """Make the changes again: another forward pass may follow in this training step."""
+        """Restore the changes, since another forward pass may follow in this training step."""
         if self._in_training_step and not self._automatic:
             self._make()
 
     def undo(self, optimizer: Optimizer | None = None) -> None:
-        """Undo the changes in reverse order: of all parameters, or of those that an optimizer holds.
+        """Undo the changes in reverse order, for all parameters or those of an optimizer.
 
         The graphs of other optimizers' parameters may still be needed, and must not see them change.
         """
@@ -84,7 +84,7 @@ class ForwardChanges:
         self._made = left[::-1]
 
     def before_manual_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Let each evaluation of a closure see the changes, and the update the true weights; a step pre-hook."""
+        """Apply the changes in each evaluation of a closure, but not in the update. This is a step pre-hook."""
         given = args[1] if len(args) > 1 else kwargs.get("closure")
         if given is None:
             self.undo(optimizer)
@@ -99,7 +99,7 @@ class ForwardChanges:
         return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": closure})
 
     def _make(self) -> None:
-        """Let techniques change the weights, unless they have done so already."""
+        """Let techniques change the weights, unless they already have."""
         changed = [(technique, p) for technique, params in self._made for p in params]
         for technique in self._techniques:
             known = {id(p) for other, p in changed if other is technique}

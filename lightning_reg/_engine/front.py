@@ -1,4 +1,4 @@
-"""A hidden callback that acts before all others in a fit, wherever the user's list has the callbacks of this package."""
+"""A hidden callback that acts before all others in a fit, regardless of the order in the user's list."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class Front(Callback):
-    """Passes the hooks on to the driver in which no other callback may come first.
+    """Passes on those hooks to the driver in which no other callback may come first.
 
     It is the first entry of ``trainer.callbacks`` from ``setup`` to ``teardown`` of a fit.
 
     Args:
-        callbacks: The trainer's own list, which is put back after the fit.
+        callbacks: The trainer's own list, which is restored after the fit.
     """
 
     def __init__(self, callbacks: list[Callback]) -> None:
@@ -26,7 +26,7 @@ class Front(Callback):
         self._callbacks = callbacks
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies share: all but the driver of the fit, which serves this trainer only."""
+        """Return the state of copies: everything but the driver, which serves only this trainer."""
         return {**vars(self), "driver": None}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,34 +57,34 @@ class Front(Callback):
             self.driver.before_validation()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the module that was validated, before other callbacks change it or ask for values."""
+        """Look at the validated module, before other callbacks change it or read metrics."""
         if self.driver:
             self.driver.after_validation()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End an epoch whose last batch nobody knew to be the last, before other callbacks save it."""
+        """End an epoch whose last batch was not known to be the last, before other callbacks save it."""
         if self.driver:
             self.driver.after_epoch()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the list of callbacks and the model as they were, whatever other callbacks raise later."""
+        """Restore the list of callbacks and the model, whatever other callbacks raise later."""
         if self.driver:
             self.driver.stop()
         self._remove(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the list of callbacks as it was."""
+        """Restore the list of callbacks."""
         self._remove(trainer)
 
     def _remove(self, trainer: Trainer) -> None:
-        """Put the trainer's own list of callbacks back, with what others have changed in it."""
+        """Restore the trainer's own list of callbacks, including changes that others have made to it."""
         self.driver = None
         left = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
         trainer.callbacks = self._callbacks if left == self._callbacks else left  # type: ignore[attr-defined]
 
 
 def install_front(trainer: Trainer) -> None:
-    """Put a hidden callback before all others, unless there is one. The list is replaced, since Lightning iterates over it."""
+    """Put a hidden callback before all others, unless there is one. Replace the list, since Lightning iterates over it."""
     if front_of(trainer) is None:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [Front(callbacks), *callbacks]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Which object something belongs to, without keeping the object alive."""
+"""Identity of an object, without keeping the object alive."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class WeakIdentity:
         self._ref = None if remembered is None else ref(remembered)
 
     def is_of(self, candidate: object) -> bool:
-        """Return whether this is the very object that is remembered."""
+        """Return whether this is the remembered object itself."""
         return self._ref is not None and self._ref() is candidate
 
     def __reduce__(self) -> tuple[type[WeakIdentity], tuple[()]]:

@@ -1,6 +1,6 @@
 """What a parameter is: a weight, a bias, a parameter of a normalization layer, an embedding, or none of these.
 
-The type of the module decides where it is known (``WEIGHT_LAYERS``); for other modules, the name and the dimensions do.
+For known modules (``WEIGHT_LAYERS``), the type decides. For other modules, the name and the dimensions do.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class NamedParameter(NamedTuple):
         parameter: The parameter.
         owner: The module that it belongs to under this name.
         kinds: The keywords that select it.
-        reason: Why it is not a weight; empty if it is one.
+        reason: Why it is not a weight, or an empty string if it is one.
         computed: The tensor that is computed from it, if any.
     """
 
@@ -60,12 +60,12 @@ class NamedParameter(NamedTuple):
 
 
 def named_kinds(module: nn.Module, effective: bool = False) -> list[NamedParameter]:
-    """Return every name of every parameter, with what it is.
+    """Return every name of every parameter, with its kinds.
 
     Args:
         module: The module that has the parameters.
-        effective: Name the tensors that are computed from parameters, and count these as what the tensors are. Otherwise such
-            parameters are no weights, except those under a mask.
+        effective: Use the names and kinds of the tensors that are computed from parameters. Otherwise, such parameters are not
+            weights, except under a mask.
 
     Example:
         >>> [(p.name, p.reason) for p in named_kinds(nn.Linear(2, 1))]
@@ -105,7 +105,7 @@ def _judged(name: str, p: nn.Parameter, owner: nn.Module, is_exempt: bool) -> tu
 
 
 def why_no_weight(name: str, p: nn.Parameter, owner: nn.Module) -> str:
-    """Return why a parameter is not a weight; an empty string if it is one.
+    """Return why a parameter is not a weight, or an empty string if it is one.
 
     Args:
         name: Its name in the module that it belongs to.
@@ -151,18 +151,18 @@ def _has_name(owner: nn.Module, pattern: re.Pattern[str]) -> bool:
 
 
 def _is_vector(p: nn.Parameter) -> bool:
-    """Return whether at most one dimension of a parameter is larger than 1, as far as its shape is known."""
+    """Return whether at most one dimension of a parameter is known to be larger than 1."""
     return not is_lazy(p) and sum(size > 1 for size in p.shape) < 2
 
 
 def _own_name(name: str) -> str:
-    """Return a parameter's name in its module, or that of the list which it is in: ``tokens`` for ``encoder.tokens.0``."""
+    """Return a parameter's name in its module, or the name of its list: ``tokens`` for ``encoder.tokens.0``."""
     parts = [part for part in name.split(".") if not part.isdigit()]
     return parts[-1] if parts else name
 
 
 def _exempt(module: nn.Module) -> set[int]:
-    """Return the parameters, by ``id``, that ``no_weight_decay()`` of a module names, relative to this module, as timm does."""
+    """Return the ids of the parameters that a module's ``no_weight_decay()`` names, relative to the module, as in timm."""
     exempt: set[int] = set()
     for owner in module.modules():
         named = getattr(owner, "no_weight_decay", None)

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class RunningMetrics:
-    """Metrics by name. Means start again when they are read; sums go on over the whole fit.
+    """Metrics by name. Means restart when they are read. Sums continue over the whole fit.
 
-    Their values are equal on every rank, so reading them needs no communication. Each step adds one number to one tensor: the
-    update of a torchmetrics metric would cost more than clipping itself on a small model.
+    Their values are equal on every rank, so reading them needs no communication. Each step adds one number to one tensor.
+    Updating a torchmetrics metric would cost more than clipping itself on a small model.
 
     Example:
         >>> import torch
@@ -53,10 +53,10 @@ class RunningMetrics:
         self._steps.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on; empty if there is nothing."""
+        """Return the state that a resumed run needs, or an empty dictionary."""
         sums = {key: value.cpu() for key, value in self._sums.items()}
         return {"sums": sums, "steps": dict(self._steps)} if sums else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another run stopped."""
+        """Continue where another run stopped."""
         self._sums, self._steps = dict(state.get("sums", {})), dict(state.get("steps", {}))

@@ -24,11 +24,11 @@ def select_modules(module: nn.Module, patterns: Patterns) -> dict[str, nn.Module
     """Return the submodules that match name globs or class names, by name.
 
     ``"*"`` alone means the layers inside the model: the modules without children, up to the last one that has parameters, in
-    the order in which the model defines them. That one computes the output of the model, so it does not count, and neither
-    does what follows it. Losses and metrics do not count either.
+    the order in which the model defines them. That one computes the output of the model, so it is left out, and so are the
+    modules after it. Losses and metrics are left out too.
 
     Args:
-        module: The module whose submodules are selected; it is never selected itself.
+        module: The module whose submodules are selected. The module itself is never selected.
         patterns: A glob on qualified names (``"encoder.layers.*"``), the name of a class (``"ReLU"``), or a list of these, in
             which a leading ``!`` excludes.
 
@@ -37,7 +37,7 @@ def select_modules(module: nn.Module, patterns: Patterns) -> dict[str, nn.Module
         selected if any of its names is selected and none is excluded.
 
     Raises:
-        ValueError: If a pattern matches nothing, with close names; or if all that is included is excluded.
+        ValueError: If a pattern matches nothing (the message suggests close names), or everything included is excluded.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -57,7 +57,7 @@ def select_modules(module: nn.Module, patterns: Patterns) -> dict[str, nn.Module
 
 
 def split_patterns(patterns: Patterns) -> tuple[list[str], list[str]]:
-    """Return the patterns that include, and without their ``!`` those that exclude.
+    """Return the patterns that include, and those that exclude, without their ``!``.
 
     Raises:
         ValueError: If none includes anything.
@@ -74,10 +74,10 @@ def split_patterns(patterns: Patterns) -> tuple[list[str], list[str]]:
 
 
 def check_patterns(what: str, patterns: Any) -> None:
-    """Raise an error if patterns are not what :func:`select_modules` takes, as far as that can be said without a module.
+    """Raise an error if patterns are not valid for :func:`select_modules`, as far as can be told without a module.
 
     Raises:
-        TypeError: If they are of another type, such as a class; the message says what to write.
+        TypeError: If they have another type, such as a class. The message says what to write.
         ValueError: If they include nothing.
     """
     listed = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Sequence) else patterns
@@ -98,7 +98,7 @@ def check_patterns(what: str, patterns: Any) -> None:
 
 
 def inner_layers(module: nn.Module) -> list[str]:
-    """Return the names of the layers inside a model: without the last one that has parameters, and without what follows it.
+    """Return the names of the layers inside a model: those before the last one that has parameters.
 
     Example:
         >>> inner_layers(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2), nn.Softmax(-1)))
@@ -110,7 +110,7 @@ def inner_layers(module: nn.Module) -> list[str]:
 
 
 def _leaves(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules without children, and known layers as a whole: what is inside these is not called as a module."""
+    """Yield the modules without children, and known layers as a whole, since their children are not called as modules."""
     for name, child in module.named_children():
         if isinstance(child, (_Loss, Metric)):
             continue
@@ -132,7 +132,7 @@ def _matching(module: nn.Module, named: Mapping[str, nn.Module], pattern: str) -
         matches = inner_layers(module)
         if not matches and named:
             raise ValueError(
-                "'*' means the layers before the last one that has parameters, and the model has none; name modules, as in "
+                "'*' means the layers before the last one that has parameters, but the model has none; name modules, as in "
                 f"{next(iter(named))!r}"
             )
     else:

@@ -1,4 +1,4 @@
-"""Techniques that act on modules in their forward pass, through hooks or attributes."""
+"""Techniques that act on modules in the forward pass, through hooks or attributes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class ForwardHook:
-    """A forward hook that does nothing in copies and pickles of its module, most of which do not even have it.
+    """A forward hook that does nothing in copies and pickles of its module, most of which lose the hook.
 
     Args:
-        act: Called with the module, its arguments and its output; returns another output, or ``None``.
+        act: Called with the module, its arguments, and its output. Returns another output, or ``None``.
     """
 
     def __init__(self, act: Callable[[nn.Module, Any, Any], Tensor | None]) -> None:
@@ -36,7 +36,7 @@ class ForwardHook:
 
     @property
     def __name__(self) -> str:
-        """What ``torch.jit.script`` asks of a hook first."""
+        """The first attribute that ``torch.jit.script`` reads from a hook."""
         raise AttributeError(
             "torch.jit.script cannot compile the forward hook of a callback of lightning_reg: compile a copy, which has "
             "no such hook, as in torch.jit.script(copy.deepcopy(model)), or compile after the fit"
@@ -51,7 +51,7 @@ class ForwardPreHook(ForwardHook):
     """A hook before the forward pass that does nothing in copies and pickles of its module.
 
     Args:
-        act: Called with the module and its arguments; returns other arguments, or ``None``.
+        act: Called with the module and its arguments. Returns other arguments, or ``None``.
     """
 
     def __init__(self, act: Callable[[nn.Module, Any], Any]) -> None:
@@ -63,7 +63,7 @@ class ForwardPreHook(ForwardHook):
 
 
 class ModuleRegularizer(Regularizer):
-    """Base of callbacks that act on modules, which a subclass finds.
+    """Base class of callbacks that act on modules, which a subclass finds.
 
     Args:
         name: The name in metrics and checkpoints.
@@ -88,10 +88,10 @@ class ModuleRegularizer(Regularizer):
         """Return the modules to act on, by name."""
 
     def matching(self, pl_module: LightningModule, patterns: Patterns) -> dict[str, nn.Module]:
-        """Return the modules that match name globs or class names; a leading ``!`` excludes.
+        """Return the modules that match name globs or class names. A leading ``!`` excludes.
 
         Raises:
-            ValueError: If a pattern matches nothing; the message names the class of the callback.
+            ValueError: If a pattern matches nothing. The message names the class of the callback.
         """
         try:
             return select_modules(pl_module, patterns)
@@ -110,7 +110,7 @@ class ModuleRegularizer(Regularizer):
         if in_eval_mode:
             rank_zero_warn(
                 f"{self.name}: {', '.join(in_eval_mode)} will not {self.effect}, because Lightning does not change the mode of "
-                "modules and these are in eval mode: call model.train() before the fit"
+                "modules, and these are in eval mode: call model.train() before the fit"
             )
 
     def detach(self) -> None:
@@ -122,5 +122,5 @@ class ModuleRegularizer(Regularizer):
         return f"{counted(len(self.modules_found), 'module')}: {abbreviate(list(self.modules_found))}"
 
     def route(self) -> str:
-        """Say that it acts in the forward pass."""
+        """Return where the technique acts: in the forward pass."""
         return "forward pass"

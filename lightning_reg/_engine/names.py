@@ -1,4 +1,4 @@
-"""Names of modules and parameters, as users know them."""
+"""User-facing names of modules and parameters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def abbreviate(names: Sequence[str], limit: int = 3) -> str:
-    """Join the first names of a list, with the number of further ones.
+    """Join the first names of a list, and give the number of the rest.
 
     Example:
         >>> abbreviate(list("abcdefg"))

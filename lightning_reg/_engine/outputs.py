@@ -1,4 +1,4 @@
-"""What a module returns: the part that techniques act on, and the dimension of its samples."""
+"""Outputs of modules: the part that techniques act on, and the batch dimension."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def batch_first(module: nn.Module) -> bool:
 
 
 def batch_dim(module: nn.Module, output: Tensor) -> int | None:
-    """Return the dimension of the samples in the output of a module; ``None`` if it is that of a single sample.
+    """Return the batch dimension of a module's output, or ``None`` if the output belongs to a single sample.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def batch_size(module: nn.Module, output: Tensor | PackedSequence) -> int:
 
 
 def describe_output(output: Any) -> str:
-    """Describe an output that is not what was expected, for an error message.
+    """Describe an unexpected output, for an error message.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Techniques that act on selected parameters: which parameters these are, and which of them an optimizer holds."""
+"""Techniques that act on selected parameters: the selection, and the part of it that an optimizer holds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _FEW = 3  # tensors that the summary names
 
 
 class _Held(NamedTuple):
-    """The parameters that an optimizer held when it was last asked."""
+    """The parameters that an optimizer held when last checked."""
 
     optimizer: Optimizer  # kept, so that no other one gets its id
     ids: list[int]
@@ -51,29 +51,29 @@ class _Held(NamedTuple):
 
 
 class ParameterRegularizer(Regularizer):
-    """Base of callbacks that act on selected parameters.
+    """Base class of callbacks that act on selected parameters.
 
     The selection is made by name before the fit, while modules still have their shapes. The tensors are looked up when the fit
     starts, since a strategy may have replaced them by then.
 
     Args:
-        params: The parameters to act on, see :func:`lightning_reg.select_parameters`.
+        params: The parameters to act on, as for :func:`lightning_reg.select_parameters`.
         name: The name in metrics and checkpoints.
 
     Raises:
-        TypeError: For ``params`` of another type.
+        TypeError: If ``params`` has another type.
         ValueError: In ``setup`` or when the fit starts, if nothing is selected.
     """
 
     params: Params
     reads_weights: ClassVar[bool] = True
-    """Whether it depends on the values of the parameters, and not only on their gradients."""
+    """Whether the technique depends on the values of the parameters, not only on their gradients."""
     supports_complex: ClassVar[bool] = False
-    """Whether it is defined for complex parameters, with |θ| as the magnitude. Frozen ones are always left alone."""
+    """Whether it is defined for complex parameters, with |θ| as the magnitude. It never acts on frozen ones."""
     needs_learning_rate: ClassVar[bool] = False
-    """Whether it acts in proportion to the learning rate of each parameter group, as ``learning_rate`` returns it."""
+    """Whether it acts in proportion to the learning rate of each parameter group."""
     rate_alternative: ClassVar[str] = "another technique"
-    """What to use with an optimizer whose learning rate is not known."""
+    """What to use with an optimizer whose learning rate is unknown."""
     supports_fsdp1: ClassVar[bool] = True
     """Whether it works without the shapes of tensors, which FSDP1 flattens."""
     fit_attributes: ClassVar[tuple[str, ...]] = (
@@ -161,7 +161,7 @@ class ParameterRegularizer(Regularizer):
         return computed
 
     def _follow(self, params: Sequence[Parameter]) -> None:
-        """Select among the parameters of modules that were added or replaced during the fit, once an optimizer holds them."""
+        """Select among parameters of modules that were added or replaced during the fit, once an optimizer holds them."""
         assert self._trainer is not None, "the fit has started"
         if self._known.issuperset(map(id, params)):
             return
@@ -176,7 +176,7 @@ class ParameterRegularizer(Regularizer):
             self.tensors_changed(changed)
 
     def tensors_changed(self, names: Sequence[str]) -> None:
-        """Take up selected tensors that were added or replaced during the fit."""
+        """Handle selected tensors that were added or replaced during the fit."""
 
     def _warn_of_parametrized(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn once, in the first callback whose selection leaves out weights that are computed from other parameters."""
@@ -190,7 +190,7 @@ class ParameterRegularizer(Regularizer):
             rank_zero_warn(warning)
 
     def _mask_originals(self) -> None:
-        """Set what the masks of ``torch.nn.utils.prune`` hide to 0, so that acting on originals is acting on the weights."""
+        """Zero entries that masks of ``torch.nn.utils.prune`` hide, so that acting on originals is acting on the weights."""
         for p, tensor in self._masked.values() if self.reads_weights else ():
             mask_original_(p, tensor)
 
@@ -200,13 +200,13 @@ class ParameterRegularizer(Regularizer):
         self._mask_originals()
 
     def hidden(self, p: Parameter) -> Tensor | None:
-        """Return where a mask of ``torch.nn.utils.prune`` hides entries of this rank's part, or ``None`` without a mask."""
+        """Return which entries of this rank's part a mask of ``torch.nn.utils.prune`` hides, or ``None`` without a mask."""
         if id(p) not in self._masked:
             return None
         return local_tensor(shard_like(self._masked[id(p)][1].mask(), p)) == 0
 
     def _check_supported(self, trainer: Trainer) -> None:
-        """Raise an error for parameters on which it cannot act."""
+        """Raise an error for parameters that the technique does not support."""
         if not self.supports_complex:
             self._refused = {id(p) for p in self.tensors.values() if p.is_complex()}
             self._refuse_complex([p for p in self.tensors.values() if p.requires_grad])
@@ -217,7 +217,7 @@ class ParameterRegularizer(Regularizer):
             )
 
     def _refuse_complex(self, params: Sequence[Tensor]) -> None:
-        """Raise an error if some of the parameters are complex, and it is not defined for these."""
+        """Raise an error if some of the parameters are complex and the technique is not defined for them."""
         if names := [self.name_of(p) for p in params if id(p) in self._refused]:
             excluding = f"params=[…, {', '.join(repr('!' + name) for name in names)}]"
             raise ValueError(
@@ -245,20 +245,20 @@ class ParameterRegularizer(Regularizer):
         return [self._units.get(id(p), Units()) for p in params]
 
     def optimizer_index(self, optimizer: Optimizer) -> int:
-        """Return the index of an optimizer in the trainer's list; each optimizer has state of its own.
+        """Return the index of an optimizer in the trainer's list. Each optimizer has its own state.
 
-        One that replaces another goes on with the state of the other.
+        An optimizer that replaces another one continues with its state.
         """
         if self._trainer is not None and optimizer in self._trainer.optimizers:
             self._optimizers = list(self._trainer.optimizers)
         return self._optimizers.index(optimizer)
 
     def label(self, key: str, optimizer: Optimizer) -> str:
-        """Return the name of a metric, which ends in the index of the optimizer if there are several."""
+        """Return the name of a metric, which ends with the index of the optimizer if there are several."""
         return f"{key}_{self.optimizer_index(optimizer)}" if len(self._optimizers) > 1 else key
 
     def _check_trainable(self, trainer: Trainer) -> None:
-        """Warn if nothing that is selected is trained for now; a callback may unfreeze it later."""
+        """Warn if none of the selected parameters is currently trained. A callback may unfreeze them later."""
         frozen = not any(p.requires_grad for p in self.tensors.values())
         if frozen and self.params == "weights":
             raise ValueError(f"{type(self).__name__}: params='weights' selects no parameter: all weights are frozen")
@@ -299,7 +299,7 @@ class ParameterRegularizer(Regularizer):
         """
         rate = group.get("lr")
         if rate is None or ("d" in group and not is_torchs_own(optimizer)):  # torch's Adafactor has another d
-            why = "multiplies the learning rate by a factor d of its own" if rate is not None else "has no learning rate (lr)"
+            why = "multiplies the learning rate by its own factor d" if rate is not None else "has no learning rate (lr)"
             raise ValueError(
                 f"{self.name} acts in proportion to the learning rate, but {type(optimizer).__name__} {why}: use "
                 f"{self.rate_alternative}"
@@ -313,7 +313,7 @@ class ParameterRegularizer(Regularizer):
                 self.learning_rate(optimizer, group)
 
     def by_group(self, params: list[Parameter], optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], list[Parameter]]]:
-        """Yield each parameter group of an optimizer, which has its own learning rate, with those parameters that it holds."""
+        """Yield each parameter group of an optimizer, which has its own learning rate, with its share of the parameters."""
         wanted = {id(p) for p in params}
         for group in optimizer.param_groups:
             held = [p for p in group["params"] if id(p) in wanted]
@@ -321,12 +321,12 @@ class ParameterRegularizer(Regularizer):
                 yield group, held
 
     def warn_of_second_decay(self, trainer: Trainer) -> None:
-        """Warn if the optimizer decays the selected parameters too."""
+        """Warn if the optimizer also decays the selected parameters."""
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups if group.get("weight_decay")]
         decays = {group["weight_decay"] for group in groups if any(id(p) in self._names for p in group["params"])}
         if decays:
             rank_zero_warn(
-                f"{self.name} acts on parameters that the optimizer decays too (weight_decay={', '.join(map(str, decays))}): "
+                f"{self.name} acts on parameters that the optimizer also decays (weight_decay={', '.join(map(str, decays))}): "
                 f"both shrink them. Set weight_decay=0, or remove {type(self).__name__}."
             )
 
@@ -349,5 +349,5 @@ class ParameterRegularizer(Regularizer):
         return f"{counted(len(trained), 'tensor')}, {counted(count, 'parameter')}{later}{names}"
 
     def notes(self) -> list[str]:
-        """Say what ``"weights"`` leaves out."""
+        """Describe what ``"weights"`` leaves out."""
         return [f"'weights' leaves out {self._left_out}"] if self._left_out else []

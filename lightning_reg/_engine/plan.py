@@ -1,4 +1,4 @@
-"""What is known at the start of an epoch about the rest of a fit: its length in batches, optimizer steps, and epochs."""
+"""The planned length of a fit in batches, optimizer steps, and epochs, as known at the start of an epoch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Step(NamedTuple):
         number: The number of optimizer steps before it. In manual optimization, where optimizers may take turns, the number of
             batches before it.
         index_in_batch: Its index among the steps of its batch; always 0 in automatic optimization.
-        evaluation: How often the optimizer has evaluated its closure in this step before. All evaluations draw the same random
-            numbers, and only the first one counts in statistics.
+        evaluation: How many times the optimizer has already evaluated its closure in this step. All evaluations draw the same
+            random numbers, and only the first one counts in statistics.
     """
 
     number: int
@@ -32,12 +32,12 @@ class Step(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
-        """What tells this step from others."""
+        """A key that distinguishes this step from others."""
         return self.number, self.index_in_batch
 
 
 class Point(NamedTuple):
-    """A point of a fit, as numbers of what is done there.
+    """A point of a fit, as counts.
 
     Args:
         batches: The number of training batches.
@@ -54,9 +54,9 @@ _NOTHING = Point(0, 0, 0)
 
 
 def fraction_done(point: Point, length: Point) -> float:
-    """Return which fraction of a fit is done at a point, or the number of batches if the fit has no end.
+    """Return the fraction of a fit that is done at a point, or the number of batches if the fit is endless.
 
-    The unit that is furthest counts. Epochs count as a whole, since without a number of batches they have no fractions.
+    The unit that is farthest along counts. Epochs count as a whole, since without a number of batches they have no fractions.
     """
     if math.isinf(min(length)):
         return point.batches
@@ -74,7 +74,7 @@ class Plan:
         per_epoch: The number of batches in each epoch from now on; infinite if the length of the data is unknown.
         per_step: The number of batches per optimizer step (``accumulate_grad_batches``), keyed by the first epoch to which
             it applies; empty if it is unknown, in manual optimization.
-        start: What is done when the epoch starts.
+        start: The point at which the epoch starts.
 
     Example:
         >>> plan = Plan(max_epochs=10, per_epoch=10, per_step={0: 4})  # the third step of each epoch has 2 batches
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def end(self) -> Point:
-        """The end of the fit. What is unknown is infinite."""
+        """The end of the fit. Unknown counts are infinite."""
         total = self.total
         epochs = self.max_epochs
         if self.is_automatic and math.isfinite(total):
@@ -126,9 +126,9 @@ class Plan:
 
     @property
     def length(self) -> Point:
-        """What the progress of the fit is measured by: batches where their number is known, else epochs and steps.
+        """The measure of the fit's progress: batches if their number is known, otherwise epochs and steps.
 
-        What does not count is infinite.
+        Units that do not count are infinite.
         """
         steps = math.inf if self.is_exact else self.max_steps
         return Point(self.total, math.inf if self.is_sized else self.max_epochs, steps)
@@ -136,8 +136,8 @@ class Plan:
     def point(self, marker: str) -> Point:
         """Return the point that a marker names, such as ``"3ep"`` (epochs) or ``"500st"`` (optimizer steps).
 
-        The number of batches in an epoch must be known. Without the number of batches in a step, steps are NaN. What lies
-        behind is estimated as if all epochs were like this one.
+        The number of batches in an epoch must be known. Without the number of batches in a step, steps are NaN. Earlier epochs
+        are assumed to be like this one.
         """
         number, unit = parse_marker(marker)
         ahead = (number - self.start.epochs) * self.per_epoch
@@ -149,7 +149,7 @@ class Plan:
         """Return the number of batches in a number of optimizer steps. The last step of an epoch may have fewer batches."""
         if not self.is_automatic:
             return math.nan
-        if number < self.start.steps:  # it is over; the epochs before are taken to be like this one
+        if number < self.start.steps:  # it is over; earlier epochs are assumed to be like this one
             return replace(self, start=_NOTHING)._batches_at_step(number)
         steps, batches = self.start.steps, self.start.batches
         for epochs, per_step in self._stretches():
@@ -161,7 +161,7 @@ class Plan:
         raise AssertionError("the last stretch of epochs has no end")
 
     def _step_at(self, batches: float) -> float:
-        """Return the number of optimizer steps in a number of batches: the reverse of ``_batches_at_step``."""
+        """Return the number of optimizer steps in a number of batches: the inverse of ``_batches_at_step``."""
         if not self.is_automatic:
             return math.nan
         if batches < self.start.batches:

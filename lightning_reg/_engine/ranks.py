@@ -1,7 +1,7 @@
-"""What the ranks of a fit agree on before it starts: the same callbacks, and who logs.
+"""Agreement among the ranks of a fit before it starts: the same callbacks, and which ranks log.
 
-The ranks write what they were given to the store of the process group, and read what the others wrote. A collective would hang
-where a rank has no callback of this package. The store ends with an error that names the rank.
+Each rank writes its configuration to the store of the process group, and reads those of the others. A collective would hang if
+a rank had no callback of this package. The store raises an error that names the rank instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Agreement(NamedTuple):
 
     Attributes:
         logs: Whether any rank has a logger. Then every rank computes the metrics, since some of them need all ranks.
-        log_every_n_steps: How often they do.
+        log_every_n_steps: How often they are computed.
     """
 
     logs: bool
@@ -61,7 +61,7 @@ def agree(trainer: Trainer, techniques: Sequence[Technique]) -> Agreement:
 
 
 def answers_of_all(trainer: Trainer, answer: Any) -> list[Any]:
-    """Return what each rank of a fit answers, by rank; every rank of the fit must call it."""
+    """Return the answer of each rank of a fit, by rank. Every rank of the fit must call it."""
     if not _are_joint(trainer):
         return [answer]
     answers: list[Any] = [None] * trainer.world_size
@@ -70,14 +70,14 @@ def answers_of_all(trainer: Trainer, answer: Any) -> list[Any]:
 
 
 def mean_of_all(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-    """Return the mean of each metric over the ranks that have it; every rank of the fit must call it."""
+    """Return the mean of each metric over the ranks that have it. Every rank of the fit must call it."""
     answers = answers_of_all(trainer, metrics)
     keys = dict.fromkeys(key for answer in answers for key in answer)
     return {key: fmean(answer[key] for answer in answers if key in answer) for key in keys}
 
 
 def mean_tensors_of_all(trainer: Trainer, tensors: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the mean of tensors over the ranks of a fit; every rank must call it.
+    """Return the mean of tensors over the ranks of a fit. Every rank must call it.
 
     Args:
         trainer: The trainer of the fit.
@@ -98,19 +98,19 @@ def mean_tensors_of_all(trainer: Trainer, tensors: Sequence[Tensor | None], like
 
 
 def may_differ(technique: Technique) -> bool:
-    """Return whether what a technique computes may depend on a rank's data: if a user wrote it."""
+    """Return whether a technique's values may depend on a rank's data: true for techniques that users wrote."""
     return type(technique).__module__.partition(".")[0] != __name__.partition(".")[0]
 
 
 def _are_joint(trainer: Trainer) -> bool:
-    """Return whether the trainer trains on all ranks of the process group; a fit on one rank is its own."""
+    """Return whether the trainer trains on all ranks of the process group. A fit on one rank stands alone."""
     if trainer.world_size == 1 or not torch.distributed.is_initialized():
         return False
     return torch.distributed.get_world_size() == trainer.world_size
 
 
 def _exchange(trainer: Trainer, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what each rank wrote to the store for this fit."""
+    """Return the entries of all ranks in the store for this fit."""
     store, rank, ranks = distributed_c10d._get_default_store(), trainer.global_rank, trainer.world_size
     fit = store.add(f"lightning_reg/fits of rank {rank}", 1)
     keys = [f"lightning_reg/fit {fit} of rank {other}" for other in range(ranks)]
@@ -139,7 +139,7 @@ def _compare(rank: int, callbacks: dict[str, str], first: dict[str, str]) -> Non
         name = next(name for name in first if first[name] != callbacks[name])
         difference = f"{callbacks[name]} is {first[name]} on rank 0"
     else:
-        difference = f"it has {_listed(callbacks)}, and rank 0 has {_listed(first)}"
+        difference = f"it has {_listed(callbacks)}, but rank 0 has {_listed(first)}"
     raise RuntimeError(f"the callbacks of rank {rank} differ from those of rank 0: {difference}; give every rank the same")
 
 
@@ -148,14 +148,14 @@ def _listed(callbacks: dict[str, str]) -> str:
 
 
 def _described(technique: Technique) -> tuple[str, str]:
-    """Return the name of a technique and a text with its class and all its arguments, equal in every process."""
+    """Return the name of a technique and a string with its class and all its arguments, equal in every process."""
     arguments = [argument.name for argument in constructor_arguments(type(technique)) if argument.name != "name"]
     given = (f"{name}={canonical(getattr(technique, name, None))}" for name in arguments)
     return technique.name, f"{type(technique).__name__}({', '.join(given)})"
 
 
 def canonical(value: Any) -> str:
-    """Return a text for a value that is the same in every process: without addresses, and with sets in order.
+    """Return a string for a value that is the same in every process: without addresses, and with sets in order.
 
     Example:
         >>> canonical({"b", "a"}), canonical({"net.*": 0.5}), canonical(len)

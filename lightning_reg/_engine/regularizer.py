@@ -29,8 +29,8 @@ _summaries: WeakKeyDictionary[Trainer, Summary] = WeakKeyDictionary()
 class _KeyOfInstance(property):
     """A property that Lightning may read from an instance only.
 
-    The state key is the first that a Trainer asks of a callback. So a class that was passed in place of an instance gets an
-    error that says so, before Lightning calls the hooks of the class without ``self``.
+    The state key is the first attribute that a Trainer reads from a callback. So if a class is passed instead of an instance,
+    the error says so before Lightning calls the hooks of the class without ``self``.
     """
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -40,7 +40,7 @@ class _KeyOfInstance(property):
 
 
 class _CallbackClass(ABCMeta):
-    """The class of callback classes, which raises a clear error if Lightning takes one for the list of callbacks."""
+    """The class of callback classes, which raises a clear error if Lightning mistakes one for the list of callbacks."""
 
     def __getitem__(cls, key: Any) -> Any:
         if isinstance(key, int) and _lightning.is_code_of_lightning(sys._getframe(1)):  # the first entry of a loop
@@ -57,7 +57,7 @@ def _class_message(cls: type) -> str:
 
 
 class Regularizer(Technique, Callback, metaclass=_CallbackClass):
-    """Base of all callbacks in this package. No subclass overrides a Lightning hook; it overrides methods of ``Technique``.
+    """Base class of all callbacks in this package. Subclasses override methods of ``Technique``, never a Lightning hook.
 
     Args:
         name: The name in metrics and checkpoints. Built from the class and any non-default selection by default.
@@ -91,16 +91,16 @@ class Regularizer(Technique, Callback, metaclass=_CallbackClass):
             self.prepare_predict(trainer, pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the methods of the module that Lightning gives to each callback of a fit."""
+        """Leave out the module's methods, which Lightning sets on each callback of a fit."""
         return {name: value for name, value in super().__getstate__().items() if name not in _lightning.METHODS_OF_MODULE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of the run that is resumed. Evaluation needs none, so it accepts any layout."""
+        """Restore the state of the resumed run. Evaluation needs no state, so it accepts any layout."""
         with suppress(ValueError) if self._evaluating else nullcontext():
             super().load_state_dict(state_dict)
 
     def _act_first(self, trainer: Trainer) -> None:
-        """Put a hidden callback before all others, unless the first one is of this package."""
+        """Put a hidden callback before all others, unless the first one belongs to this package."""
         if not isinstance(next(iter(trainer.callbacks), None), Regularizer):  # type: ignore[attr-defined]
             install_front(trainer)
 
@@ -113,7 +113,7 @@ class Regularizer(Technique, Callback, metaclass=_CallbackClass):
             raise ValueError(_same_name(self.name))
 
     def refuse_others(self, trainer: Trainer, reason: str) -> None:
-        """Raise an error if the trainer has another callback of the same class; for techniques that act on everything."""
+        """Raise an error if the trainer has another callback of the same class, for techniques that act on everything."""
         for other in regularizers_of(trainer):
             if type(other) is type(self) and other is not self:
                 raise ValueError(f"{self.name} and {other.name} {reason}")
@@ -132,7 +132,7 @@ class Regularizer(Technique, Callback, metaclass=_CallbackClass):
                 _summaries[trainer].print()
 
     def summary(self, trainer: Trainer) -> Summary:
-        """Return the summary of all regularizers as they are now; after a fit, as they were when it started."""
+        """Return the current summary of all regularizers. After a fit, return the one from its start."""
         if self._driver:
             return summarize(self._driver.techniques)
         return _summaries.get(trainer) or summarize(in_order(regularizers_of(trainer)), attached=False)
@@ -175,36 +175,36 @@ class Regularizer(Technique, Callback, metaclass=_CallbackClass):
             self._driver.before_validation()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the module that was validated."""
+        """Look at the validated module."""
         if self._driver:
             self._driver.after_validation()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End an epoch whose last batch nobody knew to be the last."""
+        """End an epoch whose last batch was not known to be the last."""
         if self._driver:
             self._driver.after_epoch()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what there is to say about the whole fit."""
+        """Print the summary lines of the whole fit."""
         self.fit_over()
         if (self.prints_always or _lightning.prints_summary(trainer)) and (line := self.fit_summary()):
             print_line(trainer, f"{self.name}: {line}")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Change what predictions need."""
+        """Prepare the predictions."""
         self._predicting = True
         self.start_predict(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self._stop_predict()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self._stop()
 
     def _stop_predict(self) -> None:
@@ -213,7 +213,7 @@ class Regularizer(Technique, Callback, metaclass=_CallbackClass):
             self.stop_predict()
 
     def _stop(self) -> None:
-        """Stop acting, and release everything of the run, also what Lightning has set."""
+        """Stop acting, and release everything that belongs to the run, including attributes that Lightning has set."""
         self._stop_predict()
         for method in _lightning.METHODS_OF_MODULE:
             vars(self).pop(method, None)
@@ -228,8 +228,8 @@ _lightning.derive_from_both(Regularizer)
 class _NewStateKey(str):
     """The state key of a callback that no Trainer has set up yet.
 
-    Where Lightning compares the keys of a new Trainer's callbacks, it raises our error: Lightning's own does not say that
-    ``name=`` sets the key. Everywhere else it is a string like any other.
+    When Lightning compares the keys of a new Trainer's callbacks, this class raises a better error: Lightning's own does not
+    say that ``name=`` sets the key. Everywhere else, it is an ordinary string.
     """
 
     def __new__(cls, key: str, owner: Regularizer) -> _NewStateKey:
@@ -256,10 +256,10 @@ def _same_name(name: str) -> str:
 
 
 def summary(trainer: Trainer) -> None:
-    """Print what each callback of this package acts on, with which settings, and when. Only rank zero prints.
+    """Print what each callback of this package acts on, with which settings, and where. Only rank zero prints.
 
     The same summary is printed when a fit starts, unless ``enable_model_summary=False``. During a fit, this function prints
-    what is true now, for example after a callback has unfrozen layers. After a fit, it prints what was true at its start.
+    the current state, for example after a callback has unfrozen layers. After a fit, it prints the summary from its start.
     Before any fit, targets are not known yet.
 
     Args:
@@ -274,7 +274,7 @@ def summary(trainer: Trainer) -> None:
         >>> summary(Trainer(callbacks=[GradientNormClipping(1.0)], logger=False))
         Regularization
         ┏━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━┓
-        ┃ Callback             ┃ Acts on       ┃ Setting      ┃ Route           ┃
+        ┃ Callback             ┃ Acts on       ┃ Setting      ┃ Where           ┃
         ┡━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━╇━━━━━━━━━━━━━━━━━┩
         │ GradientNormClipping │ not known yet │ max_norm=1.0 │ before the step │
         └──────────────────────┴───────────────┴──────────────┴─────────────────┘

@@ -1,4 +1,4 @@
-"""Metrics of callbacks in the rows that Lightning writes to the loggers of a fit."""
+"""Metrics of callbacks in the rows that Lightning writes to loggers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LoggerRows:
     """Adds metrics to the next row that Lightning writes for the current step, which has the step and the epoch.
 
     Lightning offers a row to the loggers after each batch that it logs, after a validation, and at the end of each epoch, and
-    writes it if it has metrics. A row of its own for the same step would be a second line in a CSV file.
+    writes it if it has metrics. A separate row for the same step would be a second line in a CSV file.
 
     Args:
         trainer: The trainer of the fit.
@@ -29,7 +29,7 @@ class LoggerRows:
         self._waiting: dict[str, float] = {}
 
     def start(self) -> Callable[[], None]:
-        """Follow the rows of the trainer; return a function to stop that."""
+        """Follow the rows of the trainer. Return a function that stops this."""
         return _lightning.wrap_method(self._trainer._logger_connector, "log_metrics", self._wrapper)
 
     def add(self, metrics: Mapping[str, float]) -> None:

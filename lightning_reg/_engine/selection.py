@@ -27,13 +27,12 @@ _FUNCTION = "(name, parameter, module) -> bool"
 def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str, nn.Parameter]:
     """Return the selected parameters, by name.
 
-    ``"weights"`` are the matrices and filters of a model. The weights of known layers count whatever their shape: linear,
-    convolutional, recurrent, and attention layers, embeddings, and what ``lightning_reg.WEIGHT_LAYERS`` adds. Of parameters in
-    other modules, those count that have two dimensions larger than 1, or that are called ``weight``, ``kernel``, or
-    ``…_weight``, whatever their shape. Biases, parameters of normalization layers, position embeddings, tokens, scales, and
-    what a module's ``no_weight_decay()`` names never count. Neither does a weight that the module computes from other
-    parameters, as ``weight_norm`` does, and a warning names these. An exception is a weight under a mask of
-    ``torch.nn.utils.prune``.
+    ``"weights"`` means the matrices and filters of a model. The weights of known layers count regardless of their shape:
+    linear, convolutional, recurrent, and attention layers, embeddings, and layers added to ``lightning_reg.WEIGHT_LAYERS``. In
+    other modules, a parameter counts if at least two of its dimensions are larger than 1, or if its name is ``weight``,
+    ``kernel``, or ``…_weight``. Biases, parameters of normalization layers, position embeddings, tokens, scales, and the
+    parameters that a module's ``no_weight_decay()`` names never count. Neither do weights that a module computes from other
+    parameters, as ``weight_norm`` does; a warning names them. Weights under a mask of ``torch.nn.utils.prune`` do count.
 
     A tied parameter counts once, under its first name. It is selected if any of its names is selected and none is excluded.
 
@@ -49,7 +48,7 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
         parameters are included: callbacks check at every step whether a parameter requires a gradient.
 
     Raises:
-        TypeError: If ``module`` is not a module, or ``params`` is of another type, such as a module or a class.
+        TypeError: If ``module`` is not a module, or ``params`` has another type, such as a module or a class.
         ValueError: If nothing is selected; the message says what ``"weights"`` left out. If a glob matches nothing; the message
             suggests close names.
 
@@ -73,10 +72,10 @@ def select_parameters(module: nn.Module, params: Params = "weights") -> dict[str
 
 
 def check_params(what: str, params: Any) -> None:
-    """Raise an error if ``params`` is not what :func:`select_parameters` takes, as far as that can be said without a module.
+    """Raise an error if ``params`` is not valid for :func:`select_parameters`, as far as can be told without a module.
 
     Raises:
-        TypeError: If it is of another type; the message says what to write.
+        TypeError: If it has another type. The message says what to write.
         ValueError: If it includes nothing, or an entry is malformed.
     """
     if callable(params) and not isinstance(params, (nn.Module, type)):
@@ -103,13 +102,13 @@ def _takes_three(function: Callable[..., Any]) -> bool:
         inspect.signature(function).bind("", None, None)
     except TypeError:
         return False
-    except ValueError:  # a builtin that does not say what it takes
+    except ValueError:  # a builtin without a signature
         return True
     return True
 
 
 def _fix(rule: Any) -> str:
-    """Return what to write in place of something that does not name parameters."""
+    """Return what to write instead of a value that does not name parameters."""
     if isinstance(rule, nn.Module):
         return f"write the name of this {type(rule).__name__} in the model, as in params='encoder.*'"
     if isinstance(rule, Tensor):
@@ -145,7 +144,7 @@ def selection_mask(module: nn.Module, params: Params) -> dict[str, bool]:
 
 
 def effective_tensors(module: nn.Module, params: Params) -> dict[str, Tensor]:
-    """Return the selected tensors as the forward pass uses them: with computed weights in place of their originals.
+    """Return the selected tensors as the forward pass uses them: computed weights replace their originals.
 
     A computed weight is selected by its own name and kind, or by the name of any of its originals.
 
@@ -184,7 +183,7 @@ def _selected(module: nn.Module, named: Sequence[NamedParameter], params: Params
 
 
 def _imported(params: Params, names: Sequence[str]) -> Params:
-    """Return the function in place of its import path; a text with a colon may also name a parameter.
+    """Return the function for an import path. A string with a colon may also name a parameter.
 
     Raises:
         ValueError: If the function cannot be imported.
@@ -240,14 +239,14 @@ def left_out(module: nn.Module, params: Params) -> dict[str, list[str]]:
 
 
 def parametrized_warning(module: nn.Module, params: Params) -> str:
-    """Return a warning about weights that ``"weights"`` leaves out because they are computed; empty if there are none."""
+    """Return a warning about weights that ``"weights"`` leaves out because they are computed, or an empty string."""
     names = left_out(module, params).get("parametrized")
     if not names:
         return ""
     tensors = dict.fromkeys(p.computed.name for p in named_kinds(module) if p.computed and p.name in names)
     return (
         f"'weights' leaves out {abbreviate(list(tensors), 10)}, which the model computes from {abbreviate(names, 10)}: acting "
-        "on these is not acting on the weights. To act on them nevertheless, or to silence this warning, name them, as in "
+        "on these is not acting on the weights. To act on them anyway, or to silence this warning, name them, as in "
         f"params=['weights', {names[0]!r}] or params=['weights', '!{names[0]}']"
     )
 
@@ -263,7 +262,7 @@ def described(reasons: dict[str, list[str]]) -> str:
 
 
 def nothing_selected_message(module: nn.Module, params: Params) -> str:
-    """Return the error message for a selection that selects nothing: what it left out, or close names."""
+    """Return the error message for an empty selection: what it left out, or close names."""
     what = f"params={readable(params)} selects no parameter"
     names = list(_first_names(module))
     params = _imported(params, names)
@@ -282,7 +281,7 @@ def nothing_selected_message(module: nn.Module, params: Params) -> str:
 
 
 class _Rule(NamedTuple):
-    """One entry of ``params``: a keyword and a glob, of which a parameter must satisfy both."""
+    """One entry of ``params``: a keyword and a glob. A parameter must satisfy both."""
 
     text: str
     excludes: bool
@@ -290,7 +289,7 @@ class _Rule(NamedTuple):
     glob: str
 
     def covers(self, p: NamedParameter) -> bool:
-        """Return whether it applies to a parameter."""
+        """Return whether the rule applies to a parameter."""
         return self.keyword in p.kinds and fnmatchcase(p.name, self.glob)
 
 
@@ -330,7 +329,7 @@ def _check_rules(module: nn.Module, rules: Sequence[_Rule], named: Sequence[Name
 
 
 def _hint(module: nn.Module, rule: _Rule, text: str, names: Sequence[str]) -> str:
-    """Return what may be wrong with a rule whose glob matches nothing."""
+    """Suggest a fix for a rule whose glob matches nothing."""
     if text.startswith("["):
         return quoting_hint("weights")
     if _names_function(rule.text):
@@ -353,12 +352,12 @@ def _hint(module: nn.Module, rule: _Rule, text: str, names: Sequence[str]) -> st
 
 
 def _names_function(text: str) -> bool:
-    """Return whether a text is the import path of a function, and not a keyword with a glob."""
+    """Return whether a string is the import path of a function rather than a keyword with a glob."""
     return is_function_path(text) and text.partition(":")[0] not in KEYWORDS
 
 
 def _keyword_hint(text: str) -> str:
-    """Return what to write in place of what stands before a colon and is no keyword."""
+    """Suggest a replacement for a word before a colon that is not a keyword."""
     keyword, _, glob = text.partition(":")
     close = get_close_matches(keyword.lower(), KEYWORDS, n=1)
     fix = f"write {f'{close[0]}:{glob}'!r}" if close else f"the keywords are {', '.join(map(repr, KEYWORDS))}"

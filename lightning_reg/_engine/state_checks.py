@@ -1,4 +1,4 @@
-"""Checks of the state in a checkpoint, so that what another class or version saved is an error that says what is wrong."""
+"""Checks of the state in a checkpoint, so that the state of another class or version raises an error with the reason."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _PARTS = ("layout", "metrics", "state", "clock")
 
 
 def check_keys(what: str, found: Any, needed: Collection[str], allowed: Collection[str] | None = ()) -> None:
-    """Raise an error if something is no dictionary with certain keys.
+    """Raise an error unless a value is a dictionary with certain keys.
 
     Args:
-        what: What it is, for the error message.
-        found: What to check.
+        what: The name of the value, for the error message.
+        found: The value to check.
         needed: The keys that it must have.
-        allowed: Further keys that it may have; any if ``None``.
+        allowed: Further keys that it may have, or ``None`` for any.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is not.
 
     Example:
         >>> check_keys("metrics", {"sums": {}}, ("sums", "steps"))
@@ -42,14 +42,14 @@ def check_keys(what: str, found: Any, needed: Collection[str], allowed: Collecti
 
 
 def check_state(found: Any, *, has_own: bool) -> None:
-    """Raise an error if something is no state of a technique, as far as that can be said without the technique.
+    """Raise an error unless a value is the state of a technique, as far as can be told without the technique.
 
     Args:
-        found: What the checkpoint has.
-        has_own: Whether the class of the technique saves state of its own beside that of a technique.
+        found: The value in the checkpoint.
+        has_own: Whether the class of the technique saves additional state of its own.
 
     Raises:
-        ValueError: If its layout is another one, or a part of it is missing or malformed.
+        ValueError: If it has another layout, or a part of it is missing or malformed.
     """
     if not isinstance(found, Mapping):
         raise ValueError(f"it is {described_value(found)}, expected a dictionary")
@@ -63,10 +63,10 @@ def check_state(found: Any, *, has_own: bool) -> None:
 
 
 def check_entries(found: Any, entries: Collection[str]) -> None:
-    """Raise an error if the state proper is neither empty nor a dictionary of dictionaries with these names.
+    """Raise an error unless the state itself is empty or a dictionary of dictionaries with these names.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is not.
     """
     check_keys("state", found, entries if found else ())
     for entry, values in found.items():
@@ -74,7 +74,7 @@ def check_entries(found: Any, entries: Collection[str]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a real number, and not a truth value."""
+    """Return whether a value is a real number, and not a Boolean."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -101,7 +101,7 @@ def _check_clock(found: Any) -> None:
     }
     for part, is_right in parts.items():
         if not is_right:
-            raise ValueError(f"clock[{part!r}] is {described_value(found[part])}, which is no part of a clock")
+            raise ValueError(f"clock[{part!r}] is {described_value(found[part])}, which does not belong in a clock")
 
 
 def _is_ramp(found: Any) -> bool:

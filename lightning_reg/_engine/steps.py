@@ -1,4 +1,4 @@
-"""Follows the optimizer steps of a fit, whichever optimizers take them and however often they evaluate their closures."""
+"""Follows the optimizer steps of a fit, for any optimizer, no matter how often it evaluates its closure."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
 _NO_OPTIMIZERS = ("param_groups", "state", "defaults")  # attributes of an optimizer that hold none
-_MANY_BATCHES = 100  # without a step that was seen
+_MANY_BATCHES = 100  # without a visible step
 
 
-class SkippedStep(Exception):  # noqa: N818 - like StopIteration, it is no error
+class SkippedStep(Exception):  # noqa: N818 - like StopIteration, it is not an error
     """Ends an optimizer step from within its closure."""
 
 
 class StepListener(Protocol):
-    """What happens around the steps that are followed."""
+    """Reacts to the followed steps."""
 
     @property
     def is_active(self) -> bool:
-        """Whether steps matter now. In the course of a fit, a learning-rate finder takes some without callbacks."""
+        """Whether steps matter now. During a fit, a learning-rate finder takes steps without callbacks."""
 
     @property
     def acts_on_weights(self) -> bool:
@@ -41,7 +41,7 @@ class StepListener(Protocol):
         """Act before a step, and before the optimizer evaluates its closure."""
 
     def objective_terms(self, optimizer: Optimizer) -> list[Tensor]:
-        """Return what is to be added to the value of an evaluated closure."""
+        """Return the terms to add to the value of an evaluated closure."""
 
     def before_update(self, optimizer: Optimizer) -> None:
         """Act before an update that a loss scaler has allowed."""
@@ -50,7 +50,7 @@ class StepListener(Protocol):
         """Act on the updated weights. A step that is not known was taken without Lightning."""
 
     def end_step(self) -> None:
-        """Act after a step, also after a skipped one."""
+        """Act after a step, even a skipped one."""
 
 
 def is_torchs_own(optimizer: Optimizer) -> bool:
@@ -59,7 +59,7 @@ def is_torchs_own(optimizer: Optimizer) -> bool:
 
 
 def evaluates_once(optimizer: Optimizer) -> bool:
-    """Return whether a step evaluates its closure once, before it changes anything, and only returns the closure's value."""
+    """Return whether a step evaluates its closure once, before any change, and does nothing with its value but return it."""
     return is_torchs_own(optimizer) and not isinstance(optimizer, LBFGS)
 
 
@@ -80,9 +80,9 @@ def has_no_rate(optimizer: Optimizer) -> bool:
 
 
 def with_inner(optimizer: Any) -> list[Any]:
-    """Return an optimizer and those within it, each once: the one that a wrapper such as Lookahead steps with, for example.
+    """Return an optimizer and those within it, each once, such as the one inside a wrapper like Lookahead.
 
-    ``ZeroRedundancyOptimizer`` keeps the state of this rank's parameters in an optimizer of its own too.
+    ``ZeroRedundancyOptimizer`` also keeps the state of this rank's parameters in an inner optimizer.
     """
     found, seen, waiting = [], set(), [optimizer]
     while waiting:
@@ -101,21 +101,21 @@ def with_inner(optimizer: Any) -> list[Any]:
 
 
 def _is_optimizer(candidate: Any) -> bool:
-    """Return whether an object has what pruning needs of an optimizer, whatever its class."""
+    """Return whether an object has the attributes of an optimizer that pruning needs, regardless of its class."""
     known = getattr(candidate, "__dict__", {})
     return isinstance(candidate, Optimizer) or ("state" in known and callable(getattr(candidate, "step", None)))
 
 
 class StepFollower:
-    """Tells a listener about the steps of a trainer's optimizers, of each that the trainer has at the time.
+    """Tells a listener about the steps of a trainer's current optimizers.
 
-    Lightning takes a step in ``strategy.optimizer_step``, whatever the class of the optimizer, and however often it evaluates
-    its closure. Steps that Lightning does not take are seen by torch's global step hooks, if the class of the optimizer, or of
-    one that it wraps, runs step hooks.
+    Lightning takes every step in ``strategy.optimizer_step``, regardless of the optimizer's class and of how often it
+    evaluates its closure. Torch's global step hooks reveal steps that Lightning does not take, if the class of the optimizer,
+    or of one that it wraps, runs step hooks.
 
     Args:
         trainer: The trainer of the fit.
-        listener: Who is told.
+        listener: The object to notify.
     """
 
     def __init__(self, trainer: Trainer, listener: StepListener) -> None:
@@ -157,9 +157,10 @@ class StepFollower:
         return output
 
     def _ask_scaler(self, optimizer: Optimizer) -> Callable[[], None]:
-        """Learn from a loss scaler whether there is an update, right before it; return a function to stop that.
+        """Learn from a loss scaler, right before an update, whether it happens. Return a function that stops this.
 
-        The scaler calls ``optimizer.step`` only then. A fused optimizer is always called, and told to change nothing.
+        The scaler calls ``optimizer.step`` only if the update happens. It always calls a fused optimizer, but may tell it to
+        change nothing.
         """
         self._is_updated = self._scaler is None
         if self._scaler is None:
@@ -178,7 +179,7 @@ class StepFollower:
         return _lightning.wrap_method(optimizer, "step", wrapper)
 
     def _with_objective(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """Let an optimizer that uses the value of its closure see the whole objective, to which its gradients belong."""
+        """Give an optimizer that uses the value of its closure the whole objective, which its gradients belong to."""
         if evaluates_once(optimizer):
             return closure
         versions = _versions(optimizer)
@@ -192,7 +193,7 @@ class StepFollower:
         return evaluate
 
     def _after_unknown_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Act after a step without Lightning: by one of the trainer's optimizers, or by one that such a wrapper holds."""
+        """Act after a step without Lightning, by one of the trainer's optimizers or one inside it."""
         if self.current is not None or not self._listener.is_active:
             return
         mine = self._trainer.optimizers
@@ -208,12 +209,12 @@ def _versions(optimizer: Optimizer) -> list[int]:
 
 
 class UnseenSteps:
-    """Warns once of callbacks that cannot act, because they see no step, or no gradients before it.
+    """Warns once about callbacks that cannot act because they see no step, or no gradients before it.
 
     Args:
         need_steps: The names of the callbacks that act at a step.
         need_gradients: The names of those among them that do nothing without gradients.
-        accumulated: The number of batches of one step, as far as Lightning knows.
+        accumulated: The number of batches per step, as far as Lightning knows.
     """
 
     def __init__(self, need_steps: Sequence[str], need_gradients: Sequence[str], accumulated: Iterable[int]) -> None:
@@ -233,7 +234,7 @@ class UnseenSteps:
             self._is_done = any(p.grad is not None for p in held_by(optimizer))
 
     def unknown_step(self, optimizer: Optimizer) -> None:
-        """Warn of a step that Lightning does not take."""
+        """Warn about a step that Lightning does not take."""
         if not self._is_warned_of_unknown:
             self._is_warned_of_unknown = self._is_done = True
             self._warn(
@@ -253,8 +254,8 @@ class UnseenSteps:
             if self._is_step_seen:
                 self._warn(
                     self._need_gradients,
-                    f"{batches}, because no step had gradients: something uses them up before on_before_optimizer_step, as an "
-                    "optimizer that is fused into the backward pass does",
+                    f"{batches}, because no step had gradients: something consumes them before on_before_optimizer_step, as an "
+                    "optimizer fused into the backward pass does",
                 )
             else:
                 self._warn(
@@ -286,11 +287,11 @@ def by_sign(optimizer: Optimizer, params: Sequence[Parameter]) -> dict[float, li
 
 
 def sign_of_penalties(optimizer: Optimizer) -> float:
-    """Return -1 for an optimizer that maximizes, where a penalty must be subtracted; NaN if only some of its groups do."""
+    """Return -1 for an optimizer that maximizes, where a penalty must be subtracted, and NaN if only some groups maximize."""
     signs = {-1.0 if group.get("maximize") else 1.0 for group in optimizer.param_groups}
     return signs.pop() if len(signs) == 1 else math.nan
 
 
 def evaluates_other_weights(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer evaluates other weights than it trains, between which ``train`` and ``eval`` switch."""
+    """Return whether an optimizer evaluates different weights from those that it trains: ``train`` and ``eval`` switch."""
     return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))

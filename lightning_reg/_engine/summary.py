@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """What there is to say about a technique."""
+    """The entry of a technique."""
 
     callback: str
     acts_on: str
@@ -38,7 +38,7 @@ class Summary(NamedTuple):
     notes: list[str]
 
     def print(self) -> None:
-        """Print a table, or a list if the console is too narrow for a table that breaks no word."""
+        """Print a table, or a list if a table would break words on this console."""
         console = rich.get_console()
         console.print("Regularization", style="bold")
         table = _table(self.rows, console.width)
@@ -51,7 +51,7 @@ class Summary(NamedTuple):
 
 
 def summarize(techniques: Iterable[Technique], attached: bool = True) -> Summary:
-    """Return the summary of techniques; before a fit they have no targets yet."""
+    """Return the summary of techniques, which have no targets before a fit."""
     rows = [Row(t.name, t.acts_on() if attached else "not known yet", ", ".join(t.settings()), t.route()) for t in techniques]
     return Summary(rows, list(dict.fromkeys(line for t in techniques for line in t.notes())) if attached else [])
 
@@ -64,7 +64,7 @@ def print_line(trainer: Trainer, line: str) -> None:
 
 def _table(rows: Sequence[Row], width: int) -> Table | None:
     """Return the rows as a table, or ``None`` if a word would be broken."""
-    headers = ("Callback", "Acts on", "Setting", "Route")
+    headers = ("Callback", "Acts on", "Setting", "Where")
     columns = list(zip(headers, *rows, strict=True))
     widths = _column_widths(columns, width - 3 * len(columns) - 1)
     if widths is None:
@@ -78,7 +78,7 @@ def _table(rows: Sequence[Row], width: int) -> Table | None:
 
 
 def _column_widths(columns: Sequence[Sequence[str]], available: int) -> list[int] | None:
-    """Return the widths of columns that are wrapped between words, or ``None`` if there is not enough room.
+    """Return the widths of columns that wrap between words, or ``None`` if there is not enough room.
 
     Example:
         >>> _column_widths([["one", "two"], ["three four", "five"]], 10)
@@ -100,13 +100,13 @@ def _list(rows: Sequence[Row], width: int) -> str:
     lines = []
     for row in rows:
         lines.append(row.callback)
-        cells = {"  acts on  ": row.acts_on, "  setting  ": row.setting, "  route    ": row.route}
+        cells = {"  acts on  ": row.acts_on, "  setting  ": row.setting, "  where    ": row.route}
         lines += [_wrapped(start, text, width) for start, text in cells.items() if text]
     return "\n".join(lines)
 
 
 def _wrapped(start: str, text: str, width: int) -> str:
-    """Wrap a text between words, to the right of its start, or further to the left where a word would not fit there.
+    """Wrap text between words, to the right of its start, or farther left where a word would not fit.
 
     Example:
         >>> print(_wrapped("setting ", "p=0.1, after='encoder.*'", 20))

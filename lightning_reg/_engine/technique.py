@@ -1,7 +1,7 @@
 """What a technique is: a name, a phase of the step, values that may be scheduled, metrics, state, and methods to override.
 
-A technique subclasses ``lightning_reg.custom.Regularizer`` or one of its bases for selected parameters and modules. It
-says its ``phase`` and the ``valid_ranges`` of its values, and overrides the one or two methods that do something. The driver
+A technique subclasses ``lightning_reg.custom.Regularizer`` or a base class for selected parameters or modules. It sets its
+``phase`` and the ``valid_ranges`` of its values, and overrides one or two methods. The driver
 (:mod:`lightning_reg._engine.driver`) calls them at the right time.
 """
 
@@ -55,7 +55,7 @@ _PARAMETER_METHODS = (
 
 
 class Phase(IntEnum):
-    """The order in which techniques act within one optimizer step, whatever the order of the callback list."""
+    """The order in which techniques act within one optimizer step, regardless of the order of the callback list."""
 
     FORWARD = 0
     DROPOUT = 1
@@ -84,28 +84,28 @@ class Technique(SignatureRepr, ABC):
         name: The name in metrics and checkpoints. Built from the class and any non-default selection by default.
 
     Raises:
-        TypeError: If an argument of the constructor is not stored under its own name, and for other mistakes in a class, see
-            ``class_checks``.
+        TypeError: If an argument of the constructor is not stored under its own name, or for other mistakes in a class that
+            ``class_checks`` lists.
     """
 
     phase: ClassVar[Phase]
-    """When it acts in the optimizer step."""
+    """When the technique acts in the optimizer step."""
     valid_ranges: ClassVar[Mapping[str, Interval]] = {}
-    """The constructor's arguments that may be scheduled, each with the numbers that it may be."""
+    """The constructor arguments that may be scheduled, each with its valid range."""
     accept_mappings: ClassVar[frozenset[str]] = frozenset()
-    """Those of them that may be a mapping from glob to value too. Each glob has a value of its own, such as ``p/encoder.*``."""
+    """Those that may also be a mapping from globs to values. Each glob has its own value, such as ``p/encoder.*``."""
     selector: ClassVar[str] = "params"
-    """The constructor's argument that selects what it acts on."""
+    """The constructor argument that selects what the technique acts on."""
     deepspeed_alternative: ClassVar[str | None] = "use DDP or FSDP2"
-    """What DeepSpeed users can do instead, since its engine hides gradients and weights; ``None`` if the technique works."""
+    """The alternative for DeepSpeed, whose engine hides gradients and weights, or ``None`` if the technique works."""
     state_entries: ClassVar[tuple[str, ...]] = ()
-    """The entries of ``self.state``, each a dictionary that checkpoints keep: by optimizer index or by parameter name."""
+    """The entries of ``self.state``, each a dictionary in checkpoints, keyed by optimizer index or parameter name."""
     prints_always: ClassVar[bool] = False
     """Whether to print ``fit_summary`` even if ``enable_model_summary=False``."""
     resets_each_fit: ClassVar[bool] = True
     """Whether a new fit starts with empty state."""
     fit_attributes: ClassVar[tuple[str, ...]] = ("_clock", "_schedules")
-    """The attributes that hold parts of a fit, such as its trainer or tensors. In copies they are empty or ``None``."""
+    """The attributes that hold parts of a fit, such as its trainer or tensors. In copies, they are empty or ``None``."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -140,66 +140,66 @@ class Technique(SignatureRepr, ABC):
     # Methods that a technique overrides -----------------------------------------------------------------------------
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what can be checked before the fit; called in ``setup``."""
+        """Check what can be checked before the fit. Called in ``setup``."""
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up what it acts on; called when the fit starts, once the modules and the optimizers exist."""
+        """Look up the targets. Called when the fit starts, once the modules and the optimizers exist."""
 
     def data_ready(self) -> None:
-        """Look at the data; called once per fit, before the first batch, when the loaders exist."""
+        """Look at the data. Called once per fit, before the first batch, when the loaders exist."""
 
     def detach(self) -> None:
-        """Undo ``attach``; called when the fit is over, also after an exception."""
+        """Undo ``attach``. Called when the fit is over, even after an exception."""
 
     def values_changed(self) -> None:
-        """Apply new values in ``self.current``; called before the first batch that they apply to."""
+        """Apply new values in ``self.current``. Called before the first batch that they apply to."""
 
     def before_batch(self) -> None:
-        """Look at the module before each training batch; called once per batch, after ``values_changed``."""
+        """Look at the module before each training batch. Called once per batch, after ``values_changed``."""
 
     def before_forward(self, params: list[Parameter], step: Step) -> None:
-        """Change selected parameters for one forward and backward pass; called before each forward pass of a training step."""
+        """Change selected parameters for one forward and backward pass. Called before each forward pass of a training step."""
 
     def after_backward(self, params: list[Parameter]) -> None:
-        """Undo ``before_forward`` for these parameters; called after the backward pass, before techniques use the gradients.
+        """Undo ``before_forward`` for these parameters. Called after the backward pass, before techniques use the gradients.
 
-        In manual optimization they are those of the optimizer that is about to step. Several techniques are undone in reverse
-        order.
+        In manual optimization, these are the parameters of the optimizer that is about to step. Techniques are undone in
+        reverse order.
         """
 
     @property
     def zeroes_gradients(self) -> bool:
-        """Whether it may set gradients to zero before penalties are added to them."""
+        """Whether the technique may set gradients to zero before penalties are added to them."""
         return False
 
     @property
     def adds_to_loss(self) -> bool:
-        """Whether it adds ``loss_term`` to the loss in this fit."""
+        """Whether ``loss_term`` is added to the loss in this fit."""
         return False
 
     def before_loss_term(self, loss: Tensor) -> None:
-        """Look at the loss of a batch before terms are added to it; called before ``loss_term``."""
+        """Look at the loss of a batch before terms are added to it. Called before ``loss_term``."""
 
     def loss_term(self, optimizer: Optimizer, last: bool) -> tuple[Tensor, float] | None:
-        """Return a value to add to a batch's loss and its factor, or ``None``; ``last`` if the optimizer steps after it."""
+        """Return a value to add to a batch's loss and its factor, or ``None``. ``last``: the optimizer steps after it."""
         return None
 
     def objective(self, optimizer: Optimizer) -> Tensor | None:
-        """Return what it adds to the objective, for an optimizer that reads the objective's value."""
+        """Return the term that it adds to the objective, for an optimizer that reads the objective's value."""
         return None
 
     def begin_step(self, params: list[Parameter], optimizer: Optimizer) -> None:
         """Look at the selected parameters before a step, and before the optimizer evaluates its closure."""
 
     def should_step(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> bool:
-        """Return whether the step may happen. The answer must be equal on every rank. Nothing else has acted on the step."""
+        """Return whether the step may happen. The answer must be the same on every rank. Called before anything else acts."""
         return True
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
-        """Change the gradients of the stepping optimizer's selected parameters; called after unscaling, before the update.
+        """Change the gradients of the stepping optimizer's selected parameters. Called after unscaling, before the update.
 
-        Not called if the loss of this step contains its ``loss_term``. An optimizer may evaluate its closure several times in a
-        step: then it is called after each evaluation, and ``step.evaluation`` counts them.
+        Not called if the loss of this step contains its ``loss_term``. If an optimizer evaluates its closure several times in
+        a step, this is called after each evaluation, and ``step.evaluation`` counts them.
         """
 
     def before_update(self, params: list[Parameter], optimizer: Optimizer) -> None:
@@ -209,46 +209,46 @@ class Technique(SignatureRepr, ABC):
         """Change the stepping optimizer's selected parameters right after the update of this step."""
 
     def step_end(self, step: Step, done: int) -> bool:
-        """Act after each step of any optimizer, once weights were changed; return whether that changed them again.
+        """Act after each step of any optimizer, once weights have changed. Return whether this has changed them further.
 
-        ``done`` is the number of steps that are done with this one, counted as ``trainer.global_step`` does, with those that
-        Lightning has not taken.
+        ``done`` is the number of steps including this one, counted as in ``trainer.global_step``, plus steps that Lightning
+        has not taken.
         """
         return False
 
     def after_step(self, params: list[Parameter], optimizer: Optimizer) -> None:
-        """Look at the stepping optimizer's selected parameters after all that was done to them in this step."""
+        """Look at the stepping optimizer's selected parameters after all changes in this step."""
 
     def epoch_end(self, params: list[Parameter], step: Step) -> None:
         """Change all optimizers' selected parameters after the last batch of an epoch, before its validation."""
 
     def reproject(self, params: list[Parameter]) -> None:
-        """Enforce again what ``weights`` enforces, after other techniques have acted at the end of an epoch."""
+        """Enforce the constraint of ``weights`` again, after other techniques have acted at the end of an epoch."""
 
     def reproject_copy(self, copy: Module) -> None:
         """Enforce what ``reproject`` enforces in a copy of the module, such as an average of the weights."""
 
     def validated(self) -> None:
-        """Look at the module after the last batch of a validation, while it is still in the state that was validated.
+        """Look at the module after the last batch of a validation, while it is still in its validated state.
 
-        No other callback has been told yet that the validation is over. Also called after Lightning's sanity check.
+        Called before any other callback learns that the validation is over, and also after Lightning's sanity check.
         """
 
     def fit_over(self) -> None:
-        """Draw conclusions when the fit has ended without an exception; called on every rank, before ``fit_summary``."""
+        """Draw conclusions when the fit has ended without an exception. Called on every rank, before ``fit_summary``."""
 
     def fit_summary(self) -> str | None:
-        """Return a line about the whole fit, to print when it ends; ``None`` for nothing."""
+        """Return a line about the whole fit to print when it ends, or ``None``."""
         return None
 
     def prepare_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check what can be checked before predictions; called in ``setup`` if the class overrides ``start_predict``."""
+        """Check what can be checked before predictions. Called in ``setup`` if the class overrides ``start_predict``."""
 
     def start_predict(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Change what predictions need; called when ``trainer.predict`` starts."""
+        """Prepare predictions. Called when ``trainer.predict`` starts."""
 
     def stop_predict(self) -> None:
-        """Undo ``start_predict``; called when ``trainer.predict`` ends, also after an exception."""
+        """Undo ``start_predict``. Called when ``trainer.predict`` ends, even after an exception."""
 
     def parameters_of(self, optimizer: Optimizer) -> list[Parameter]:
         """Return the selected parameters that an optimizer holds, in its order."""
@@ -256,14 +256,14 @@ class Technique(SignatureRepr, ABC):
 
     @abstractmethod
     def acts_on(self) -> str:
-        """Describe what it acts on, for the summary."""
+        """Describe what the technique acts on, for the summary."""
 
     @abstractmethod
     def route(self) -> str:
-        """Describe when it acts, for the summary."""
+        """Describe where the technique acts, for the summary."""
 
     def settings(self) -> list[str]:
-        """Describe the constructor's arguments that may be scheduled or are not at their default, for the summary."""
+        """Describe the constructor arguments that may be scheduled or differ from their defaults, for the summary."""
         arguments = [argument for argument in constructor_arguments(type(self)) if argument.name != "name"]
         given = [(arg, getattr(self, arg.name)) for arg in arguments]
         return [
@@ -271,7 +271,7 @@ class Technique(SignatureRepr, ABC):
         ]
 
     def notes(self) -> list[str]:
-        """Return what else there is to say about it, for the lines below the summary."""
+        """Return notes for the lines below the summary."""
         return []
 
     @classmethod
@@ -282,18 +282,19 @@ class Technique(SignatureRepr, ABC):
     # Metrics --------------------------------------------------------------------------------------------------------
 
     def log_metrics(self, **metrics: float | Tensor) -> None:
-        """Log metrics of this step as ``reg/<name>/<metric>``; call it only if ``self.logging``."""
+        """Log metrics of this step as ``reg/<name>/<metric>``. Call it only if ``self.logging``."""
         self._step_metrics.update(metrics)
 
     def epoch_metrics(self) -> dict[str, float]:
-        """Return metrics of what happens at the end of an epoch, or in ``step_end`` where that returns ``True``.
+        """Return metrics of changes at the end of an epoch, or in ``step_end`` if that returns ``True``.
 
-        They are logged at each epoch's end, on every step or not, and known to other callbacks from the start of the fit on.
+        They are logged at the end of each epoch, even on steps without logging, and other callbacks can read them from the
+        start of the fit.
         """
         return {}
 
     def collect_metrics(self) -> Iterator[tuple[str, float | Tensor]]:
-        """Yield the names and values to log, and start again."""
+        """Yield the names and values to log, and reset them."""
         yield from self.current.items()
         yield from self._step_metrics.items()
         yield from self.running.compute_and_reset()
@@ -302,27 +303,27 @@ class Technique(SignatureRepr, ABC):
     # State ----------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles contain: nothing of a fit, since hyperparameters with callbacks enter checkpoints."""
+        """Return the state of copies and pickles: nothing of a fit, since callbacks in hyperparameters enter checkpoints."""
         of_fit = set(_declared(type(self), "fit_attributes"))
         return {name: _emptied(value) if name in of_fit else value for name, value in vars(self).items()}
 
     def reset(self) -> None:
-        """Forget what earlier fits have left in the state and the running metrics."""
+        """Forget the state and the running metrics of earlier fits."""
         self.running.reset()
         for entry in self.state.values():
             entry.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint; empty if there is none. With sharded parameters every rank must call it."""
+        """Return the state for a checkpoint, or an empty dictionary. With sharded parameters, every rank must call it."""
         metrics, state = self.running.state_dict(), self.pack_state()
         clock = {"clock": self._clock.state_dict()} if self._clock and self._schedules else {}
         return {"layout": STATE_LAYOUT, "metrics": metrics, "state": state, **clock} if metrics or state or clock else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of the run that is resumed.
+        """Restore the state of the resumed run.
 
         Raises:
-            ValueError: If the state is not one of this class and version.
+            ValueError: If the state belongs to another class or version.
         """
         has_own = type(self).state_dict is not Technique.state_dict
         if has_own and "layout" not in state_dict:  # a subclass has its own state, and this class had none
@@ -345,15 +346,15 @@ class Technique(SignatureRepr, ABC):
         self.unpack_state(state_dict["state"])
 
     def pack_state(self) -> dict[str, Any]:
-        """Return the state as full tensors and plain numbers; empty if there is none."""
+        """Return the state as full tensors and plain numbers, or an empty dictionary."""
         packed = {name: {key: _packed(value) for key, value in entry.items()} for name, entry in self.state.items()}
         return packed if any(packed.values()) else {}
 
     def unpack_state(self, packed: dict[str, Any]) -> None:
-        """Take over what ``pack_state`` returned.
+        """Restore what ``pack_state`` returned.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If it is not what ``pack_state`` returns.
         """
         check_entries(packed, self.state)
         for name, entry in self.state.items():
@@ -364,13 +365,13 @@ class Technique(SignatureRepr, ABC):
             entry.update(packed.get(name, {}))
 
     def expected_in_state(self, entry: str, key: Any, value: Any) -> str:
-        """Return what a value in an entry of the state should be, if a checkpoint has something else; else an empty text."""
+        """Return what an invalid value in an entry of the state should be, or an empty string if the value is valid."""
         return ""
 
     # Values ---------------------------------------------------------------------------------------------------------
 
     def resolve(self, clock: Clock) -> None:
-        """Take up the schedules, once the length of the fit is known."""
+        """Start the schedules, once the length of the fit is known."""
         self._clock = clock
         self._applied = None
         self._schedules.clear()
@@ -409,7 +410,7 @@ class Technique(SignatureRepr, ABC):
             self.values_changed()
 
     def refuse_endless(self) -> None:
-        """Raise an error if a value needs to know when the fit ends; for a fit without an end."""
+        """Raise an error if a value depends on the end of an endless fit."""
         for key, _, value in self._values_given():
             if (isinstance(value, Schedule) and value.needs_end) or (callable(value) and not isinstance(value, Schedule)):
                 raise ValueError(
@@ -418,7 +419,7 @@ class Technique(SignatureRepr, ABC):
                 )
 
     def _values_given(self) -> Iterator[tuple[str, Interval, Value]]:
-        """Yield the key, the valid range and the constructor's argument for each value that may be scheduled."""
+        """Yield the key, the valid range, and the constructor argument for each value that may be scheduled."""
         for key, valid in self.valid_ranges.items():
             given: Value | Mapping[str, Value] = getattr(self, key)
             if isinstance(given, Mapping) and key in self.accept_mappings:
@@ -427,7 +428,7 @@ class Technique(SignatureRepr, ABC):
                 yield key, valid, cast("Value", given)
 
     def _check_value(self, key: str, valid: Interval, value: Value) -> float:
-        """Check a value that the constructor was given; return it, or a placeholder until its schedule starts."""
+        """Check a value from the constructor. Return it, or a placeholder until its schedule starts."""
         what = f"{type(self).__name__}: {key}"
         if isinstance(value, type):
             raise TypeError(
@@ -443,7 +444,7 @@ class Technique(SignatureRepr, ABC):
     # Arguments and names --------------------------------------------------------------------------------------------
 
     def _repr_value(self, argument: str) -> Any:
-        """Return a constructor's argument for ``repr``: a generated name is as good as none."""
+        """Return a constructor argument for ``repr``, without a generated name."""
         is_generated = argument == "name" and self.name == self._default_name()
         return None if is_generated else super()._repr_value(argument)
 
@@ -464,7 +465,7 @@ def _probed(what: str, valid: Interval, function: Callable[[float], float]) -> f
     """Return the value of a function at the start of training, or NaN if it is known only in a fit.
 
     Raises:
-        TypeError: If the function is no schedule: it takes something else than a number, or returns something else.
+        TypeError: If the function is not a schedule: it does not take a number, or does not return one.
         ValueError: If the number is out of range.
     """
     expected = f"{what} must be a number, a schedule, or a function progress -> float, got {readable(function)}"
@@ -481,7 +482,7 @@ def _probed(what: str, valid: Interval, function: Callable[[float], float]) -> f
 
 
 def _short_name(selection: Any) -> str:
-    """Return the name of a function, which may be given by its import path, or the text of another selection."""
+    """Return the name of a function, which may be given by its import path, or the string of another selection."""
     if isinstance(selection, str) and is_function_path(selection) and selection.partition(":")[0] not in KEYWORDS:
         return selection.rpartition(":")[2].rpartition(".")[2]
     return str(getattr(selection, "__name__", type(selection).__name__ if callable(selection) else selection))
@@ -497,12 +498,12 @@ def _declared(cls: type[Technique], what: str) -> list[str]:
 
 
 def _emptied(value: Any) -> Any:
-    """Return an empty container in place of a container, and ``None`` in place of anything else."""
+    """Return an empty container for a container, and ``None`` for anything else."""
     return type(value)() if isinstance(value, (dict, list, set)) else None
 
 
 def _abbreviated(value: Any) -> str:
-    """Return the ``repr`` of a setting, of a long list with its first entries only."""
+    """Return the ``repr`` of a setting. Of a long list, show only the first entries."""
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) > _LONG:
         return f"[{abbreviate(list(map(repr, value)), _LONG)}]"
     return readable(value)

@@ -1,4 +1,4 @@
-"""Tensor arguments of the public functions: one tensor or any iterable becomes a list, and everything else is an error."""
+"""Tensor arguments of the public functions: one tensor or any iterable becomes a list. Anything else raises an error."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def tensor_list(what: str, tensors: Any, count: int | None = None) -> list[Tenso
 
     Args:
         what: The name of the function and its argument, for the error message.
-        tensors: What was passed.
-        count: The number of tensors there must be, if another argument sets it.
+        tensors: The argument.
+        count: The required number of tensors, if another argument sets it.
 
     Raises:
         TypeError: If it is neither a tensor nor an iterable of tensors.
@@ -57,11 +57,11 @@ def tensor_list(what: str, tensors: Any, count: int | None = None) -> list[Tenso
 
 
 def units_list(what: str, units: Any, params: Sequence[Tensor]) -> list[Units]:
-    """Return the output units of each tensor as a list: given for each of them, or once for a single one; else the default.
+    """Return the output units of each tensor as a list, from a list, a single entry for a single tensor, or the default.
 
     Args:
         what: The name of the function, for the error message.
-        units: What was passed.
+        units: The argument.
         params: The tensors.
 
     Raises:
@@ -84,7 +84,7 @@ def units_list(what: str, units: Any, params: Sequence[Tensor]) -> list[Units]:
 
 
 def optional_list(what: str, entries: Any, kind: type[Entry], count: int) -> list[Entry | None]:
-    """Return one entry for each tensor as a list, where each may be ``None``: given as a list, or once for a single tensor.
+    """Return one entry or ``None`` for each tensor as a list, from a list or, for a single tensor, one entry.
 
     Raises:
         TypeError: If an entry is neither ``None`` nor of the right type.
@@ -105,7 +105,7 @@ def optional_list(what: str, entries: Any, kind: type[Entry], count: int) -> lis
 
 
 def check_tensor(what: str, tensor: Any) -> None:
-    """Raise an error if something else is passed in place of one tensor.
+    """Raise an error if a value is not a tensor.
 
     Raises:
         TypeError: If it is not a tensor.
@@ -130,7 +130,7 @@ def _wrong_type_message(what: str, given: Any, index: int | None = None, entry: 
 
 
 def _fix(given: Any, entry: Any) -> str:
-    """Return what to pass instead, where that can be told from what was passed."""
+    """Return what to pass instead, if that is evident from the argument."""
     if any(isinstance(value, nn.Module) for value in (given, entry)):
         return ": pass its .parameters()"
     if isinstance(given, Optimizer) or (isinstance(entry, dict) and "params" in entry):
@@ -138,5 +138,5 @@ def _fix(given: Any, entry: Any) -> str:
     if isinstance(given, dict):
         return ": pass its .values()"
     if isinstance(entry, tuple):
-        return ": pass .parameters() in place of .named_parameters()"
+        return ": pass .parameters() instead of .named_parameters()"
     return ""

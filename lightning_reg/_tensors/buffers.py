@@ -1,4 +1,4 @@
-"""Buffers of a module, such as running statistics, as they were before a batch made some of them non-finite."""
+"""Good copies of a module's buffers, such as running statistics, from before a batch that made them non-finite."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SILENT = ("running_mean", "running_var")
 
 @dataclass
 class _Place:
-    """A buffer in its module, and the last value that was known to be good."""
+    """A buffer in its module, and its last known good value."""
 
     module: nn.Module
     name: str
-    seen: Tensor | None = None  # the tensor that was last looked at, and its version
+    seen: Tensor | None = None  # the tensor that was last checked, and its version
     version: int = -1
     good: Tensor | None = None
 
@@ -30,13 +30,13 @@ class _Place:
         return self.module._buffers.get(self.name)
 
     def may_have_changed(self) -> bool:
-        """Return whether the buffer is another one or has another version; torch's batch norm does not raise the version."""
+        """Return whether the tensor or its version has changed. Torch's batch norm does not increase the version."""
         buffer = self.buffer
         silent = self.name in _SILENT
         return buffer is not None and (silent or buffer is not self.seen or buffer._version != self.version)
 
     def note(self) -> None:
-        """Remember that the current value has been looked at."""
+        """Remember that the current value has been checked."""
         self.seen = self.buffer
         self.version = -1 if self.seen is None else self.seen._version
 
@@ -44,7 +44,7 @@ class _Place:
 class GoodBuffers:
     """The floating-point buffers of a module, as they were before the last batch that may have made them non-finite.
 
-    A buffer that no batch changes is copied once. Nothing waits for the device until buffers are restored.
+    A buffer that no batch changes is copied only once. Nothing waits for the device until buffers are restored.
 
     Args:
         module: The module whose buffers to watch.
@@ -72,7 +72,7 @@ class GoodBuffers:
         """Record the buffers before a batch.
 
         Args:
-            trusted: Whether a guard has judged the batches so far. If not, a buffer that is not finite any more keeps its last
+            trusted: Whether a guard has checked the batches so far. If not, a buffer that is no longer finite keeps its last
                 good value.
         """
         for place in self._places:
@@ -90,7 +90,7 @@ class GoodBuffers:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give buffers that are not finite any more their last good value."""
+        """Reset buffers that are no longer finite to their last good value."""
         for place in self._places:
             buffer, good = place.buffer, place.good
             if buffer is not None and good is not None and buffer.shape == good.shape and place.may_have_changed():
@@ -98,6 +98,6 @@ class GoodBuffers:
 
 
 def _is_spoilt(buffer: Tensor, good: Tensor) -> Tensor:
-    """Return whether entries that were finite are not finite any more; a buffer may hold infinities on purpose."""
+    """Return whether entries that were finite no longer are. A buffer may hold infinities on purpose."""
     now, then = local_tensor(buffer), local_tensor(good)
     return (then.isfinite() & ~now.isfinite()).any()

@@ -1,8 +1,8 @@
 """Work on many tensors in chunks that fit a processor cache.
 
 On the CPU, large tensors are split, and small tensors of one shape are stacked, so that each call has about ``CHUNK_ENTRIES``
-entries: few enough that a second operation on them finds them in the cache, many enough that the overhead of a call does not
-matter. On other devices a call costs more, and one call takes a list of tensors: chunks there have ``DEVICE_CHUNK_ENTRIES``.
+entries: few enough that a second operation finds them in the cache, and many enough that the overhead of a call does not
+matter. On other devices, a call costs more, and one call takes a list of tensors, so chunks have ``DEVICE_CHUNK_ENTRIES``.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 CHUNK_ENTRIES, CHUNK_TENSORS = 1 << 20, 128
 """The most entries, and the most stacked tensors, in a chunk."""
 DEVICE_CHUNK_ENTRIES = 1 << 24
-"""The most entries in a chunk on other devices than the CPU."""
+"""The most entries in a chunk on devices other than the CPU."""
 
 
 class Chunk(NamedTuple):
     """A part of one large tensor, or several small tensors of one shape, with a buffer of the same size.
 
     Args:
-        source: What to read: a part of a tensor as it is, or tensors stacked in the buffer.
-        buffer: Where results may be written; it is reused for the next chunk.
+        source: What to read: a part of a tensor, or tensors stacked in the buffer.
+        buffer: Where to write results. The next chunk reuses it.
         views: Views of the buffer, one for each tensor.
         others: The matching part of the second list of tensors, one for each view.
     """
@@ -46,9 +46,9 @@ class Chunk(NamedTuple):
 
 
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors of one shape into matching chunks: flat ones, or rows where the memory is not contiguous.
+    """Split tensors of one shape into matching chunks: flat ones, or rows if the memory is not contiguous.
 
-    Small tensors come in one chunk, as they are.
+    A small tensor is a single chunk.
 
     Example:
         >>> [tuple(chunk.shape) for chunk, in chunks(torch.zeros(2000, 1000))]
@@ -69,12 +69,12 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def batched_chunks(
     tensors: Sequence[Tensor], others: Sequence[Tensor] | None = None, *, accumulate: bool = False
 ) -> Iterator[Chunk]:
-    """Group tensors by shape, dtype and device, and yield each group in chunks.
+    """Group tensors by shape, dtype, and device, and yield each group in chunks.
 
     Args:
-        tensors: In any order; the order of the chunks is another.
+        tensors: The tensors. The chunks may come in another order.
         others: A second tensor of the same shape for each; the tensors themselves by default.
-        accumulate: Whether the buffer has the dtype to accumulate in, float32 or better, instead of that of the tensors.
+        accumulate: Whether the buffer has the dtype to accumulate in, float32 or better, rather than that of the tensors.
 
     Example:
         >>> [chunk.source.tolist() for chunk in batched_chunks([torch.ones(2), torch.ones(1), torch.zeros(2)])]
@@ -152,7 +152,7 @@ def _local_sum(tensors: Sequence[Tensor], function: Callable[..., Tensor]) -> Te
 
 
 def _grouping(tensors: Sequence[Tensor]) -> Callable[[Tensor], Any]:
-    """Return the key by which tensors can be stacked: just the shape if nothing else differs, which is quicker to compare."""
+    """Return the key for stacking tensors. If nothing else differs, it is the shape, which is faster to compare."""
     uniform = len(set(map(attrgetter("dtype"), tensors))) == 1 and all(map(attrgetter("is_cpu"), tensors))
     return attrgetter("shape") if uniform else attrgetter("shape", "dtype", "device")
 

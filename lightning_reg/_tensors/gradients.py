@@ -1,4 +1,4 @@
-"""Lists of gradients: which parameters have one, and in a form that can be added to or scaled."""
+"""Lists of gradients, in forms that can be added to or scaled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return this rank's part of each gradient, to add to: missing gradients become zeros, sparse ones become dense."""
+    """Return this rank's part of each gradient, to add to. Missing gradients become zeros, sparse ones become dense."""
     gradients = [p.grad for p in params]
     if type(None) in set(map(type, gradients)) or any(map(attrgetter("is_sparse"), gradients)):
         for p in params:
@@ -32,13 +32,13 @@ def _zero_gradient(p: Tensor) -> Tensor:
 
 
 def existing_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients that exist and have entries, to read: of a sparse one the values, those of equal indices summed."""
+    """Return the gradients that exist and have entries, to read. A sparse one yields values, summed over equal indices."""
     gradients = [p.grad.coalesce()._values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
     return [gradient for gradient in gradients if gradient.numel()]
 
 
 def scalable_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """Return the same gradients to scale in place: of a sparse one the values as they are, so that a factor of 1 is a no-op.
+    """Return the same gradients, to scale in place. A sparse one yields its raw values, so that a factor of 1 is a no-op.
 
     Summing the values of equal indices would change the last bits of what an optimizer does with them.
     """
@@ -47,13 +47,13 @@ def scalable_gradients(params: Sequence[Tensor]) -> list[Tensor]:
 
 
 def changeable_gradients(params: Sequence[Tensor], changes: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Return those gradients that a function of single entries may change, to do so in place.
+    """Return the gradients that an elementwise function may change in place.
 
     The values of equal indices of a sparse gradient are summed first, but only if that gradient will change.
 
     Args:
         params: Tensors.
-        changes: Returns for each entry of a gradient whether it will change. Only sparse gradients are asked.
+        changes: Returns for each entry of a gradient whether it will change. Called only for sparse gradients.
     """
     for p in params:
         if p.grad is not None and p.grad.is_sparse and bool(changes((total := p.grad.coalesce())._values()).any()):

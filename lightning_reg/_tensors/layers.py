@@ -1,4 +1,4 @@
-"""Known layers: modules whose parameters are weights whatever their shape, and where these have their output units."""
+"""Known layers: modules whose parameters are weights regardless of shape, and the location of their output units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_reg._engine.arguments import check_module
 from lightning_reg._tensors.units import Units
 
 Layout: TypeAlias = Units | Callable[[Any], Units]
-"""Where the weights of a layer have their output units, or a function of the module that returns it."""
+"""The location of a layer's output units, or a function of the module that returns it."""
 
 WEIGHT_LAYERS: dict[type[nn.Module] | str, Layout] = {
     nn.Linear: Units(),
@@ -27,7 +27,7 @@ WEIGHT_LAYERS: dict[type[nn.Module] | str, Layout] = {
     # Hugging Face's linear layer of GPT-2, whose weight has shape (in, out); others use the name for a convolution
     "Conv1D": lambda module: Units() if isinstance(module, nn.modules.conv._ConvNd) else Units(1),
 }
-"""Layers whose parameters are weights whatever their shape, by class or by name of the class, each with its output units.
+"""Layers whose parameters are weights regardless of shape, by class or class name, each with its output units.
 
 An entry also covers subclasses. Add your own layers here. ``Units(1)`` from ``lightning_reg.functional`` is for a weight of
 shape (in, out), as in ``WEIGHT_LAYERS["TransposedLinear"] = Units(1)``.
@@ -35,9 +35,9 @@ shape (in, out), as in ``WEIGHT_LAYERS["TransposedLinear"] = Units(1)``.
 
 
 def layer_units(module: nn.Module) -> Units | None:
-    """Return where the weights of a known layer have their output units; ``None`` for any other module.
+    """Return where the weights of a known layer have their output units, or ``None`` for any other module.
 
-    The entry of the closest class counts.
+    The entry of the closest class applies.
 
     Args:
         module: The module.
@@ -95,7 +95,7 @@ def checked_units(name: str, p: Tensor, owner: nn.Module) -> Units:
 def padding_rows(module: nn.Module) -> dict[int, int]:
     """Return the rows of embeddings that never get a gradient (``padding_idx``), by the ``id`` of the weight.
 
-    A weight that other modules use too may get gradients there, so it has no such row.
+    A weight that other modules share may get gradients there, so it has no such row.
 
     Args:
         module: The model.
@@ -115,7 +115,7 @@ def padding_rows(module: nn.Module) -> dict[int, int]:
 
 
 def check_layers() -> None:
-    """Raise an error for an entry of ``WEIGHT_LAYERS`` that no module could have.
+    """Raise an error for an invalid key in ``WEIGHT_LAYERS``.
 
     Raises:
         TypeError: If a key is neither a class of modules nor the name of one.

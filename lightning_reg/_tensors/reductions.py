@@ -49,7 +49,7 @@ def tensor_norms(tensors: Sequence[Tensor], order: float) -> list[Tensor]:
 
 
 def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
-    """Return the norm of all tensors as one vector, over all shards; without shards it equals torch's to the last bit."""
+    """Return the norm of all tensors as one vector, over all shards. Without shards, it equals torch's bit for bit."""
     norm: Tensor
     if set(map(type, tensors)) == {Tensor} and len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1:
         # The same computation as torch's, without its search for several devices and dtypes, which costs more than the norms.
@@ -62,7 +62,7 @@ def total_norm(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
 
 
 def total_norm_fp32(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
-    """Return the norm of all tensors as one vector, over all shards, in float32 or better whatever their dtype."""
+    """Return the norm of all tensors as one vector, over all shards, in float32 or better, regardless of their dtype."""
     norms = tensor_norms(tensors, order)
     if len({(norm.dtype, norm.device) for norm in norms}) > 1:
         norms = [norm.to(norms[0].device, torch.float64) for norm in norms]
@@ -71,12 +71,12 @@ def total_norm_fp32(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
 
 
 def magnitudes(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return |z| for each complex tensor, and each real tensor as it is."""
+    """Return |z| for each complex tensor, and each real tensor unchanged."""
     return [tensor.abs() if tensor.is_complex() else tensor for tensor in tensors]
 
 
 def real_pairs(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return a view of each complex tensor as pairs of real numbers, and each real tensor as it is; |z| for a sharded one."""
+    """Return views of complex tensors as pairs of real numbers, |z| for sharded ones, and real tensors unchanged."""
     return [_real_pairs(tensor) if tensor.is_complex() else tensor for tensor in tensors]
 
 

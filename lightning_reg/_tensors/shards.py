@@ -1,4 +1,4 @@
-"""Sharded parameters: what this rank holds, what all ranks hold, and reductions over the shards."""
+"""Sharded parameters: this rank's part, the full tensor, and reductions over the shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank holds. It shares memory with the tensor, and is all of it unless sharded."""
+    """Return the part of a tensor that this rank holds, which shares its memory: all of it unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -36,7 +36,7 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 
 
 def divides(placement: Placement) -> bool:
-    """Return whether a placement divides a tensor among ranks. FSDP2 over tensor parallelism has one that is no ``Shard``."""
+    """Return whether a placement divides a tensor among ranks. With tensor parallelism, FSDP2 uses one that is no ``Shard``."""
     if not isinstance(placement, Shard | _StridedShard | Replicate):
         raise TypeError(f"parameters must be sharded or replicated, got the placement {placement!r}")
     return not isinstance(placement, Replicate)
@@ -59,7 +59,7 @@ def gather_shards(part: Tensor, sharded: Tensor) -> Tensor:
 
 
 def sum_over_shards(part: Tensor, sharded: Tensor) -> Tensor:
-    """Return the sum over ranks of what each computed from its shard of a tensor; ``part`` itself if it is not sharded."""
+    """Return the sum over ranks of values from each shard of a tensor, or ``part`` itself if it is not sharded."""
     if not isinstance(sharded, DTensor):
         return part
     placements = [Partial("sum") if divides(placement) else Replicate() for placement in sharded.placements]
@@ -121,7 +121,7 @@ def positions(tensor: Tensor, entries: Tensor) -> Tensor:
 
 
 def _local_indices(tensor: DTensor, dim: int) -> Tensor:
-    """Return the indices of a dimension that this rank holds. This communicates nothing."""
+    """Return the indices of a dimension that this rank holds, without communication."""
     indices = torch.arange(tensor.shape[dim], device=tensor.to_local().device)
     mesh = tensor.device_mesh
     replicated = DTensor.from_local(indices, mesh, [Replicate()] * mesh.ndim, run_check=False)

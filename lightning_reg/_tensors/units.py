@@ -13,7 +13,7 @@ from lightning_reg._tensors.reductions import accumulation_dtype, in_accumulatio
 from lightning_reg._tensors.shards import full_tensor, local_tensor, shard_like
 
 _SMALL, _SCALE = 2.0**-50, 2.0**100
-"""The norm below which squares may underflow in float32, and a factor that prevents it; its inverse prevents overflow."""
+"""The norm below which squares may underflow in float32, and a factor that prevents it. Its inverse prevents overflow."""
 
 
 class Units(NamedTuple):
@@ -29,7 +29,7 @@ class Units(NamedTuple):
 
 
 def input_dim(tensor: Tensor, units: Units) -> int:
-    """Return the dimension of the inputs of a layer: that after its output units, or before them where these are not first.
+    """Return the input dimension of a layer: the one after the output units, or before them if these are not first.
 
     Example:
         >>> input_dim(torch.zeros(6, 4, 3, 3), Units()), input_dim(torch.zeros(4, 6), Units(1))
@@ -44,7 +44,7 @@ def unit_view(tensor: Tensor, units: Units) -> Tensor:
 
 
 def unit_norms(tensor: Tensor, units: Units) -> Tensor:
-    """Return the L2 norm of each unit in float32 or better, with reduced dimensions kept; sharded like the tensor.
+    """Return the L2 norm of each unit in float32 or better, with reduced dimensions kept, sharded like the tensor.
 
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), Units())
@@ -55,7 +55,7 @@ def unit_norms(tensor: Tensor, units: Units) -> Tensor:
 
 
 def wide_unit_norms(tensor: Tensor, units: Units, *, above: float = 0.0) -> Tensor:
-    """Return the same norms, without overflow and underflow in their squares: in float64 where float32 does not suffice.
+    """Return the same norms, without overflow and underflow in their squares: in float64 where float32 is not enough.
 
     Args:
         tensor: The tensor.
@@ -74,7 +74,7 @@ def wide_unit_norms(tensor: Tensor, units: Units, *, above: float = 0.0) -> Tens
 
 
 def in_wide_range(norms: Tensor, view: Tensor, reduced: list[int], *, above: float = 0.0) -> Tensor:
-    """Return L2 norms that may have overflown or underflown, in float64 where float32 does not suffice.
+    """Return L2 norms that may have overflowed or underflowed, in float64 where float32 is not enough.
 
     On the CPU, where the norms can be read without waiting, the second computation runs only if there are such norms.
 
@@ -126,7 +126,7 @@ def _joined(norms: Tensor) -> Tensor:
 
 
 def smooth_unit_norms(tensor: Tensor, units: Units) -> Tensor:
-    """Return the L2 norm of each unit by operations that can be differentiated any number of times.
+    """Return the L2 norm of each unit through operations that can be differentiated any number of times.
 
     All derivatives are 0 for a unit of zeros.
     """
@@ -147,7 +147,7 @@ def local_unit_norms(tensor: Tensor, units: Units, *, above: float = 0.0) -> Ten
 
 
 def narrow_local_unit_norms(tensor: Tensor, units: Units) -> Tensor:
-    """Return the same norms, whose squares may overflow or underflow in float32; they are cheaper on a GPU."""
+    """Return the same norms, cheaper on a GPU. Their squares may overflow or underflow in float32."""
     return _aligned(unit_norms(tensor, units), tensor, units)
 
 
@@ -159,7 +159,7 @@ def local_unit_means(tensor: Tensor, units: Units) -> Tensor:
 
 
 def unit_size(tensor: Tensor, units: Units) -> int:
-    """Return the number of entries in a unit; each entry of a vector is a unit."""
+    """Return the number of entries in a unit. In a vector, each entry is a unit."""
     if tensor.ndim < 2:
         return 1
     kept = _unit_dims(tensor, units)

@@ -108,7 +108,7 @@ def test_all_together(name, tmp_path, record_property, capsys, monkeypatch):
     record_property("measured", f"{max(module.changes):.2g}")
     narrow, wide = summaries(trainer, capsys, monkeypatch)
     assert max(map(len, narrow.splitlines())) <= 80
-    labels = {"acts", "on", "setting", "route", "Acts", "Setting", "Route", "Callback"}
+    labels = {"acts", "on", "setting", "where", "Acts", "Setting", "Where", "Callback"}
     assert sorted(w for w in words(narrow) if w not in labels) == sorted(w for w in words(wide) if w not in labels)
 
 
