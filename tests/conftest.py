@@ -22,6 +22,7 @@ LONGEST = [
     "test_distributed",
     "test_distributed_mesh",
     "test_cli",
+    "test_example_language_transformer",
     "test_tuning_storage",
     "test_pytorch_lightning",
     "test_pytorch_lightning_ranks",
