@@ -160,7 +160,7 @@ def test_function_as_schedule():
         (
             lambda: SequentialSchedule([0, Linear(0, 1, until="9st")], at=["5ep"]),
             r"Linear\(0.0, 1.0, until='9st'\) acts from '5ep' to 1.0, but its marker '9st' counts from '5ep', which has "
-            "another unit: use fractions of the stretch, or the unit of '5ep'",
+            "a different unit: use fractions of the stretch, or the unit of '5ep'",
         ),
         (
             lambda: SequentialSchedule([0, Linear(0, 1, begin=0.5, until="9ep")], at=["5ep"]),
