@@ -13,27 +13,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import rich
 import torch
 from digits import EPOCHS, Digits, DigitsClassifier
-from torch.utils.data import DataLoader, Subset
 
 from lightning_reg.tuning import choose
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 OUTPUT = Path("runs/choose_digits")
-
-
-class SmallValidation(Digits):
-    """The digits, with a quarter as many validation as training images: a larger part would cost power."""
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the validation images."""
-        return DataLoader(Subset(self.validation, range(self.train_samples // 4)), batch_size=512)
 
 
 def main() -> None:
@@ -46,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(1)
     choice = choose(
         DigitsClassifier,
-        lambda split: SmallValidation(seed=split),
+        lambda split: Digits(seed=split),
         trials=given.trials,
         confirm=given.confirm,
         metric="val/accuracy",

@@ -1,8 +1,8 @@
 """What regularization is for: few training images, and many of their labels wrong.
 
 Without arguments, this trains the same model on scikit-learn's handwritten digits without regularization, with each of five
-techniques alone, and with all five, ten times each. It takes about a minute on two cores, prints a table and draws a figure.
-With arguments, it is an ordinary LightningCLI:
+techniques alone, and with all five, on the same ten random splits. It takes about a minute and a half on two cores, prints a
+table, and draws a figure. With arguments, it is an ordinary LightningCLI:
 
     python examples/digits.py
     python examples/digits.py fit --trainer.callbacks+=L1Penalty --trainer.callbacks.strength=1e-4
@@ -11,20 +11,17 @@ With arguments, it is an ordinary LightningCLI:
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import signal
 import sys
-import time
 import warnings
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from itertools import chain
-from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,9 +32,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.progress import MofNCompleteColumn, Progress
-from rich.table import Table
-from scipy.stats import t as student_t
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -46,17 +40,15 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_reg import DropoutInjection, GradientNormClipping, L1Penalty, L2Penalty, OverfittingMonitor, WeightClipping
+from lightning_reg.tuning import Comparison, compare
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.axes import Axes
 
 Batch: TypeAlias = tuple[Tensor, ...]
 
-SEEDS = range(10)
+SPLITS = 10
 EPOCHS = 60
-WORKERS = 2
 OUTPUT = Path("runs/digits")
 PLAIN, ALL = "plain", "all five"
 ORANGE, BLUE, GRAY = "#D55E00", "#0072B2", "#7F7F7F"  # distinct for color-blind readers too
@@ -68,19 +60,19 @@ class Digits(LightningDataModule):
     The labels of the validation and test images are always right.
 
     Args:
-        train_samples: Number of training images. 300 others are for validation, and the rest for testing.
+        train_samples: Number of training images. A quarter as many others are for validation, and the rest is for testing.
         label_noise: Fraction of the training labels to replace by classes drawn at random, from all ten.
         batch_size: Number of images in a training batch.
         seed: Seed of the split and of the label noise.
 
     Raises:
-        ValueError: If ``train_samples`` is not in [10, 1487] or ``label_noise`` is not in [0, 1].
+        ValueError: If ``train_samples`` is not in [40, 1430] or ``label_noise`` is not in [0, 1].
     """
 
     def __init__(self, train_samples: int = 300, label_noise: float = 0.3, batch_size: int = 40, seed: int = 0) -> None:
         super().__init__()
-        if not 10 <= train_samples <= 1487:  # the split needs an image of each class to train on, and one to test on
-            raise ValueError(f"Digits: train_samples must be in [10, 1487], got {train_samples}")
+        if not 40 <= train_samples <= 1430:  # the split needs an image of each class to validate on, and one to test on
+            raise ValueError(f"Digits: train_samples must be in [40, 1430], got {train_samples}")
         if not 0 <= label_noise <= 1:
             raise ValueError(f"Digits: label_noise must be in [0, 1], got {label_noise}")
         self.train_samples = train_samples
@@ -95,7 +87,8 @@ class Digits(LightningDataModule):
         train, rest = train_test_split(
             range(len(labels)), train_size=self.train_samples, stratify=labels, random_state=self.seed
         )
-        val, test = train_test_split(rest, train_size=300, stratify=labels[rest], random_state=self.seed)
+        quarter = self.train_samples // 4
+        val, test = train_test_split(rest, train_size=quarter, stratify=labels[rest], random_state=self.seed)
         random = np.random.default_rng(self.seed)
         noisy = random.choice(train, round(self.label_noise * len(train)), replace=False)
         labels[noisy] = torch.from_numpy(random.integers(10, size=len(noisy)))
@@ -167,11 +160,11 @@ class DigitsClassifier(LightningModule):
 def techniques() -> dict[str, list[Callback]]:
     """Return the callbacks of each technique. Alone, they are as strong as together with the others."""
     return {
-        "L1Penalty": [L1Penalty(5e-4)],
-        "L2Penalty": [L2Penalty(1e-2)],
-        "DropoutInjection": [DropoutInjection(0.2, after="Flatten"), DropoutInjection(0.5, after="ReLU")],
-        "GradientNormClipping": [GradientNormClipping(1.0)],
-        "WeightClipping": [WeightClipping(0.1)],
+        "L1 penalty": [L1Penalty(5e-4)],
+        "L2 penalty": [L2Penalty(1e-2)],
+        "dropout": [DropoutInjection(0.2, after="Flatten"), DropoutInjection(0.5, after="ReLU")],
+        "norm clipping": [GradientNormClipping(1.0)],
+        "weight clipping": [WeightClipping(0.1)],
     }
 
 
@@ -181,139 +174,70 @@ def candidates() -> dict[str, list[Callback]]:
 
 
 class History(Callback):
-    """Keeps the metrics of each epoch, for the curves."""
+    """Keeps the metrics of each epoch, for curves.
 
-    def __init__(self) -> None:
+    Args:
+        folder: Where to write them when the fit ends, since ``compare`` trains with copies of callbacks, in several processes.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
         self.epochs: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the metrics of the epoch."""
         self.epochs.append({key: value.item() for key, value in trainer.callback_metrics.items()})
 
-
-@dataclass
-class Run:
-    """The outcome of one training."""
-
-    test: float
-    train: float
-    seconds: float
-    history: list[dict[str, float]]
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the metrics to a file."""
+        if self.folder is not None:
+            self.folder.mkdir(exist_ok=True)
+            split = trainer.datamodule.seed  # type: ignore[attr-defined]
+            (self.folder / f"{split}.json").write_text(json.dumps(self.epochs))
 
 
-def train(name: str, seed: int, show_callbacks: bool = False) -> Run:
-    """Train one candidate with one seed."""
-    seed_everything(seed, verbose=False)
-    model, data, history = DigitsClassifier(), Digits(seed=seed), History()
-    callbacks = [*candidates()[name], history]
-    if show_callbacks:
-        callbacks.append(ModelSummary(max_depth=0))  # with depth 0, only the summary of the regularization remains
-    log = name in (PLAIN, ALL) and seed == SEEDS[0]
-    if log:
-        callbacks.append(OverfittingMonitor(metric="val/loss", name=name))  # prints a verdict, and saves a figure in the log
+def compare_all(folder: Path, progress: bool) -> Comparison:
+    """Train every candidate on every split, unless another process does, and test each against plain.
+
+    Args:
+        folder: Where to keep the runs, and the metrics of each epoch.
+        progress: Whether to show a progress bar.
+    """
+    torch.set_num_threads(1)
+    return compare(
+        DigitsClassifier,
+        lambda split: Digits(seed=split),
+        {name: [*callbacks, History(folder / name)] for name, callbacks in candidates().items()},
+        metric="val/accuracy",
+        mode="max",
+        repeats=SPLITS,
+        trainer={"max_epochs": EPOCHS, "accelerator": "cpu"},
+        storage=f"sqlite:///{folder}/runs.db",
+        progress=progress,
+    )
+
+
+def help_compare(folder: Path) -> None:
+    """Do half of the runs, in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    compare_all(folder, progress=False)
+
+
+def watch(name: str) -> None:
+    """Train a candidate on the first split, with a monitor that prints a verdict, and saves a figure in the log."""
+    seed_everything(0, verbose=False)
+    summary = [ModelSummary(max_depth=0)] if name == ALL else []  # with depth 0, only that of the regularization remains
     trainer = Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
-        callbacks=callbacks,
-        logger=TensorBoardLogger(OUTPUT, name=name.replace(" ", "_")) if log else False,
+        callbacks=[*candidates()[name], OverfittingMonitor(metric="val/loss", name=name), *summary],
+        logger=TensorBoardLogger(OUTPUT, name=name.replace(" ", "_")),
         log_every_n_steps=5,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        enable_model_summary=show_callbacks,
+        enable_model_summary=bool(summary),
     )
-    start = time.perf_counter()
-    trainer.fit(model, data)
-    seconds = time.perf_counter() - start
-    tested, trained = trainer.test(model, data, verbose=False)
-    return Run(tested["test/accuracy/dataloader_idx_0"], trained["test/accuracy/dataloader_idx_1"], seconds, history.epochs)
-
-
-def train_all() -> dict[str, list[Run]]:
-    """Train every candidate with every seed, in worker processes.
-
-    Each run sets its own seed and uses one thread, so the results depend neither on the number of workers nor on the order.
-    """
-    first = (ALL, SEEDS[0])
-    jobs = [(name, seed) for seed in SEEDS for name in candidates()]
-    with ProcessPoolExecutor(WORKERS, get_context("spawn"), initializer=start_worker) as pool:
-        try:
-            futures = {job: pool.submit(train, *job) for job in jobs if job != first}
-            runs = {first: train(*first, show_callbacks=True)}  # in this process, so that only one run prints
-            show_progress(list(futures.values()), done=len(runs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # on an error or Ctrl-C, do not start what is still waiting
-            raise
-    runs |= {job: future.result() for job, future in futures.items()}
-    return {name: [runs[name, seed] for seed in SEEDS] for name in candidates()}
-
-
-def start_worker() -> None:
-    """Prepare a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
-    torch.set_num_threads(1)
-    silence_notices()
-
-
-def show_progress(futures: list[Future[Run]], done: int) -> None:
-    """Wait for the runs, with a progress bar in a terminal, and a line for every ten runs elsewhere."""
-    total, terminal = done + len(futures), rich.get_console().is_terminal
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=not terminal) as progress:
-        task = progress.add_task("Training", total=total, completed=done)
-        for finished, future in enumerate(as_completed(futures), done + 1):
-            future.result()  # raises what the run raised
-            progress.update(task, completed=finished)
-            if not terminal and finished % 10 == 0:
-                print(f"Trained {finished} of {total} models", flush=True)
-
-
-class Interval(NamedTuple):
-    """A mean and the bounds of its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
-    """Return the mean x̄ and its confidence interval x̄ ± t·s/√n, with Student's t for n − 1 degrees of freedom."""
-    t = float(student_t.ppf((1 + level) / 2, len(values) - 1))
-    center, half = mean(values), t * stdev(values) / sqrt(len(values))
-    return Interval(center, center - half, center + half)
-
-
-def gain(runs: Sequence[Run], plain: Sequence[Run]) -> Interval:
-    """Return the gain in test accuracy over plain, in percentage points, as a mean of differences paired by seed.
-
-    Runs of one seed have the same split, the same wrong labels and the same initial weights.
-    """
-    return mean_interval([100 * (run.test - base.test) for run, base in zip(runs, plain, strict=True)])
-
-
-def percent(fractions: Sequence[float]) -> str:
-    """Return the mean and the standard deviation of fractions, in percent."""
-    return f"{mean(fractions):.1%} ± {stdev(fractions):.1%}"
-
-
-def table(runs: dict[str, list[Run]]) -> Table:
-    """Return a table with a row for each candidate."""
-    shown = Table(
-        title=f"{setting()}, mean ± standard deviation of {len(SEEDS)} seeds",
-        caption="Gain: percentage points over plain, paired by seed, with 95% interval",
-    )
-    shown.add_column("Callbacks")
-    for column in ("Test accuracy", "Gain", "Train\naccuracy", "Time"):
-        shown.add_column(column, justify="right")
-    for name, of_name in runs.items():
-        points, low, high = gain(of_name, runs[PLAIN])
-        seconds = mean(run.seconds for run in of_name)
-        shown.add_row(
-            name,
-            percent([run.test for run in of_name]),
-            "" if name == PLAIN else f"{points:+.1f} [{low:.1f}, {high:.1f}]",
-            f"{mean(run.train for run in of_name):.1%}",
-            f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s",  # wider, the table would not fit a terminal
-        )
-    return shown
+    trainer.fit(DigitsClassifier(), Digits())
 
 
 def setting() -> str:
@@ -322,33 +246,33 @@ def setting() -> str:
     return f"{data.train_samples} training images, {data.label_noise:.0%} random labels"
 
 
-def draw(runs: dict[str, list[Run]], path: Path) -> None:
+def draw(result: Comparison, folder: Path, path: Path) -> None:
     """Draw the accuracy over the epochs and the gain of each candidate, and save the figure."""
     plt.rcParams.update({"font.size": 11, "axes.titlesize": 11, "figure.titlesize": 13})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    draw_curves(runs, left)
-    draw_gains(runs, right)
-    points = gain(runs[ALL], runs[PLAIN]).mean
-    figure.suptitle(f"{setting()}: five techniques gain {points:.0f} points of test accuracy", weight="bold")
+    draw_curves(folder, left)
+    draw_gains(result, right)
+    gain = 100 * result.differences[ALL].mean
+    figure.suptitle(f"{setting()}: five techniques gain {gain:.0f} points of accuracy", weight="bold")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=180)
+    figure.savefig(path, dpi=120)
 
 
-def draw_curves(runs: dict[str, list[Run]], axis: Axes) -> None:
-    """Draw the accuracy of each epoch: the mean over the seeds, with its 95% interval as a band."""
-    epochs = range(1, EPOCHS + 1)
+def draw_curves(folder: Path, axis: Axes) -> None:
+    """Draw the accuracy of each epoch: the mean over the splits, with its standard deviation as a band."""
     for name, metric, color, style, label in (
         (ALL, "val/accuracy", BLUE, "-", "all five, validation"),
         (PLAIN, "val/accuracy", ORANGE, "-", "plain, validation"),
         (PLAIN, "train/accuracy", ORANGE, "--", "plain, training (noisy labels)"),
     ):
-        by_epoch = zip(*([100 * epoch[metric] for epoch in run.history] for run in runs[name]), strict=True)
-        means, lows, highs = zip(*map(mean_interval, by_epoch), strict=True)
-        axis.plot(epochs, means, style, color=color, label=label)
-        axis.fill_between(epochs, lows, highs, color=color, alpha=0.2, linewidth=0)
+        runs = [json.loads(path.read_text()) for path in (folder / name).glob("*.json")]
+        accuracies = 100 * np.array([[epoch[metric] for epoch in run] for run in runs])
+        mean, deviation, epochs = accuracies.mean(0), accuracies.std(0, ddof=1), range(1, EPOCHS + 1)
+        axis.plot(epochs, mean, style, color=color, label=label)
+        axis.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, linewidth=0)
     axis.set(
         title="Plain training memorizes the wrong labels",
-        xlabel=f"epoch (mean of {len(SEEDS)} seeds, 95% interval)",
+        xlabel=f"epoch (mean ± standard deviation of {SPLITS} splits)",
         ylabel="accuracy (%)",
         xlim=(1, EPOCHS),
         ylim=(50, 102),
@@ -357,16 +281,17 @@ def draw_curves(runs: dict[str, list[Run]], axis: Axes) -> None:
     axis.legend(loc="lower right")
 
 
-def draw_gains(runs: dict[str, list[Run]], axis: Axes) -> None:
-    """Draw a bar for the gain of each candidate, with its 95% interval."""
-    gains = {name: gain(of_name, runs[PLAIN]) for name, of_name in runs.items() if name != PLAIN}
-    means, errors = [found.mean for found in gains.values()], [found.high - found.mean for found in gains.values()]
-    axis.barh(list(gains), means, xerr=errors, color=[BLUE if name == ALL else GRAY for name in gains], capsize=3)
-    for row, found in enumerate(gains.values()):
-        axis.annotate(f"{found.mean:+.1f}", (max(found.high, 0), row), (6, 0), textcoords="offset points", va="center")
-    axis.set(title="Each technique alone, and all five", xlabel="gain over plain (points, 95% interval)")
+def draw_gains(result: Comparison, axis: Axes) -> None:
+    """Draw a bar for the gain of each candidate, with its interval."""
+    means, lows, highs = (100 * np.array([found[i] for found in result.differences.values()]) for i in range(3))
+    names = list(result.differences)
+    colors = [BLUE if name == ALL else GRAY for name in names]
+    axis.barh(names, means, xerr=[means - lows, highs - means], color=colors, capsize=3)
+    for row, (mean, high) in enumerate(zip(means, highs, strict=True)):
+        axis.annotate(f"{mean:+.1f}", (max(high, 0), row), (6, 0), textcoords="offset points", va="center")
+    axis.set(title="Each technique alone, and all five", xlabel="gain over plain in validation (points, 90% interval)")
     axis.invert_yaxis()
-    axis.set_xlim(right=1.2 * max(found.high for found in gains.values()))  # room for the numbers
+    axis.set_xlim(right=1.25 * highs.max())  # room for the numbers
     axis.locator_params("x", nbins=5)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -380,13 +305,22 @@ def silence_notices() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # a deprecation within Lightning
 
 
-def compare() -> None:
-    """Train all candidates, print the table, draw the figure, and say where the output is."""
-    print(f"Training {len(candidates())} models with {len(SEEDS)} seeds each: {setting()}")
-    torch.set_num_threads(1)
-    runs = train_all()
-    draw(runs, OUTPUT / "digits.png")
-    rich.print(table(runs))
+def report() -> None:
+    """Compare the candidates in two processes that share a database, print the table, and draw the figure."""
+    print(f"{len(candidates())} candidates, {SPLITS} splits each: {setting()}", flush=True)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        helper = get_context("spawn").Process(target=help_compare, args=(folder,))
+        helper.start()
+        try:
+            watch(ALL)
+            watch(PLAIN)
+            result = compare_all(folder, progress=True)
+        finally:
+            helper.kill()  # it has nothing left to do, or an error or Ctrl-C ends this process
+            helper.join()
+        draw(result, folder, OUTPUT / "digits.png")
+    rich.print(result.table())
     for path in sorted(OUTPUT.glob("*/version_*/*.png")):
         print(f"Overfitting: {path}")
     print(f"Figure: {OUTPUT / 'digits.png'}\nTensorBoard: tensorboard --logdir {OUTPUT}")
@@ -413,7 +347,7 @@ def main() -> None:
     """Compare without arguments; with arguments, be a LightningCLI."""
     silence_notices()
     if len(sys.argv) == 1:
-        compare()
+        report()
     else:
         defaults = {"max_epochs": EPOCHS}
         BriefCLI(DigitsClassifier, Digits, seed_everything_default=0, trainer_defaults=defaults, parser_kwargs=USAGE)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 import rich
 import torch
-from digits import Digits, DigitsClassifier, History, percent, silence_notices
+from digits import Digits, DigitsClassifier, History, silence_notices
 from lightning.pytorch import Trainer, seed_everything
 from rich.table import Table
 
@@ -82,7 +82,8 @@ def compare(epochs: int, seeds: int) -> None:
         runs = [train(p, seed, epochs) for seed in range(seeds)]
         histories[name] = [history for _, _, history in runs]
         loss = mean(history[-1]["val/loss"] for history in histories[name])
-        table.add_row(name, percent([run[0] for run in runs]), percent([run[1] for run in runs]), f"{loss:.3f}")
+        accuracies = [f"{mean(part):.1%} ± {stdev(part):.1%}" for part in list(zip(*runs, strict=True))[:2]]
+        table.add_row(name, *accuracies, f"{loss:.3f}")
     OUTPUT.mkdir(parents=True, exist_ok=True)
     draw(histories, OUTPUT / "curves.png")
     rich.print(table)

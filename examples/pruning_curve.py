@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 import matplotlib.pyplot as plt
 import rich
-from digits import Digits, DigitsClassifier, percent, silence_notices
+from digits import Digits, DigitsClassifier, silence_notices
 from lightning.pytorch import Trainer, seed_everything
 from rich.table import Table
 
@@ -56,7 +56,8 @@ def accuracy_table(curves: Curves, seeds: int) -> Table:
     for column in ("Sparsity", *curves):
         table.add_column(column, justify="right")
     for target in SPARSITIES:
-        table.add_row(f"{target:.0%}", *(percent(curve[target]) for curve in curves.values()))
+        found = [curve[target] for curve in curves.values()]
+        table.add_row(f"{target:.0%}", *(f"{mean(part):.1%} ± {stdev(part):.1%}" for part in found))
     return table
 
 

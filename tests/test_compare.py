@@ -269,10 +269,11 @@ def test_the_table_and_the_figure_show_every_candidate():
 
 def test_the_table_fits_80_columns(capsys):
     """With an undecided candidate, whose row is the widest, and without cutting a character."""
-    result = synthetic(lambda name, split: random.Random(f"{name}{split}").gauss(3, 0.07), ("plain", "adaptive clipping"))
-    result.differences["adaptive clipping"] = Difference(-0.001, -0.008, 0.012, 0.397, "undecided", 124)
+    result = synthetic(lambda name, split: random.Random(f"{name}{split}").gauss(3, 0.07), ("plain", "weight clipping"))
+    result.differences["weight clipping"] = Difference(-0.001, -0.008, 0.012, 0.397, "undecided", 124)
     rich.console.Console(width=80).print(result.table())
     printed = capsys.readouterr().out
+    assert "weight clipping " in printed  # in one piece
     assert "-0.001 [-0.008, 0.012] 0.397 undecided    124 0.0" in printed
     assert "Overlap" in printed
     assert max(map(len, printed.splitlines())) <= 80

@@ -176,7 +176,8 @@ class Report(Runs):
     def table(self) -> Table:
         """Return a table with a row for each candidate."""
         title = f"{self.metric} over {len(self.splits)} splits"
-        table = Table(title=title, caption=self.caption(), box=SIMPLE_HEAD, padding=0)
+        caption = f"\n{self.caption()}"
+        table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0, show_edge=False)
         table.add_column("Candidate", min_width=10, overflow="fold")
         for column in ("Mean ± sd", "Gain and 90% interval", "p", "Verdict", "Needed", "s"):
             table.add_column(column, justify="right", no_wrap=True)
