@@ -26,7 +26,7 @@ def losses(printed):
 
 def test_candidates_have_rows(job):
     table = job[1].partition("One batch")[0]
-    assert re.findall(r"^ ([a-z][a-z ]+?)  +\d\.\d+ ± \d", table, re.MULTILINE) == list(example.CANDIDATES)
+    assert re.findall(r"^([a-z][a-z ]+?)  +\d\.\d+ ± \d", table, re.MULTILINE) == list(example.CANDIDATES)
     assert max(map(len, job[1].splitlines())) <= 80
 
 
