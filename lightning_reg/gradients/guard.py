@@ -96,7 +96,7 @@ class NonFiniteGradientGuard(GradientProcessing):
         policy: ``"skip"`` skips the step, ``"zero"`` sets the bad entries to 0, and ``"raise"`` raises an error.
         patience: The number of consecutive bad steps, ≥ 1, after which an error ends training and names the parameters.
         params: The parameters to check: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
-        these, or a callable ``(name, parameter, module) -> bool``.
+            these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
