@@ -32,7 +32,7 @@ def clip_weights_(params: Tensors, clip_value: float) -> None:
 
     Args:
         params: Tensors, which are changed in place.
-        clip_value: c > 0, the largest magnitude.
+        clip_value: The largest magnitude c > 0.
 
     Example:
         >>> theta = torch.tensor([-3.0, 0.5, 4.0])
@@ -73,7 +73,7 @@ class WeightClipping(Constraint):
     Works with sharded parameters.
 
     Args:
-        clip_value: c > 0, the largest magnitude, or a schedule. Infinity does nothing. The paper uses 0.01.
+        clip_value: The largest magnitude c > 0, or a schedule. Infinity does nothing. The paper uses 0.01.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.

@@ -40,9 +40,9 @@ def project_unit_norms_(
 
     Args:
         params: Tensors, which are changed in place.
-        low: l ≥ 0, the smallest norm.
-        high: h ≥ l, the largest norm.
-        rate: r in [0, 1], the fraction of the way that a unit moves.
+        low: The smallest norm l ≥ 0.
+        high: The largest norm h ≥ l.
+        rate: The fraction r of the way that a unit moves, in [0, 1].
         units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Example:
@@ -99,7 +99,7 @@ class MaxNorm(_NormConstraint):
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
-        max_norm: c > 0, the largest norm, or a schedule. Infinity does nothing. Srivastava et al. use 3 to 4.
+        max_norm: The largest norm c > 0, or a schedule. Infinity does nothing. Srivastava et al. use 3 to 4.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.
@@ -174,9 +174,10 @@ class MinMaxNorm(_NormConstraint):
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
-        min_norm: l ≥ 0, the smallest norm, or a schedule.
-        max_norm: h ≥ l, the largest norm, or a schedule. Infinity means no upper bound.
-        rate: r in [0, 1], or a schedule. 1, the default, enforces the constraint in each step. 0 does nothing.
+        min_norm: The smallest norm l ≥ 0, or a schedule.
+        max_norm: The largest norm h ≥ l, or a schedule. Infinity means no upper bound.
+        rate: The fraction r of the way that a unit moves in each step, in [0, 1], or a schedule. 1, the default, enforces the
+            constraint in each step. 0 does nothing.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.

@@ -208,7 +208,7 @@ class DropoutInjection(ModuleRegularizer):
             0, unless the ``batch_first`` of a recurrent or attention module says otherwise.
         shared_dims: Dimensions of the output along which one mask is shared. ``[1]`` after ``nn.LSTM(batch_first=True)`` is
             locked dropout: the same entries are dropped in every time step of a sample. By default, every entry has its own
-                mask.
+            mask.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:

@@ -39,8 +39,8 @@ def clip_unit_gradients_(
 
     Args:
         params: Tensors whose ``.grad`` is scaled in place. Those without one are skipped.
-        clip_factor: λ > 0, the largest ratio of the two norms.
-        eps: ε > 0, a lower bound for the norm of a unit, so that units that start at zero can learn.
+        clip_factor: The largest ratio λ > 0 of the norm of a unit's gradient to that of its weights.
+        eps: A lower bound ε > 0 for the norm of a unit, so that units that start at zero can learn.
         units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Returns:
@@ -78,9 +78,10 @@ class AdaptiveGradientClipping(GradientClipping):
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
-        clip_factor: λ > 0, or a schedule. Infinity leaves finite gradients alone and only logs. The paper uses 0.01 for
-            batches of 4096, and larger values for smaller batches.
-        eps: ε > 0, a lower bound for the norm of a unit. Without it, weights that start at zero never learn.
+        clip_factor: The largest ratio λ > 0 of the norm of a unit's gradient to that of its weights, or a schedule. Infinity
+            leaves finite gradients alone and only logs. The paper uses 0.01 for batches of 4096, and larger values for smaller
+            batches.
+        eps: A lower bound ε > 0 for the norm of a unit. Without it, weights that start at zero never learn.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.

@@ -41,7 +41,7 @@ def clip_gradient_norm_(params: Tensors, max_norm: float, norm_type: float = 2.0
 
     Args:
         params: Tensors whose ``.grad`` is scaled in place. Those without one are skipped.
-        max_norm: c > 0, the largest norm.
+        max_norm: The largest norm c > 0.
         norm_type: The order of the norm, > 0. Infinity takes the largest magnitude.
 
     Returns:
@@ -72,7 +72,7 @@ def clip_gradient_norm_per_tensor_(params: Tensors, max_norm: float, norm_type: 
 
     Args:
         params: Tensors whose ``.grad`` is scaled in place. Those without one are skipped.
-        max_norm: c > 0, the largest norm.
+        max_norm: The largest norm c > 0.
         norm_type: The order of the norm, > 0. Infinity takes the largest magnitude.
 
     Returns:
@@ -102,7 +102,7 @@ def clip_gradient_value_(params: Tensors, clip_value: float) -> None:
 
     Args:
         params: Tensors whose ``.grad`` is clamped in place. Those without one are skipped.
-        clip_value: c > 0, the largest magnitude.
+        clip_value: The largest magnitude c > 0.
 
     Example:
         >>> theta = torch.zeros(3, requires_grad=True)
@@ -132,7 +132,7 @@ class GradientNormClipping(GradientClipping):
     untested.
 
     Args:
-        max_norm: c > 0, or a schedule. Infinity leaves finite gradients alone and only logs.
+        max_norm: The largest norm c > 0, or a schedule. Infinity leaves finite gradients alone and only logs.
         norm_type: The order of the norm, > 0. Infinity (``.inf`` in YAML) takes the largest magnitude.
         scope: ``"model"`` for one norm over all selected parameters of the optimizer, ``"tensor"`` to clip each tensor
             separately.
@@ -217,7 +217,7 @@ class GradientValueClipping(GradientClipping):
     Works with sharded parameters.
 
     Args:
-        clip_value: c > 0, the largest magnitude, or a schedule. Infinity does nothing.
+        clip_value: The largest magnitude c > 0, or a schedule. Infinity does nothing.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.

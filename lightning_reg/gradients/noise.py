@@ -38,7 +38,7 @@ def add_gradient_noise_(
 
     Args:
         params: Tensors whose ``.grad`` is changed in place. Those without one are skipped.
-        std: σ ≥ 0.
+        std: The standard deviation σ ≥ 0.
         generator: The random generator, on the device of the tensors and in the same state on every rank; torch's global
             generator by default.
         padding: For each tensor, the row that gets no noise, such as the ``padding_idx`` of an embedding, or ``None``.
@@ -75,8 +75,8 @@ class GradientNoise(GradientProcessing):
     Every entry gets noise, except for the ``padding_idx`` row of an embedding, which never gets a gradient.
 
     Args:
-        std: σ ≥ 0, or a schedule. The paper tries σ² = 0.01, 0.3, and 1.
-        decay: γ ≥ 0, how fast the variance fades. 0 keeps it constant. The paper uses 0.55.
+        std: The initial standard deviation σ ≥ 0, or a schedule. The paper tries σ² = 0.01, 0.3, and 1.
+        decay: The exponent γ ≥ 0, which sets how fast the variance fades. 0 keeps it constant. The paper uses 0.55.
         seed: The seed of the noise, an integer in [0, 2³¹).
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.

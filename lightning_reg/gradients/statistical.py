@@ -189,7 +189,7 @@ class QuantileGradientClipping(_StatisticalClipping):
     If an optimizer evaluates the loss several times in a step, the first evaluation sets the bound for all of them.
 
     Args:
-        quantile: q in (0, 1), or a schedule. The paper uses the 10th percentile, 0.1.
+        quantile: The quantile q in (0, 1), or a schedule. The paper uses the 10th percentile, 0.1.
         window: The number of norms to keep, ≥ 1. The paper keeps all of them. With the default of 1000, the bound adapts as
             the norms change during training.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of

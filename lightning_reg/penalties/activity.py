@@ -78,7 +78,7 @@ class ActivityPenalty(ModuleRegularizer):
     The loss that the module logs does not contain the penalty.
 
     Args:
-        strength: λ ≥ 0, or a schedule.
+        strength: The strength λ ≥ 0, or a schedule.
         modules: Patterns of module names (``"encoder.layers.?"``; ``*`` also matches dots) or class names (``"ReLU"``). A
             leading ``!`` excludes. ``"*"`` means all layers before the last one that has parameters. Each module must return
             one float tensor, or be a recurrent or attention module.

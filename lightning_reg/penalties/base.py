@@ -56,7 +56,7 @@ class Penalty(ParameterRegularizer):
     The loss that the module logs does not contain the penalty.
 
     Args:
-        strength: λ ≥ 0, or a schedule.
+        strength: The strength λ ≥ 0, or a schedule.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the

@@ -52,7 +52,7 @@ def add_group_lasso_gradient_(params: Tensors, strength: float, units: Units | S
 
     Args:
         params: Tensors. A missing ``.grad`` counts as zeros and is created.
-        strength: λ.
+        strength: The strength λ.
         units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Example:
@@ -83,7 +83,7 @@ class GroupLassoPenalty(Penalty):
     Works with sharded parameters (FSDP2), but not with FSDP1.
 
     Args:
-        strength: λ ≥ 0, or a schedule.
+        strength: The strength λ ≥ 0, or a schedule.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd

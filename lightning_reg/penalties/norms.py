@@ -83,7 +83,7 @@ def add_l1_gradient_(params: Tensors, strength: float) -> None:
 
     Args:
         params: Tensors. A missing ``.grad`` counts as zeros and is created.
-        strength: λ.
+        strength: The strength λ.
 
     Example:
         >>> theta = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
@@ -108,7 +108,7 @@ def add_l2_gradient_(params: Tensors, strength: float) -> None:
 
     Args:
         params: Tensors. A missing ``.grad`` counts as zeros and is created.
-        strength: λ.
+        strength: The strength λ.
 
     Example:
         >>> theta = torch.tensor([1.0, -2.0], requires_grad=True)
@@ -132,7 +132,7 @@ class L1Penalty(Penalty):
     Works with sharded and complex parameters.
 
     Args:
-        strength: λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-3, for a loss that is a mean over samples.
+        strength: The strength λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-3, for a loss that is a mean over samples.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
@@ -177,7 +177,7 @@ class L2Penalty(Penalty):
     Works with sharded and complex parameters.
 
     Args:
-        strength: λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-2, for a loss that is a mean over samples.
+        strength: The strength λ ≥ 0, or a schedule. Typical values are 1e-5 to 1e-2, for a loss that is a mean over samples.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd
@@ -225,8 +225,8 @@ class ElasticNetPenalty(Penalty):
     Works with sharded and complex parameters.
 
     Args:
-        l1: λ₁ ≥ 0, or a schedule.
-        l2: λ₂ ≥ 0, or a schedule.
+        l1: The strength λ₁ ≥ 0 of the L1 part, or a schedule.
+        l2: The strength λ₂ ≥ 0 of the L2 part, or a schedule.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd

@@ -83,7 +83,7 @@ def add_distance_gradient_(params: Tensors, references: Tensors, strength: float
     Args:
         params: Tensors w. A missing ``.grad`` counts as zeros and is created.
         references: Tensors w⁰ of the same shapes.
-        strength: λ.
+        strength: The strength λ.
 
     Example:
         >>> w = torch.tensor([3.0, 4.0], requires_grad=True)
@@ -110,7 +110,7 @@ class OrthogonalityPenalty(Penalty):
     Works with sharded parameters (FSDP2), which each rank gathers. FSDP1 is not supported.
 
     Args:
-        strength: λ ≥ 0, or a schedule.
+        strength: The strength λ ≥ 0, or a schedule.
         params: The parameters to act on, with two or more dimensions: ``"weights"`` (no biases or normalization parameters), a
             glob, a list of these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
@@ -162,7 +162,7 @@ class StartingPointPenalty(Penalty):
     Works with sharded and complex parameters.
 
     Args:
-        strength: λ ≥ 0, or a schedule.
+        strength: The strength λ ≥ 0, or a schedule.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``, without an autograd

@@ -105,7 +105,7 @@ class WeightDecay(ParameterRegularizer):
     Works with sharded and complex parameters.
 
     Args:
-        weight_decay: λ ≥ 0, or a schedule. The default of torch's AdamW is 0.01.
+        weight_decay: The weight decay λ ≥ 0, or a schedule. The default of torch's AdamW is 0.01.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.

@@ -36,8 +36,8 @@ def soft_threshold_(params: Tensors, threshold: float | Tensor) -> None:
 
     Args:
         params: Tensors, which are changed in place.
-        threshold: t ≥ 0, a number or a scalar tensor. A tensor's value is never read on the host, so nothing waits for its
-            device.
+        threshold: The threshold t ≥ 0, a number or a scalar tensor. A tensor's value is never read on the host, so nothing
+            waits for its device.
 
     Example:
         >>> w = torch.tensor([-3.0, 0.5, 2.0])
@@ -61,8 +61,8 @@ def group_soft_threshold_(params: Tensors, threshold: float | Tensor, units: Uni
 
     Args:
         params: Tensors, which are changed in place.
-        threshold: t ≥ 0, a number or a scalar tensor. A tensor's value is never read on the host, so nothing waits for its
-            device.
+        threshold: The threshold t ≥ 0, a number or a scalar tensor. A tensor's value is never read on the host, so nothing
+            waits for its device.
         units: Where each tensor has its output units, as returned by ``units_of``; dimension 0 by default.
 
     Example:
@@ -97,7 +97,7 @@ class SoftThresholding(ParameterRegularizer):
     Works with sharded parameters.
 
     Args:
-        strength: λ ≥ 0, or a schedule.
+        strength: The strength λ ≥ 0, or a schedule.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.
@@ -162,7 +162,7 @@ class GroupSoftThresholding(SoftThresholding):
     Works with sharded parameters (FSDP2), even if a unit is split across ranks.
 
     Args:
-        strength: λ ≥ 0, or a schedule.
+        strength: The strength λ ≥ 0, or a schedule.
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.

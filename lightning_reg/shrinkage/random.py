@@ -29,7 +29,7 @@ def shrink_randomly_(params: Tensors, epsilon: float, generator: torch.Generator
 
     Args:
         params: Tensors, sharded or not, which are changed in place.
-        epsilon: ε in [0, 1], the largest fraction.
+        epsilon: The largest fraction ε in [0, 1].
         generator: The random generator, on the device of the tensors and in the same state on every rank; torch's global
             generator by default.
 
@@ -57,7 +57,7 @@ class RandomShrinkage(ParameterRegularizer):
     (FSDP2), and after a resume. Global random generators stay untouched.
 
     Args:
-        epsilon: ε in [0, 1], the largest fraction, or a schedule.
+        epsilon: The largest fraction ε in [0, 1], or a schedule.
         every: ``"step"`` or ``"epoch"``.
         seed: The seed of the random numbers, an integer in [0, 2³¹).
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
