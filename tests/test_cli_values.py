@@ -237,8 +237,8 @@ def test_a_function_without_a_path_cannot_be_saved():
     ("params", "error", "message"),
     [
         ("importable:missing", ValueError, "params='importable:missing' cannot be imported: module 'importable' has no attr"),
-        ("nowhere:function", ValueError, "cannot be imported: No module named 'nowhere'; 'nowhere' is no keyword: the keyw"),
-        ("weight:encoder", ValueError, "'weight' is no keyword: write 'weights:encoder'"),
+        ("nowhere:function", ValueError, "cannot be imported: No module named 'nowhere'; 'nowhere' is not a keyword: the k"),
+        ("weight:encoder", ValueError, "'weight' is not a keyword: write 'weights:encoder'"),
         ("importable:rising", TypeError, r"params='importable:rising' must be a function of three arguments, \(name, "),
         ("math:pi", ValueError, "params='math:pi' must be a function, got 3.14"),
         (

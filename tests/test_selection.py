@@ -129,8 +129,8 @@ def test_malformed_selection_raises_in_the_constructor(params, message):
     ("params", "message"),
     [
         ("encoder", r"it is a module: write 'encoder.\*'"),
-        ("weight:encoder.*", r"'weight' is no keyword: write 'weights:encoder.\*'"),
-        (":encoder.*", "'' is no keyword: the keywords are 'weights', 'all'"),
+        ("weight:encoder.*", r"'weight' is not a keyword: write 'weights:encoder.\*'"),
+        (":encoder.*", "'' is not a keyword: the keywords are 'weights', 'all'"),
         ("Weights", "close matches: weights, "),
         ("weights,biases", r"to name several, write a list: \['weights', 'biases'\]"),
         ("weights !head.*", r"to name several, write a list: \['weights', '!head.\*'\]"),

@@ -91,7 +91,7 @@ class Driver:
         self._agreement = Agreement(logs=False, log_every_n_steps=1)
         self._logging = False
         self._penalized = False  # whether the loss of this step contains its terms
-        self._has_gradients = False  # a step whose batches all returned None is no step: nothing acts on it
+        self._has_gradients = False  # if all batches of a step returned None, nothing acts on it
         self._trained = False  # whether the epoch has had a step, and has not ended yet
         self._validates = False  # whether a validation has begun and not ended yet
         self._forward = ForwardChanges(self._acting["before_forward"], self._all_parameters, self._step, self._automatic)
@@ -342,7 +342,7 @@ class Driver:
                 self._publish(changed)
 
     def end_step(self) -> None:
-        """Change the weights for a forward pass again."""
+        """Restore the weight changes for a forward pass."""
         self._forward.end_step()
 
     def _is_step(self, optimizer: Optimizer) -> bool:

@@ -69,7 +69,7 @@ class ModuleRegularizer(Regularizer):
         name: The name in metrics and checkpoints.
 
     Raises:
-        TypeError: If the argument that selects modules (``selector``) has a class or a module in place of a name.
+        TypeError: If the argument that selects modules (``selector``) contains a class or a module instead of a name.
     """
 
     effect: ClassVar[str] = "have any effect"

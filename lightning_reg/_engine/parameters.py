@@ -169,7 +169,7 @@ class ParameterRegularizer(Regularizer):
         before = {name: id(p) for name, p in self.tensors.items()}
         self._selected = {**self.chosen(pl_module), **self._selected}
         self._look_up(pl_module)
-        self._known.update(map(id, params))  # those that the module does not have are not looked for again
+        self._known.update(map(id, params))  # do not look again for those that the module does not have
         self._held.clear()
         if changed := [name for name, p in self.tensors.items() if before.get(name) != id(p)]:
             self._check_supported(self._trainer)

@@ -361,7 +361,7 @@ def _keyword_hint(text: str) -> str:
     keyword, _, glob = text.partition(":")
     close = get_close_matches(keyword.lower(), KEYWORDS, n=1)
     fix = f"write {f'{close[0]}:{glob}'!r}" if close else f"the keywords are {', '.join(map(repr, KEYWORDS))}"
-    return f"{keyword!r} is no keyword: {fix}"
+    return f"{keyword!r} is not a keyword: {fix}"
 
 
 def _first_names(module: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Module]]:

@@ -85,7 +85,7 @@ class GoodBuffers:
             elif trusted:
                 good.copy_(buffer)
             else:
-                good.copy_(torch.where(_is_spoilt(buffer, good), good, buffer))
+                good.copy_(torch.where(_is_spoiled(buffer, good), good, buffer))
             place.note()
 
     @torch.no_grad()
@@ -94,10 +94,10 @@ class GoodBuffers:
         for place in self._places:
             buffer, good = place.buffer, place.good
             if buffer is not None and good is not None and buffer.shape == good.shape and place.may_have_changed():
-                buffer.copy_(torch.where(_is_spoilt(buffer, good), good, buffer))
+                buffer.copy_(torch.where(_is_spoiled(buffer, good), good, buffer))
 
 
-def _is_spoilt(buffer: Tensor, good: Tensor) -> Tensor:
+def _is_spoiled(buffer: Tensor, good: Tensor) -> Tensor:
     """Return whether entries that were finite no longer are. A buffer may hold infinities on purpose."""
     now, then = local_tensor(buffer), local_tensor(good)
     return (then.isfinite() & ~now.isfinite()).any()

@@ -142,7 +142,7 @@ def smooth_unit_norms(tensor: Tensor, units: Units) -> Tensor:
 
 
 def local_unit_norms(tensor: Tensor, units: Units, *, above: float = 0.0) -> Tensor:
-    """Return the wide norms over all shards of the units of which this rank holds a part, for :func:`unit_view`."""
+    """Return the wide norms, over all shards, of the units that this rank holds in part, for :func:`unit_view`."""
     return _aligned(wide_unit_norms(tensor, units, above=above), tensor, units)
 
 
@@ -152,7 +152,7 @@ def narrow_local_unit_norms(tensor: Tensor, units: Units) -> Tensor:
 
 
 def local_unit_means(tensor: Tensor, units: Units) -> Tensor:
-    """Return the means over all shards of the units of which this rank holds a part, for :func:`unit_view`."""
+    """Return the means, over all shards, of the units that this rank holds in part, for :func:`unit_view`."""
     view, reduced = _reduction(tensor, units)
     sums = view.sum(reduced, keepdim=True, dtype=accumulation_dtype(tensor.dtype))
     return _aligned(sums, tensor, units) / unit_size(tensor, units)
@@ -180,7 +180,7 @@ def _is_scattered(tensor: Tensor, units: Units) -> bool:
 
 
 def _aligned(values: Tensor, tensor: Tensor, units: Units) -> Tensor:
-    """Return the values of those units of which this rank holds a part, reduced over the other ranks."""
+    """Return the values of the units that this rank holds in part, reduced over the other ranks."""
     if _is_scattered(tensor, units):
         shape = (units.groups, tensor.shape[0] // units.groups, *tensor.shape[1:])
         return local_tensor(shard_like(values.expand(shape).reshape(tensor.shape), tensor))

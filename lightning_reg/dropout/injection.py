@@ -84,7 +84,7 @@ class InjectedDropout:
         """Do nothing: the forward pass reads the scheduled rate directly."""
 
     def restore(self) -> None:
-        """Use the original rate again."""
+        """Restore the original rate."""
         self.rate, self.set_by = self._original_rate, ""
 
     def insert(self) -> None:
@@ -195,8 +195,8 @@ class DropoutInjection(ModuleRegularizer):
     Under ``torch.compile``, all values of p share one graph.
     For recurrent modules and ``nn.MultiheadAttention``, dropout applies only to the output; for ``nn.LSTMCell``, to h.
     A ``PackedSequence`` is treated as if it were padded, so its dimensions are those of a padded batch.
-    Masks come from torch's global generator, as with ``nn.Dropout``. ``seed_everything`` seeds all ranks alike, so they draw
-    the same masks, each for its own samples.
+    Masks come from torch's global generator, as with ``nn.Dropout``. ``seed_everything`` gives all ranks the same seed, so
+    they draw the same masks, each for its own samples.
 
     Args:
         p: The probability of dropping an entry, in [0, 1], or a schedule. Srivastava et al. recommend 0.5 after hidden layers.
@@ -214,8 +214,9 @@ class DropoutInjection(ModuleRegularizer):
     Raises:
         ValueError: If p is outside [0, 1], ``after`` matches nothing, or more than one of ``channelwise``, ``samplewise``, and
             ``shared_dims`` is set.
-        TypeError: If ``after`` has a class or a module in place of a name, or ``shared_dims`` is not a list of integers. In
-            the first forward pass, if a module returns anything other than one float tensor, or the tensor lacks a dimension.
+        TypeError: If ``after`` contains a class or a module instead of a name, or ``shared_dims`` is not a list of integers.
+            In the first forward pass, if a module returns anything other than one float tensor, or the tensor lacks a
+            dimension.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -27,7 +27,7 @@ class OutputCheck:
 
     def __init__(self, name: str, pl_module: LightningModule) -> None:
         self._name, self._has_ended = name, False
-        # By address of memory, which is not used again as long as the tensors are here
+        # By memory address, which is not reused as long as the tensors exist
         self._dropped: dict[int, tuple[Tensor, str]] = {}
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # the output and the input of modules without parameters
         networks = [child for child in pl_module.children() if _has_parameters(child)]

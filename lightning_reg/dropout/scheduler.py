@@ -66,7 +66,7 @@ class DropoutScheduler(ModuleRegularizer):
     Under ``torch.compile``, all values share one graph for torch's dropout modules and injected dropout. In other modules, the
     rate is a plain float in the graph, so torch recompiles for each value, and a warning says so. The same happens where code
     reads the rate of a dropout module as a number, as in ``dropout_p=self.drop.p``.
-    Masks come from torch's global generator, which ``seed_everything`` seeds alike on all ranks.
+    Masks come from torch's global generator, which ``seed_everything`` seeds identically on all ranks.
 
     Recipes (the first three use the published rates for 300 epochs of ViT-T, ViT-T, and ViT-B):
 

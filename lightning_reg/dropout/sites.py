@@ -55,7 +55,7 @@ class DropoutSite(Protocol):
         """Update the site after its scheduled rate has changed."""
 
     def restore(self) -> None:
-        """Use the original rate again."""
+        """Restore the original rate."""
 
 
 class ModuleSite:
@@ -95,7 +95,7 @@ class ModuleSite:
         setattr(self.module, self.attribute, p)
 
     def restore(self) -> None:
-        """Use the original rate again."""
+        """Restore the original rate."""
         restore_class_(self.module, self.attribute)
 
 

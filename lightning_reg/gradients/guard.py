@@ -88,9 +88,9 @@ class NonFiniteGradientGuard(GradientProcessing):
     The first bad step raises a warning, and a line at the end of the fit counts all of them.
     If an optimizer evaluates the loss several times in a step, as LBFGS does, a step can be skipped only at the first
     evaluation: after that, the weights have moved.
-    The decision is the same on every rank. It is the only operation of this package that waits for the device at each step.
-    While a float16 loss scaler is still lowering its scale, the scaler skips bad steps itself. They count as bad only if the
-    scale is below 1.
+    The decision is the same on every rank. It makes the CPU wait for the device at each step, which nothing else in this
+    package does. While a float16 loss scaler is still lowering its scale, the scaler skips bad steps itself. They count as bad
+    only if the scale is below 1.
 
     Args:
         policy: ``"skip"`` skips the step, ``"zero"`` sets the bad entries to 0, and ``"raise"`` raises an error.

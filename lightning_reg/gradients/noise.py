@@ -113,7 +113,7 @@ class GradientNoise(GradientProcessing):
         self._padding = padding_rows(pl_module)
 
     def tensors_changed(self, names: Sequence[str]) -> None:
-        """Look up padding rows again."""
+        """Look up the padding rows anew."""
         super().tensors_changed(names)
         assert self._trainer is not None, "the fit has started"
         self._padding = padding_rows(self._trainer.lightning_module)

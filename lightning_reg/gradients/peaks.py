@@ -143,7 +143,7 @@ def _peaks(tensor: Tensor, count: int) -> Tensor:
     indices = torch.where(tied < 0, _LAST, positions(tensor, tied.clamp(min=0)))
     last = gather_shards(_padded(indices, count, _LAST), tensor).sort().values.index_select(0, (ties - 1).view(1))
     dropped = torch.cat([entries.where(largest > threshold, size), tied.where(indices <= last, size)])
-    mask = torch.zeros(size + 1, dtype=torch.bool, device=part.device).index_fill_(0, dropped, True)  # the last is no entry
+    mask = torch.zeros(size + 1, dtype=torch.bool, device=part.device).index_fill_(0, dropped, True)  # the last one is a dummy
     return mask[:size].view(part.shape)
 
 

@@ -49,8 +49,8 @@ class OverfittingMonitor(Regularizer):
 
     The usual comparison of ``train_loss`` and ``val_loss`` is biased: the training loss is measured with dropout,
     augmentation, and penalties, on weights that change during the epoch. This callback evaluates a fixed sample of the
-    training data and one of the validation data in the same way: with the module's own ``validation_step`` in eval mode, on
-    the weights that were just validated, with the loaders' own collate functions and the module's own transfer hooks.
+    training data and one of the validation data in the same way. It uses the module's own ``validation_step`` in eval mode,
+    the weights that were just validated, the loaders' collate functions, and the module's transfer hooks.
 
     It logs ``reg/<name>/train``, ``val``, ``gap`` (positive if the metric is worse on validation data), and the bounds of its
     95 % interval, ``gap_low`` and ``gap_high``. They are in ``trainer.callback_metrics`` before any other callback reads it,

@@ -118,7 +118,7 @@ class ParameterMonitor(ParameterRegularizer):
             self._before[optimizer] = watched, watched.before_step(penalties, optimizer)
 
     def _watched_of(self, params: list[Parameter]) -> Watched:
-        """Return what is kept from step to step, or start again if the parameters have changed."""
+        """Return the objects that persist between steps, or new ones if the parameters have changed."""
         key = tuple(map(id, params))
         watched = self._watched.get(key)
         if watched is None or not watched.fits(params):

@@ -88,7 +88,7 @@ class Shares:
 
 
 def _add_gradient(penalty: Penalty, optimizer: Optimizer, params: Sequence[Parameter], parts: Sequence[Tensor]) -> None:
-    """Add this rank's part of the gradient of a penalty to tensors, and leave ``.grad`` as it is."""
+    """Add this rank's part of the gradient of a penalty to tensors, without changing ``.grad``."""
     kept = [p.grad for p in params]
     given = [_like(p, part) for p, part in zip(params, parts, strict=True)] if is_sharded(params) else parts
     try:

@@ -54,8 +54,9 @@ def judge(points: Sequence[Point], sign: float = 1.0, name: str = "OverfittingMo
     than its margin" means that the 95 % interval lies entirely on one side.
 
     1. **cannot tell**, if fewer than three epochs were evaluated.
-    2. **diverges**, if the last train or val is not finite, or if the last train is above the first one, or above the smallest
-       one by half of what was learned on the training sample, in both cases by more than their margins.
+    2. **diverges**, if the last train or val is not finite, or if the last train is above the first one by more than their
+       margins. Also if the last train is above the smallest one, by more than their margins and half of what was learned on
+       the training sample.
     3. **cannot tell**, if the gap has no interval.
     4. **over-fits since** the first epoch after the best one, if this holds in each of the last two epochs, both after the best
        one: the gap is above 0 by more than its margin, and either val is above the best val by more than the margin of their
@@ -68,7 +69,7 @@ def judge(points: Sequence[Point], sign: float = 1.0, name: str = "OverfittingMo
 
     Args:
         points: The evaluated epochs, in order.
-        sign: -1 for a metric to maximize, to report its values as they are.
+        sign: -1 for a metric to maximize, so that its values are reported with their original sign.
         name: The name of the monitor, for the advice.
     """
     if len(points) < ENOUGH:

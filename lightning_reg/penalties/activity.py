@@ -88,8 +88,8 @@ class ActivityPenalty(ModuleRegularizer):
     Raises:
         ValueError: If ``strength`` is negative or NaN, ``p`` is neither 1 nor 2, ``modules`` matches nothing, or the module
             uses manual optimization.
-        TypeError: If ``modules`` has a class or a module in place of a name. In the first forward pass, if a module returns
-            anything other than one float tensor.
+        TypeError: If ``modules`` contains a class or a module instead of a name. In the first forward pass, if a module
+            returns anything other than one float tensor.
         RuntimeError: In the first backward pass, if a module runs under activation checkpointing with ``use_reentrant=True``.
 
     Example:

@@ -60,9 +60,10 @@ class Penalty(ParameterRegularizer):
         params: The parameters to act on: ``"weights"`` (no biases or normalization parameters), ``"all"``, a glob, a list of
             these, or a callable ``(name, parameter, module) -> bool``.
         inject: ``"loss"`` adds the penalty to the loss. ``"gradient"`` adds its gradient to ``.grad``. ``"auto"`` uses the
-            loss wherever that is exact, and the gradients in manual optimization, if the module overrides ``optimizer_step``
-            (it may accumulate gradients by itself), for sharded parameters, under DDP with ``find_unused_parameters``,
-            ``static_graph``, a communication hook, or sparse gradients, and together with a guard that sets gradients to zero.
+            loss wherever that is exact. It uses the gradients in manual optimization, for sharded parameters, and together
+            with a guard that sets gradients to zero. It also does so if the module overrides ``optimizer_step``, which may
+            accumulate gradients, and under DDP with ``find_unused_parameters``, ``static_graph``, a communication hook, or
+            sparse gradients.
         name: The name in metrics and checkpoints. Built from the class and the selection by default.
 
     Raises:
@@ -152,7 +153,7 @@ class Penalty(ParameterRegularizer):
         self._choose_route(trainer, pl_module)
 
     def data_ready(self) -> None:
-        """Choose again, since a module or a callback may have registered a communication hook when the fit started."""
+        """Repeat the choice, since a module or a callback may have registered a communication hook when the fit started."""
         if self._uses_loss and self._trainer is not None:
             self._choose_route(self._trainer, self._trainer.lightning_module)
 

@@ -116,7 +116,7 @@ def masks_of_scores(
     pruned: Sequence[Tensor | None],
     limits: Sequence[int],
 ) -> Limited:
-    """Return masks of the weights to prune, like ``pruning_masks``. Pruned weights stay pruned, whatever the sparsity.
+    """Return masks of the weights to prune, like ``pruning_masks``. Pruned weights stay pruned, regardless of the sparsity.
 
     No tensor loses more weights, or units, than its limit. For single weights over all tensors, the others make up for it, so
     the total is exact.
