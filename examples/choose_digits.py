@@ -1,9 +1,9 @@
-"""Which regularizers help on few digits with many wrong labels, how strong, and is it sure?
+"""Which regularizers help on few digits with many wrong labels, how strong should they be, and how sure is that?
 
-This searches over the default techniques with Optuna, drops what does not earn its place, and confirms the rest on splits that
-the search never saw. It takes about four minutes on one core, prints what the search claimed beside what was confirmed, draws a
-figure, and writes the callbacks to a file for LightningCLI. Interrupt it, and the same command goes on. A second terminal with
-the same command helps.
+This searches over the default techniques with Optuna, drops those that do not help, and confirms the rest on splits that the
+search never saw. It takes about four minutes on one core. It prints the claimed and the confirmed gain, draws a figure, and
+writes the callbacks to a file for LightningCLI. If you interrupt it, the same command resumes the search. The same command in a
+second terminal shares the work.
 
     python examples/choose_digits.py
     python examples/digits.py fit --config runs/choose_digits/reg.yaml

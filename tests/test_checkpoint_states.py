@@ -72,7 +72,7 @@ def refused(callback, state):
     return False
 
 
-ADVICE = ("Another class or version", "Resume with what saved it, or start a new fit from the checkpoint's weights")
+ADVICE = ("Another class or version", "Resume with the version that saved it, or start a new fit from the checkpoint's weights")
 
 
 OPEN = [("metrics", "sums"), ("metrics", "steps"), ("state",)]

@@ -191,7 +191,7 @@ STRENGTH = FloatDistribution(1e-5, 1e-2, log=True)
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Technique(L2Penalty, strenght=STRENGTH), TypeError, "no argument 'strenght'; there are: strength"),
+        (lambda: Technique(L2Penalty, strenght=STRENGTH), TypeError, "no argument 'strenght'; close matches: strength"),
         (
             lambda: Technique(L2Penalty, strength=FloatDistribution(-1, 1)),
             ValueError,

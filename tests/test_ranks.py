@@ -112,7 +112,7 @@ def test_another_setting_on_one_rank_is_named(ranks):
         error, seconds = rank["setting"]
         assert error.startswith("the callbacks of rank 1 differ from those of rank 0: L2Penalty(strength=0.2, ")
         assert "is L2Penalty(strength=0.1, " in error
-        assert error.endswith("on rank 0; give every rank the same")
+        assert error.endswith("on rank 0; give every rank the same callbacks")
         assert seconds < 30
 
 

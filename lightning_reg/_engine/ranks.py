@@ -140,7 +140,9 @@ def _compare(rank: int, callbacks: dict[str, str], first: dict[str, str]) -> Non
         difference = f"{callbacks[name]} is {first[name]} on rank 0"
     else:
         difference = f"it has {_listed(callbacks)}, but rank 0 has {_listed(first)}"
-    raise RuntimeError(f"the callbacks of rank {rank} differ from those of rank 0: {difference}; give every rank the same")
+    raise RuntimeError(
+        f"the callbacks of rank {rank} differ from those of rank 0: {difference}; give every rank the same callbacks"
+    )
 
 
 def _listed(callbacks: dict[str, str]) -> str:

@@ -336,8 +336,8 @@ class Technique(SignatureRepr, ABC):
                 raise
             raise ValueError(
                 f"{self.name}: the checkpoint's state of this callback cannot be used: {error}. Another class or version of "
-                "lightning_reg saved it, or the file is damaged. Resume with what saved it, or start a new fit from the "
-                "checkpoint's weights (model.load_state_dict(checkpoint['state_dict']))"
+                "lightning_reg saved it, or the file is damaged. Resume with the version that saved it, or start a new fit "
+                "from the checkpoint's weights (model.load_state_dict(checkpoint['state_dict']))"
             ) from None
 
     def _load_state(self, state_dict: dict[str, Any]) -> None:

@@ -120,7 +120,7 @@ def _divergence(points: Sequence[Point], sign: float) -> str | None:
             numbers = (
                 f"{_number(sign * start.train)} at epoch {start.epoch} to {_number(sign * last.train)} at epoch {last.epoch}"
             )
-            return f"the training sample went from {numbers}"
+            return f"the metric on the training sample went from {numbers}"
     return None
 
 

@@ -105,7 +105,7 @@ class Technique:
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             return
         for key in self.arguments.keys() - parameters.keys():
-            raise TypeError(f"Technique {self.name}: no argument {key!r}; there are: {close_matches(key, parameters)}")
+            raise TypeError(f"Technique {self.name}: no argument {key!r}; close matches: {close_matches(key, parameters)}")
 
     def _corners(self) -> list[dict[str, Any]]:
         """Return values with each argument at both ends of its range and the others at their first values."""
