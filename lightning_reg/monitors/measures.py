@@ -1,4 +1,4 @@
-"""Sums over many tensors in few passes: Σ|x|² of each, what an update has changed, and the number of zeros.
+"""Sums over many tensors in few passes: Σ|x|² of each, the size of an update, and the number of zeros.
 
 Small tensors of one shape are stacked. On the CPU, large ones are read in chunks that fit a processor cache; on other devices,
 one call takes a list of them. Each function returns a vector with one value for each tensor, on the device of the
@@ -43,7 +43,7 @@ class Layout:
         self._buffers: dict[Hashable, Tensor] = {}
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether tensors have the shapes and dtypes of those that it was made for."""
+        """Return whether tensors have the expected shapes and dtypes."""
         return self._kinds == _kinds(tensors)
 
     def split(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -51,7 +51,7 @@ class Layout:
         return [pick(tensors) for pick in self._pick]
 
     def stack(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Stack tensors in a buffer that the next call overwrites: new memory would cost more than the copy."""
+        """Stack tensors in a buffer that the next call overwrites, because new memory would cost more than the copy."""
         first, entries = batch[0], len(batch) * batch[0].numel()
         buffer = self._buffers.get(key := (first.dtype, first.device))
         if buffer is None or len(buffer) < entries:
@@ -59,7 +59,7 @@ class Layout:
         return torch.stack(batch, out=buffer[:entries].view(len(batch), *first.shape))
 
     def join(self, found: Sequence[Tensor]) -> Tensor:
-        """Return the values of all batches in the order of the tensors; the last dimension counts those of a batch."""
+        """Return the values of all batches in the order of the tensors, which is that of the last dimension."""
         dtype = max((values.dtype for values in found), key=lambda dtype: dtype.itemsize)
         return torch.cat([values.to(self._device, dtype) for values in found], -1)[..., self._order]
 
@@ -75,7 +75,7 @@ class Layout:
 
 
 class Copies:
-    """Copies of tensors, to compare later values with. Their memory is kept: new memory would cost more than all else.
+    """Copies of tensors, to compare with later values. They reuse memory, because new memory would cost more than the rest.
 
     Args:
         tensors: One or more dense tensors of the shapes, dtypes, and devices to copy.
@@ -102,9 +102,9 @@ class Copies:
         """Set the copies to zero, let a function add to ``views``, and return Σ|x|² of each.
 
         Args:
-            batches: The indices of views to add to, of those in each batch.
+            batches: For each batch, the indices of the views to add to.
             add: Adds to the views with given indices.
-            at_once: Call it once for all. Otherwise, it adds to those of one batch, which are then still in the cache.
+            at_once: Whether to call ``add`` once for all views, rather than for each batch while it is in the cache.
         """
         if at_once:
             torch._foreach_zero_(self.views)
@@ -150,7 +150,7 @@ class _Held(NamedTuple):
 
     @property
     def is_list(self) -> bool:
-        """Whether there are several that are not stacked."""
+        """Whether there are several copies that are not stacked."""
         return self.stacked is None and len(self.views) > 1
 
 
@@ -270,7 +270,7 @@ def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def _zeros(tensor: Tensor, buffer: Tensor) -> Tensor:
-    """Return where entries are 0, as a tensor to sum; the buffer is overwritten."""
+    """Return where entries are 0, as a tensor to sum. Overwrites the buffer."""
     if tensor.dtype is torch.float32:  # faster than bool, and exact for the entries of a chunk
         return torch.eq(tensor, 0, out=buffer)
     return tensor == 0

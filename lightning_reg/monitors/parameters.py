@@ -36,9 +36,9 @@ class ParameterMonitor(ParameterRegularizer):
     penalties that are part of the loss, before clipping), ``update_ratio`` (the whole step, including decay, constraints, and
     masks), and ``zeros`` (the fraction of entries that are 0). For each penalty of the trainer it logs
     ``reg/<name>/<penalty>/relative_norm``: the norm of its gradient, divided by that of the data's gradient, over the
-    parameters that it penalizes. ``ActivityPenalty`` is left out, because its gradient needs a backward pass of its own.
-    The values are in ``trainer.callback_metrics``, with and without a logger. Other steps cost nothing. One copy of the
-    parameters is kept during the fit.
+    parameters that it penalizes. ``ActivityPenalty`` is left out, because its gradient needs a separate backward pass.
+    The values are in ``trainer.callback_metrics``, with and without a logger. Other steps cost nothing. The callback keeps one
+    copy of the parameters during the fit.
     Sharded parameters are measured as a whole. A step that accumulates batches is one step.
 
     Args:
@@ -149,7 +149,7 @@ class ParameterMonitor(ParameterRegularizer):
         left_out = (
             [cb.name for cb in regularizers_of(self._trainer) if isinstance(cb, ActivityPenalty)] if self._trainer else []
         )
-        reason = "because its gradient needs a backward pass of its own"
+        reason = "because its gradient needs a separate backward pass"
         return [*super().notes(), *(f"{self.name} does not measure {name}, {reason}" for name in left_out)]
 
     def route(self) -> str:

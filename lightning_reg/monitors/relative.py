@@ -26,8 +26,8 @@ class Shares:
     """Measures how strong penalties are, without changing the gradients.
 
     Args:
-        params: All parameters of an optimizer that a penalty acts on, and perhaps others.
-        memory: Memory of the size of this rank's parts of the parameters, which is overwritten.
+        params: The parameters of an optimizer, including all that a penalty acts on.
+        memory: Memory of the size of this rank's parts of the parameters. It is overwritten.
     """
 
     def __init__(self, params: Sequence[Parameter], memory: Copies) -> None:
@@ -45,7 +45,7 @@ class Shares:
             squares: Σ|g|² of this rank's part of each gradient.
         """
         found: dict[str, tuple[list[Parameter], Tensor]] = {}
-        has_terms = False  # whether the memory has what the loss has added to the gradients
+        has_terms = False  # whether the memory holds the terms that the loss has added to the gradients
         for penalty in sorted(penalties, key=lambda penalty: penalty.adds_to_loss):
             penalized = penalty.parameters_of(optimizer) if penalty.scale else []
             if not penalized:
