@@ -86,7 +86,7 @@ class Marked(Callback):
 
 @pytest.mark.slow
 def test_one_of_two_identical_candidates_is_rarely_called_better():
-    """At most 31 of 400, even if each split is fresh data, so that the test has its full level of 5 %."""
+    """At most 31 of 400, even if each split is fresh data, so that the test has its full level of 5%."""
     for overlap, most in ((0.0, 31), (0.25, 8)):
         better = 0
         for study in range(400):
@@ -110,7 +110,7 @@ def test_a_clear_gain_is_found_in_both_modes():
 
 
 def test_several_candidates_are_corrected_by_holm():
-    """Each of four has a p-value that is below 5 % alone, and above with the correction."""
+    """Each of four has a p-value that is below 5% alone, and above with the correction."""
     offsets = [0.5, 1.5, 0.4, 1.6, 1.0]
 
     def run(name, split):

@@ -130,7 +130,7 @@ def _subclass_of(original: Any) -> Any:
         body["forward"] = _forward_of(original)
     subclass = type(original)(original.__name__, (nn.Module,), body)
     try:
-        subclass.__bases__ = (original,)  # set afterwards, so that a class that registers its subclasses does not see it
+        subclass.__bases__ = (original,)  # set afterward, so that a class that registers its subclasses does not see it
     except TypeError:  # not for a class with another base before nn.Module, as in class Cell(ABC, nn.LSTM)
         subclass = type(original)(original.__name__, (original,), body)
     return subclass

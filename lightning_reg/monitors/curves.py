@@ -22,7 +22,7 @@ class Point(NamedTuple):
         val: The metric on the validation sample.
         gap: val − train.
         rise: val minus the smallest val of an earlier epoch, on the same batches; 0 in the first epoch.
-        train_margin, val_margin, gap_margin, rise_margin: Half the width of the 95 % interval of each; NaN if unknown.
+        train_margin, val_margin, gap_margin, rise_margin: Half the width of the 95% interval of each; NaN if unknown.
     """
 
     epoch: int

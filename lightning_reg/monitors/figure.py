@@ -1,4 +1,4 @@
-"""A figure of the curves of a fit: both samples with their 95 % bands, the gap, and where over-fitting begins."""
+"""A figure of the curves of a fit: both samples with their 95% bands, the gap, and where overfitting begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_curves(points: Sequence[Point], metric: str, verdict: Verdict, sign: fl
     Args:
         points: The evaluated epochs, in order.
         metric: The name of the metric, for the axis.
-        verdict: The verdict on the curves. A mark shows where over-fitting begins.
+        verdict: The verdict on the curves. A mark shows where overfitting begins.
         sign: -1 for a metric to maximize.
 
     Returns:
@@ -55,7 +55,7 @@ def draw_curves(points: Sequence[Point], metric: str, verdict: Verdict, sign: fl
 
 
 def _band(axes: Any, points: Sequence[Point], what: str, sign: float, label: str) -> None:
-    """Draw a curve, and its 95 % interval where it is known."""
+    """Draw a curve, and its 95% interval where it is known."""
     epochs = [point.epoch for point in points]
     values = [sign * getattr(point, what) for point in points]
     margins = [getattr(point, f"{what}_margin") for point in points]

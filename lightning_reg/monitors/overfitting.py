@@ -1,4 +1,4 @@
-"""Shows whether a fit over-fits, by evaluating the same metric in the same way on training and validation data."""
+"""Shows whether a fit overfits, by evaluating the same metric in the same way on training and validation data."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class OverfittingMonitor(Regularizer):
     the weights that were just validated, the loaders' collate functions, and the module's transfer hooks.
 
     It logs ``reg/<name>/train``, ``val``, ``gap`` (positive if the metric is worse on validation data), and the bounds of its
-    95 % interval, ``gap_low`` and ``gap_high``. They are in ``trainer.callback_metrics`` before any other callback reads it,
+    95% interval, ``gap_low`` and ``gap_high``. They are in ``trainer.callback_metrics`` before any other callback reads it,
     even without a logger, so ``EarlyStopping(monitor="reg/OverfittingMonitor/gap")`` works anywhere in the list.
     It changes nothing: weights, logged metrics, torchmetrics states, modes, gradients, and random numbers are the same as
     without it. Random augmentations of a dataset are the same at each evaluation.

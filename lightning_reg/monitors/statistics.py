@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The interval that contains the true value with a probability of 95 %."""
+        """The interval that contains the true value with a probability of 95%."""
         return self.mean - self.margin, self.mean + self.margin
 
 

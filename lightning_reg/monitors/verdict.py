@@ -1,4 +1,4 @@
-"""The verdict on the curves of a fit: does it under-fit, fit, over-fit, or diverge?"""
+"""The verdict on the curves of a fit: does it underfit, fit, overfit, or diverge?"""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Verdict:
         kind: ``"under-fits"``, ``"fits"``, ``"over-fits"``, ``"diverges"``, or ``"cannot tell"``.
         reason: The numbers behind the verdict.
         advice: What to try next.
-        since: The first epoch of over-fitting, counted from 0 as in Lightning; ``None`` for any other verdict.
+        since: The first epoch of overfitting, counted from 0 as in Lightning; ``None`` for any other verdict.
 
     Example:
         >>> print(Verdict("over-fits", "the gap grew from 0.1 to 0.6", "Stop earlier", since=7))
@@ -51,7 +51,7 @@ def judge(points: Sequence[Point], sign: float = 1.0, name: str = "OverfittingMo
     """Judge the curves of a fit, by the first of these rules that applies.
 
     The best epoch has the smallest val. What was learned is the first val minus the best one, and likewise for train. "By more
-    than its margin" means that the 95 % interval lies entirely on one side.
+    than its margin" means that the 95% interval lies entirely on one side.
 
     1. **cannot tell**, if fewer than three epochs were evaluated.
     2. **diverges**, if the last train or val is not finite, or if the last train is above the first one by more than their
@@ -86,7 +86,7 @@ def judge(points: Sequence[Point], sign: float = 1.0, name: str = "OverfittingMo
 
 
 def _judge_learning(points: Sequence[Point], best: Point, sign: float) -> Verdict:
-    """Judge a fit that neither diverges nor over-fits."""
+    """Judge a fit that neither diverges nor overfits."""
     first, last = points[0], points[-1]
     learned = first.val - best.val
     scale = max(learned, first.train - last.train, _TENTH * abs(best.val))

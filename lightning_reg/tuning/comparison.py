@@ -72,9 +72,9 @@ def compare(
 ) -> Comparison:
     """Compare lists of callbacks on the same splits and seeds, and test each against the first.
 
-    Differences are paired by split. The corrected resampled t-test is one-sided at 5 %, with Holm's correction for several
+    Differences are paired by split. The corrected resampled t-test is one-sided at 5%, with Holm's correction for several
     candidates. Fix the number of repeats in advance. If you look after each repeat and stop as soon as you like the result,
-    the test errs in 20 % of studies or more.
+    the test errs in 20% of studies or more.
 
     Args:
         model: Function that returns a new model. ``None`` with ``run``.

@@ -29,7 +29,7 @@ def draw_differences(report: Any) -> Figure:
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.margins(x=0.2)
-    axis.set(title=report.summary(), xlabel=f"gain in {report.metric} over {next(iter(report.runs))} (90 % interval)")
+    axis.set(title=report.summary(), xlabel=f"gain in {report.metric} over {next(iter(report.runs))} (90% interval)")
     axis.legend(loc="best", frameon=False)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params("y", length=0)

@@ -31,11 +31,11 @@ class Difference(NamedTuple):
 
     Attributes:
         mean: Mean of the paired differences.
-        low: Lower 5 % bound of the mean.
-        high: Upper 5 % bound of the mean.
+        low: Lower 5% bound of the mean.
+        high: Upper 5% bound of the mean.
         p_value: One-sided p-value, adjusted if several candidates were tested.
         verdict: ``"better"``, ``"plain"`` (no gain that matters), or ``"undecided"``.
-        repeats: The number of repeats that would find a difference of ``rope`` in 80 % of studies. It is infinite where the
+        repeats: The number of repeats that would find a difference of ``rope`` in 80% of studies. It is infinite where the
             splits share too much data, and NaN unless the verdict is ``"undecided"``.
     """
 
