@@ -63,7 +63,7 @@ def overhead(name: str, benchmarks: str) -> str:
 
 
 def durations(name: str, benchmarks: str) -> list[str]:
-    """Return what a callback takes for 124M parameters on the CPU."""
+    """Return how long a callback takes for 124M parameters on the CPU."""
     rows = re.findall(r"^\| (.*?) \| ([\d.]+) \| ", benchmarks.split("## On a GPU")[0], re.MULTILINE)
     large = {work: float(ms) for work, ms in rows if "124M" in work}
     found = [(part, ms) for part in WORK.get(name, ()) for work, ms in large.items() if work.startswith(part)]

@@ -173,7 +173,7 @@ def orthogonality(figure: Figure) -> None:
 
 @picture("StartingPointPenalty")
 def starting_point(figure: Figure) -> None:
-    """During fine-tuning, the distance to the start grows, and with the penalty it stays at half of that."""
+    """During fine-tuning, the distance to the start grows. With the penalty, it stays at half of that."""
     start, goal, distances = torch.zeros(8), torch.randn(8), {}
     for label, strength in {"plain": 0.0, "with the penalty": 1.0}.items():
         w, history = start.clone(), []
@@ -253,7 +253,7 @@ def spiky() -> Tensor:
 
 @picture("QuantileGradientClipping")
 def quantile(figure: Figure) -> None:
-    """The bound follows the tenth percentile of the recent norms, and spikes are cut off."""
+    """The bound follows the tenth percentile of the recent norms, and cuts off spikes."""
     history, bounds = torch.full((50,), float("nan")), []
     for norm in spiky():
         history = reg.update_norm_history(history, norm)
@@ -278,7 +278,7 @@ def z_score(figure: Figure) -> None:
 
 @picture("PeakGradientDropping")
 def peaks(figure: Figure) -> None:
-    """The two entries of largest magnitude become zero, and all others stay."""
+    """The two entries of largest magnitude become zero, and all others stay the same."""
     bars(figure, weights(), processed(lambda p: reg.drop_peak_gradients_(p, 2), weights()), "entries of a gradient, k = 2")
 
 
@@ -299,7 +299,7 @@ def centralization(figure: Figure) -> None:
 
 @picture("NonFiniteGradientGuard")
 def guard(figure: Figure) -> None:
-    """One bad batch ends plain training in NaN, and the guard skips it."""
+    """One bad batch turns plain training into NaN. The guard skips it."""
     curves = {}
     for label, guarded in {"plain": False, "with the guard": True}.items():
         w, losses = torch.full((1,), 3.0), []
@@ -322,7 +322,7 @@ def guard(figure: Figure) -> None:
 
 @picture("WeightDecay")
 def decay(figure: Figure) -> None:
-    """Every weight shrinks by the same factor, whatever its gradient."""
+    """Every weight shrinks by the same factor, regardless of its gradient."""
     after = changed(lambda w: [reg.decay_weights_(w, 0.01) for _ in range(60)], weights())
     bars(figure, weights(), after, "weights, 60 steps of decay alone")
 
@@ -481,7 +481,7 @@ def overfitting(figure: Figure) -> None:
 
 @picture("ParameterMonitor")
 def updates(figure: Figure) -> None:
-    """The relative update of a layer in each step, for two learning rates: one near the rule of thumb, and one far above."""
+    """The relative update of a layer in each step, for two learning rates: one near the rule of thumb, and one far above it."""
     ax = figure.subplots()
     lines(ax, "step", "relative update", **{f"lr {lr}": relative_updates(lr) for lr in (0.1, 0.001)})
     ax.axhline(1e-3, color=BOUND, linewidth=1, linestyle="--")

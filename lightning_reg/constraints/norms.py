@@ -89,7 +89,7 @@ class _NormConstraint(Constraint):
 
 
 class MaxNorm(_NormConstraint):
-    """Keep the norm of each output unit at most c: w_u ← w_u · min(1, c / ‖w_u‖₂).
+    """Bound the norm of each output unit: w_u ← w_u · min(1, c / ‖w_u‖₂).
 
     Runs in: right after ``optimizer.step()``, once per step, except after a step that a loss scaler or a guard skips.
 

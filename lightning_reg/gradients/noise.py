@@ -65,7 +65,7 @@ def add_gradient_noise_(
 
 
 class GradientNoise(GradientProcessing):
-    """Add noise that fades over the steps t: g ← g + N(0, σ² / (1 + t)^γ).
+    """Add Gaussian noise that fades over time: g ← g + N(0, σ² / (1 + t)^γ) in step t.
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and before clipping.
 

@@ -238,7 +238,7 @@ class QuantileGradientClipping(_StatisticalClipping):
 
 
 class ZScoreGradientClipping(_StatisticalClipping):
-    """Clip outliers of the gradient norm (ZClip) to μ + σ z² / s if the z-score s = (‖g‖ − μ) / σ exceeds z.
+    """Clip outliers of the gradient norm (ZClip): ‖g‖ ← μ + σ z² / s if the z-score s = (‖g‖ − μ) / σ exceeds z.
 
     Runs in: ``on_before_optimizer_step``, once per optimizer step, after unscaling and all other gradient processing.
 
