@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 PLAIN, CHOSEN, BOOSTING = "plain", "chosen", "boosting"
 MODELS = {PLAIN: "#D55E00", CHOSEN: "#0072B2", BOOSTING: "#7F7F7F"}  # distinct for color-blind readers too
-OVERLAP = 0.25  # test patients divided by training patients, in every split
+OVERLAP = 0.25  # test patients divided by training patients; too small, since tests share a pool
 
 
 class Perceptron(LightningModule):
