@@ -41,7 +41,7 @@ def test_choose_sees_no_test_patient(data):
         tested |= {*test}
         assert {*train}.isdisjoint(test)
         assert len(train) + len(test) == len(data.y)
-        assert len(test) / len(train) == pytest.approx(tabular.OVERLAP, abs=0.01)
+        assert len(test) / len(train) == pytest.approx(0.25, abs=0.01)
     assert seen.isdisjoint(tested)
     assert tested == {*data.reserved}
     assert not np.array_equal(data.outer(0)[1], data.outer(1)[1])
