@@ -160,7 +160,7 @@ def test_activity_penalties_are_left_out_and_named(capsys):
     )
 
 
-SHAPES = [(3, 4), (7,), (3, 4), (), (0,), (SMALL,), (SMALL + 1,), (2, 3, 4), (3, 4), (1100, 1000), (SMALL + 1,)]
+SHAPES = [(3, 4), (7,), (3, 4), (), (0,), (SMALL,), (SMALL + 1,), (2, 3, 4), (3, 4), (1100, 1000), (), (0,), (SMALL + 1,)]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -185,6 +185,22 @@ def test_sums_are_those_of_each_tensor():
     assert_close(change, squares(differences), **close)
     copies.take(before)
     assert_close(copies.distances(after), squares(differences), **close)
+
+
+def test_parameters_without_dimensions():
+    """Several scalars, as models have for scales and temperatures, are measured together."""
+
+    class Scales(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (torch.nn.Parameter(torch.tensor(value)) for value in (2.0, 0.0))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0 * (self.first + self.second)
+
+    found, _ = monitored([], Scales())
+    assert found["reg/ParameterMonitor/first/weight_norm"] == 2
+    assert [found[f"reg/ParameterMonitor/{name}/zeros"] for name in ("first", "second")] == [0, 1]
 
 
 def test_list_batches_of_devices(monkeypatch):

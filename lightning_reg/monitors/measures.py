@@ -229,7 +229,7 @@ def _changes(held: _Held, batch: tuple[Tensor, ...], stack: _Stack) -> Tensor:
     if held.stacked is not None:
         rows = stack(batch)
         squares, change = _row_squares(rows), _row_squares(held.stacked.sub_(rows))
-        return torch.stack([squares, change, _zeros(rows, held.stacked).flatten(1).sum(1).to(squares)])
+        return torch.stack([squares, change, _zeros(rows, held.stacked).view(len(rows), -1).sum(1).to(squares)])
     if held.is_list:
         torch._foreach_sub_(held.views, batch)
         squares = _list_squares(batch)
