@@ -134,7 +134,7 @@ def test_only_every_nth_step(monkeypatch):
     logger = Memory()
     copied = []
     take = Copies.take
-    monkeypatch.setattr(Copies, "take", lambda copies, tensors: copied.extend(tensors) or take(copies, tensors))
+    monkeypatch.setattr(Copies, "take", lambda copies, tensors, *rest: copied.extend(tensors) or take(copies, tensors, *rest))
     fit([ParameterMonitor(every_n_steps=3)], logger=logger, log_every_n_steps=50)
     assert list(logger.steps) == [2, 5]
     assert len(copied) == 2 * len(list(Classifier().parameters()))
@@ -172,7 +172,7 @@ def test_sums_are_those_of_each_tensor():
     after.append(torch.randn(2048, 1024).t())  # not contiguous, and more than one chunk
     before = [tensor + torch.randn_like(tensor) for tensor in after]
     copies = Copies(before)
-    old = copies.take(before)
+    (old,) = copies.take(before)
     assert all(map(torch.equal, copies.views, before))
     new, change, zeros = copies.changes(after)
     squares = lambda tensors: torch.stack([tensor.double().square().sum() for tensor in tensors])  # noqa: E731
@@ -211,7 +211,7 @@ def test_list_batches_of_devices(monkeypatch):
     before = [tensor + torch.randn_like(tensor) for tensor in after]
     assert Layout(before).batches == [[0, 1, 3], [2, 4]]
     copies = Copies(before)
-    old = copies.take(before)
+    (old,) = copies.take(before)
     new, change, zeros = copies.changes(after)
     assert_close(old, torch.stack([tensor.square().sum() for tensor in before]))
     assert_close(new, torch.stack([tensor.square().sum() for tensor in after]))

@@ -7,9 +7,10 @@ tensors, so that nothing waits for a device.
 
 from __future__ import annotations
 
+import math
 import sys
-from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING, NamedTuple
+from operator import attrgetter, eq, itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +19,37 @@ from lightning_reg._tensors.chunks import chunk_entries, chunks
 from lightning_reg._tensors.reductions import accumulation_dtype, is_cpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
-    _Stack = Callable[[tuple[Tensor, ...]], Tensor]
+    Squares = Callable[[Any], Tensor]
+    """Returns Σ|x|² of each tensor of a part of a batch: of each row of stacked tensors, or of a chunk of a tensor."""
 
 SMALL = 1 << 16
 """The most entries of a tensor that is stacked with others of its shape."""
+_ROW = 1024
+"""The number of entries that are summed at a time. It makes sums as exact as float32 allows, and is as fast as one sum."""
+
+
+class PartSums(Protocol):
+    """Computes sums of tensors and gradients, part by part."""
+
+    @property
+    def constants(self) -> Sequence[Sequence[Tensor]]:
+        """Lists of other tensors, each with one for each tensor and of its shape."""
+
+    def of_part(
+        self, batch: int, squares: Squares, known: Sequence[Tensor], weights: Tensor, gradients: Tensor, *constants: Tensor
+    ) -> Sequence[Tensor]:
+        """Return the sums for a part of a batch.
+
+        Args:
+            batch: The index of the batch.
+            squares: Returns Σ|x|² of each tensor of the part.
+            known: Σ|θ|² and Σ|g|².
+            weights: The weights θ: one row for each tensor, or a chunk of one tensor.
+            gradients: The gradients g.
+            constants: The matching part of each list of constants.
+        """
 
 
 class Layout:
@@ -39,24 +65,36 @@ class Layout:
         self._order = torch.tensor(positions, device=tensors[0].device).argsort()
         self._pick = [_picker(batch) for batch in self.batches]
         self._device = tensors[0].device
-        self._kinds = _kinds(tensors)
+        self._shapes = [tensor.shape for tensor in tensors]
+        self._dtypes = [tensor.dtype for tensor in tensors]
         self._buffers: dict[Hashable, Tensor] = {}
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Return whether tensors have the expected shapes and dtypes."""
-        return self._kinds == _kinds(tensors)
+        shapes, dtypes = map(attrgetter("shape"), tensors), map(attrgetter("dtype"), tensors)
+        return all(map(eq, self._shapes, shapes)) and all(map(eq, self._dtypes, dtypes))  # lists would trigger the collector
 
     def split(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
         """Return the tensors of each batch."""
         return [pick(tensors) for pick in self._pick]
 
-    def stack(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """Stack tensors in a buffer that the next call overwrites, because new memory would cost more than the copy."""
-        first, entries = batch[0], len(batch) * batch[0].numel()
-        buffer = self._buffers.get(key := (first.dtype, first.device))
-        if buffer is None or len(buffer) < entries:
-            buffer = self._buffers[key] = torch.empty(entries, dtype=first.dtype, device=first.device)
-        return torch.stack(batch, out=buffer[:entries].view(len(batch), *first.shape))
+    def stack(self, batch: tuple[Tensor, ...], purpose: Hashable = 0) -> Tensor:
+        """Stack tensors in a buffer that the next call for the same purpose overwrites."""
+        return torch.stack(batch, out=self.buffer(batch[0], (len(batch), *batch[0].shape), purpose))
+
+    def buffer(self, like: Tensor, shape: tuple[int, ...], purpose: Hashable) -> Tensor:
+        """Return memory that the next call for the same purpose returns again, because new memory would cost more than its use.
+
+        Args:
+            like: A tensor with the dtype and the device.
+            shape: The shape of the result.
+            purpose: What the memory is for.
+        """
+        entries = math.prod(shape)
+        kept = self._buffers.get(key := (purpose, like.dtype, like.device))
+        if kept is None or len(kept) < entries:
+            kept = self._buffers[key] = torch.empty(entries, dtype=like.dtype, device=like.device)
+        return kept[:entries].view(shape)
 
     def join(self, found: Sequence[Tensor]) -> Tensor:
         """Return the values of all batches in the order of the tensors, which is that of the last dimension."""
@@ -88,15 +126,43 @@ class Copies:
         by_index = {index: next(views) for batch in self.layout.batches for index in batch}
         self.views = [by_index[index] for index in range(len(tensors))]
 
-    def take(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Copy tensors, and return Σ|x|² of each.
+    def take(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, sums: PartSums | None = None
+    ) -> Tensor:
+        """Copy tensors, and return rows with Σ|x|² of each and, if gradients are given, Σ|g|², and further sums.
+
+        Args:
+            tensors: The tensors to copy.
+            gradients: A tensor of the same shape and dtype for each.
+            sums: Computes further sums of tensors and gradients, part by part, while these are in the cache.
 
         Example:
-            >>> Copies([torch.zeros(2)]).take([torch.tensor([3.0, 4.0])])
-            tensor([25.])
+            >>> Copies([torch.zeros(2)]).take([torch.tensor([3.0, 4.0])], [torch.tensor([1.0, 2.0])])
+            tensor([[25.],
+                    [ 5.]])
         """
-        batches = zip(self._held, self.layout.split(tensors), strict=True)
-        return self.layout.join([_copied_squares(held, batch) for held, batch in batches])
+        others = [*([gradients] if gradients else []), *(sums.constants if sums else [])]
+        batches = zip(self._held, self.layout.split(tensors), *map(self.layout.split, others), strict=True)
+        found = []
+        for index, (held, batch, *more) in enumerate(batches):
+            parts = []
+            for squares, *values in self._taken(held, batch, more):
+                known = [squares(one) for one in values[: 2 if gradients else 1]]
+                parts.append(torch.stack([*known, *(sums.of_part(index, squares, known, *values) if sums else [])]))
+            found.append(_total(parts))
+        return self.layout.join(found)
+
+    def _taken(self, held: _Held, batch: tuple[Tensor, ...], others: list[tuple[Tensor, ...]]) -> Iterator[tuple[Any, ...]]:
+        """Copy a batch, and yield for each part how to sum squares, the copies, and the matching parts of other tensors."""
+        if held.stacked is not None:
+            torch.stack(batch, out=held.stacked)
+            yield _row_squares, held.stacked, *(self.layout.stack(other, index) for index, other in enumerate(others))
+        elif held.is_list:
+            torch._foreach_copy_(held.views, batch)
+            yield _list_squares, held.views, *others
+        else:
+            for copy, weights, *more in _parts(held.views[0], batch[0], *(other[0] for other in others)):
+                yield _part_squares, copy.copy_(weights), *more
 
     def fill(self, batches: Sequence[list[int]], add: Callable[[list[int]], None], *, at_once: bool) -> Tensor:
         """Set the copies to zero, let a function add to ``views``, and return Σ|x|² of each.
@@ -120,7 +186,10 @@ class Copies:
 
     def distances(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Σ|x − copy|² of each tensor. The copies are overwritten."""
-        return self._join(_distances, tensors)
+        batches = zip(self._held, self.layout.split(tensors), strict=True)
+        return self.layout.join(
+            [_total([squares(change) for squares, _, change, _ in self._changed(*pair)]) for pair in batches]
+        )
 
     def changes(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return rows with Σ|x|², Σ|x − copy|², and the number of zeros of each tensor. The copies are overwritten.
@@ -133,11 +202,29 @@ class Copies:
                     [4.],
                     [1.]])
         """
-        return self._join(_changes, tensors)
+        found = []
+        for held, batch in zip(self._held, self.layout.split(tensors), strict=True):
+            sums = []
+            for squares, new, change, zeros in self._changed(held, batch):
+                known = [squares(new), squares(change)]
+                sums.append(torch.stack([*known, zeros(new, change).to(known[0])]))
+            found.append(_total(sums))
+        return self.layout.join(found)
 
-    def _join(self, function: Callable[[_Held, tuple[Tensor, ...], _Stack], Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        batches = zip(self._held, self.layout.split(tensors), strict=True)
-        return self.layout.join([function(held, batch, self.layout.stack) for held, batch in batches])
+    def _changed(
+        self, held: _Held, batch: tuple[Tensor, ...]
+    ) -> Iterator[tuple[Squares, Any, Any, Callable[[Any, Any], Tensor]]]:
+        """Yield each part of a batch with its difference from the copies, and how to sum squares and count zeros."""
+        if held.stacked is not None:
+            rows = self.layout.stack(batch)
+            yield _row_squares, rows, held.stacked.sub_(rows), _row_zeros
+        elif held.is_list:
+            torch._foreach_sub_(held.views, batch)
+            yield _list_squares, batch, held.views, lambda tensors, _: _list_zeros(held, tensors)
+        else:
+            for copy, new in _parts(held.views[0], batch[0]):  # the buffer stays in the cache, other than the copies
+                change = torch.sub(copy, new, out=self.layout.buffer(new, new.shape, "change"))
+                yield _part_squares, new, change, _part_zeros
 
 
 class _Held(NamedTuple):
@@ -152,10 +239,6 @@ class _Held(NamedTuple):
     def is_list(self) -> bool:
         """Whether there are several copies that are not stacked."""
         return self.stacked is None and len(self.views) > 1
-
-
-def _kinds(tensors: Sequence[Tensor]) -> tuple[list[torch.Size], list[torch.dtype]]:
-    return list(map(attrgetter("shape"), tensors)), list(map(attrgetter("dtype"), tensors))
 
 
 def _batches(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -195,9 +278,18 @@ def _empty_like(batch: tuple[Tensor, ...]) -> _Held:
     return _Held(stacked.unbind(), stacked)
 
 
-def _squares(batch: tuple[Tensor, ...], stack: _Stack) -> Tensor:
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors of one shape into matching chunks, in the order of the memory if it is the same for all."""
+    first = tensors[0]
+    if not first.is_contiguous() and len({tensor.stride() for tensor in tensors}) == 1:
+        order = sorted(range(first.ndim), key=first.stride, reverse=True)
+        tensors = tuple(tensor.permute(order) for tensor in tensors)
+    return chunks(*tensors)
+
+
+def _squares(batch: tuple[Tensor, ...], stack: Callable[[tuple[Tensor, ...]], Tensor]) -> Tensor:
     if len(batch) == 1:
-        return _total(_square(chunk) for (chunk,) in chunks(batch[0]))
+        return _total([_part_squares(part) for (part,) in _parts(batch[0])])
     return _list_squares(batch) if batch[0].numel() > SMALL else _row_squares(stack(batch))
 
 
@@ -205,54 +297,19 @@ def _held_squares(held: _Held) -> Tensor:
     return _row_squares(held.stacked) if held.stacked is not None else _squares(held.views, torch.stack)
 
 
-def _copied_squares(held: _Held, batch: tuple[Tensor, ...]) -> Tensor:
-    if held.stacked is not None:
-        torch.stack(batch, out=held.stacked)
-    elif held.is_list:
-        torch._foreach_copy_(held.views, batch)
-    else:
-        return _total(_square(copy.copy_(chunk)) for copy, chunk in chunks(held.views[0], batch[0]))
-    return _held_squares(held)
+def _total(sums: Sequence[Tensor]) -> Tensor:
+    """Return the sum over the parts of a batch."""
+    return sums[0] if len(sums) == 1 else torch.stack(list(sums)).sum(0)
 
 
-def _distances(held: _Held, batch: tuple[Tensor, ...], stack: _Stack) -> Tensor:
-    if held.stacked is not None:
-        held.stacked.sub_(stack(batch))
-    elif held.is_list:
-        torch._foreach_sub_(held.views, batch)
-    else:
-        return _total(_square(copy.sub_(chunk)) for copy, chunk in chunks(held.views[0], batch[0]))
-    return _held_squares(held)
-
-
-def _changes(held: _Held, batch: tuple[Tensor, ...], stack: _Stack) -> Tensor:
-    if held.stacked is not None:
-        rows = stack(batch)
-        squares, change = _row_squares(rows), _row_squares(held.stacked.sub_(rows))
-        return torch.stack([squares, change, _zeros(rows, held.stacked).view(len(rows), -1).sum(1).to(squares)])
-    if held.is_list:
-        torch._foreach_sub_(held.views, batch)
-        squares = _list_squares(batch)
-        nonzero = torch.stack([torch.linalg.vector_norm(tensor, 0, dtype=_norm_dtype(tensor)) for tensor in batch])
-        assert held.entries is not None, "there are several that are not stacked"
-        return torch.stack([squares, _list_squares(held.views), (held.entries - nonzero).to(squares)])
-    return _total(_changes_of_chunk(copy, chunk) for copy, chunk in chunks(held.views[0], batch[0]))
-
-
-def _changes_of_chunk(copy: Tensor, chunk: Tensor) -> Tensor:
-    square, change = _square(chunk), _square(copy.sub_(chunk))  # while the entries are in the cache
-    return torch.stack([square, change, _zeros(chunk, copy).sum().to(square)])
-
-
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    """Return the sum over the chunks of a tensor, in a new last dimension."""
-    return torch.stack(list(parts)).sum(0)[..., None]
-
-
-def _square(tensor: Tensor) -> Tensor:
-    entries = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    row = entries.reshape(-1).to(accumulation_dtype(entries.dtype))
-    return torch.dot(row, row)  # faster than a norm
+def _part_squares(part: Tensor) -> Tensor:
+    row = (torch.view_as_real(part) if part.is_complex() else part).reshape(-1)
+    rest = row[(whole := len(row) - len(row) % _ROW) :].to(accumulation_dtype(row.dtype))
+    if not whole:
+        return torch.dot(rest, rest)[None]
+    norms = torch.linalg.vector_norm(row[:whole].view(-1, _ROW), dim=1, dtype=rest.dtype)
+    squares = torch.dot(norms, norms)
+    return (squares + torch.dot(rest, rest) if len(rest) else squares)[None]
 
 
 def _row_squares(rows: Tensor) -> Tensor:
@@ -269,7 +326,21 @@ def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
     return None if tensor.is_complex() else accumulation_dtype(tensor.dtype)
 
 
-def _zeros(tensor: Tensor, buffer: Tensor) -> Tensor:
+def _part_zeros(part: Tensor, buffer: Tensor) -> Tensor:
+    return _is_zero(part, buffer).sum()[None]
+
+
+def _row_zeros(rows: Tensor, buffer: Tensor) -> Tensor:
+    return _is_zero(rows, buffer).view(len(rows), -1).sum(1)
+
+
+def _list_zeros(held: _Held, tensors: tuple[Tensor, ...]) -> Tensor:
+    """Return the number of zeros of each of a list of tensors."""
+    assert held.entries is not None, "it is a list"
+    return held.entries - torch.stack([torch.linalg.vector_norm(tensor, 0, dtype=_norm_dtype(tensor)) for tensor in tensors])
+
+
+def _is_zero(tensor: Tensor, buffer: Tensor) -> Tensor:
     """Return where entries are 0, as a tensor to sum. Overwrites the buffer."""
     if tensor.dtype is torch.float32:  # faster than bool, and exact for the entries of a chunk
         return torch.eq(tensor, 0, out=buffer)

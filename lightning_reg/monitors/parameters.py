@@ -12,7 +12,7 @@ from lightning_reg._engine.parameters import ParameterRegularizer
 from lightning_reg._engine.regularizer import regularizers_of
 from lightning_reg._engine.selection import selection_mask
 from lightning_reg._engine.technique import Phase
-from lightning_reg.monitors.watched import Before, Watched
+from lightning_reg.monitors.watched import Watched
 from lightning_reg.penalties.activity import ActivityPenalty
 from lightning_reg.penalties.base import Penalty
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.plan import Step
     from lightning_reg._engine.selection import Params
+    from lightning_reg.monitors.relative import Before
 
 
 class ParameterMonitor(ParameterRegularizer):

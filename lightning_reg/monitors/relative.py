@@ -2,65 +2,127 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from lightning_reg._engine.steps import by_sign
 from lightning_reg._tensors.reductions import is_cpu
-from lightning_reg._tensors.shards import is_sharded, local_tensor, sum_each_over_shards
-from lightning_reg.monitors.measures import Copies
+from lightning_reg._tensors.shards import is_sharded, local_tensor, local_tensors, sum_each_over_shards
+from lightning_reg.monitors.elementwise import Elementwise
+from lightning_reg.monitors.measures import Copies, Layout
+from lightning_reg.penalties.elementwise import is_elementwise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
     from lightning_reg.penalties.base import Penalty
+    from lightning_reg.penalties.elementwise import ElementwisePenalty
+
+
+class Before(NamedTuple):
+    """What is known before the optimizer steps.
+
+    Args:
+        weights: Σ|θ|² of this rank's part of each parameter.
+        gradients: Σ|g|² of this rank's part of each gradient.
+        relative_norms: For each penalty, the norm of its gradient, relative to that of the data's gradient.
+    """
+
+    weights: Tensor
+    gradients: Tensor
+    relative_norms: dict[str, Tensor]
 
 
 class Shares:
-    """Measures how strong penalties are, without changing the gradients.
+    """Measures parameters, their gradients, and how strong penalties are, without changing anything.
+
+    Elementwise penalties are measured while the parameters are copied, and are in the cache. Others write their gradients to
+    the memory of the copies before that.
 
     Args:
         params: The parameters of an optimizer, including all that a penalty acts on.
-        memory: Memory of the size of this rank's parts of the parameters. It is overwritten.
+        copies: Memory for this rank's parts of the parameters.
     """
 
-    def __init__(self, params: Sequence[Parameter], memory: Copies) -> None:
-        self.params, self.memory = params, memory
+    def __init__(self, params: Sequence[Parameter], copies: Copies) -> None:
+        self.params, self.copies = params, copies
+        self._is_on_cpu = all(map(is_cpu, copies.views))
         self._positions = {id(p): position for position, p in enumerate(params)}
         self._picked: dict[tuple[int, ...], Tensor] = {}
         self._parts: dict[tuple[int, ...], list[list[int]]] = {}
 
-    def measure(self, penalties: Sequence[Penalty], optimizer: Optimizer, squares: Tensor) -> dict[str, Tensor]:
-        """Return for each penalty the norm of its gradient, relative to that of the data's gradient.
+    def measure(self, penalties: Sequence[Penalty], optimizer: Optimizer) -> Before:
+        """Measure, and copy the parameters.
 
         Args:
             penalties: The penalties of a fit.
             optimizer: The optimizer that is about to step. Its gradients contain the penalties that are part of the loss.
-            squares: Σ|g|² of this rank's part of each gradient.
         """
-        found: dict[str, tuple[list[Parameter], Tensor]] = {}
-        has_terms = False  # whether the memory holds the terms that the loss has added to the gradients
-        for penalty in sorted(penalties, key=lambda penalty: penalty.adds_to_loss):
-            penalized = penalty.parameters_of(optimizer) if penalty.scale else []
-            if not penalized:
-                continue
-            memory = Copies(self.memory.views) if has_terms else self.memory
-            found[penalty.name] = penalized, self._fill(memory, penalty, penalized, optimizer)
-            if has_terms:
-                torch._foreach_add_(self.memory.views, memory.views)
-            has_terms |= penalty.adds_to_loss
-        data = self.memory.distances([_gradient(p) for p in self.params]) if has_terms else squares
-        data = sum_each_over_shards(data, self.params)
-        return {name: self._norm(own) / self._pick(data, ps).sum().sqrt() for name, (ps, own) in found.items()}
+        penalized = {one: params for one in penalties if one.scale and (params := one.parameters_of(optimizer))}
+        gradients, tensors = self._dense_gradients(), local_tensors(self.params)
+        elementwise = self._elementwise(penalized) if gradients is not None else []
+        others = {one: params for one, params in penalized.items() if one not in elementwise}
+        found, data = self._measure_whole(others, optimizer)
+        if gradients is None:
+            weights, squares = self.copies.take(tensors)[0], _squares_of_gradients(self.params)
+        elif not elementwise:
+            weights, squares = self.copies.take(tensors, gradients)
+        else:
+            signed = [by_sign(optimizer, penalized[one]) for one in elementwise]
+            sums = Elementwise(elementwise, signed, self._positions, self.copies)
+            weights, squares, *own, rest = self.copies.take(tensors, gradients, sums)
+            found |= {one: one.scale**2 * squares for one, squares in zip(elementwise, own, strict=True)}
+            data = rest if data is None else data
+        return Before(weights, squares, self._relative_norms(penalized, found, squares if data is None else data))
 
-    def _norm(self, squares: Tensor) -> Tensor:
-        return sum_each_over_shards(squares, self.params).sum().sqrt()
+    def _relative_norms(
+        self, penalized: Mapping[Penalty, Sequence[Parameter]], found: Mapping[Penalty, Tensor], data: Tensor
+    ) -> dict[str, Tensor]:
+        """Return ‖λ∇R‖ / ‖g‖ over what each penalty acts on, from the squares of each tensor."""
+        if not penalized:
+            return {}
+        sums = sum_each_over_shards(torch.stack([data, *(found[one].to(data) for one in penalized)]), self.params)
+        totals = sums[1:].sum(1) / torch.stack([self._pick(sums[0], params).sum() for params in penalized.values()])
+        return dict(zip([one.name for one in penalized], totals.sqrt(), strict=True))
+
+    def _elementwise(self, penalties: Iterable[Penalty]) -> list[ElementwisePenalty]:
+        """Return the penalties to measure while the parameters are copied.
+
+        What the loss contains is subtracted together, to find the gradient of the data.
+        """
+        if not self._is_on_cpu:  # which alone gains from a cache
+            return []
+        found = [one for one in penalties if is_elementwise(one)]
+        together = all(map(is_elementwise, filter(attrgetter("adds_to_loss"), penalties)))
+        return [one for one in found if together or not one.adds_to_loss]
+
+    def _dense_gradients(self) -> list[Tensor] | None:
+        """Return this rank's part of each gradient, or ``None`` unless all are dense and like the parameters."""
+        gradients = [p.grad for p in self.params]
+        if not _are_dense(gradients) or not self.copies.layout.fits(parts := local_tensors(gradients)):
+            return None
+        return parts
+
+    def _measure_whole(
+        self, penalized: Mapping[Penalty, Sequence[Parameter]], optimizer: Optimizer
+    ) -> tuple[dict[Penalty, Tensor], Tensor | None]:
+        """Return Σ|λ∇R|² for each penalty, and Σ|g|² of the data's gradient if the loss contains some of them."""
+        found: dict[Penalty, Tensor] = {}
+        has_terms = False  # whether the memory holds the terms that the loss has added to the gradients
+        for penalty in sorted(penalized, key=attrgetter("adds_to_loss")):
+            copies = Copies(self.copies.views) if has_terms else self.copies
+            found[penalty] = self._fill(copies, penalty, penalized[penalty], optimizer)
+            if has_terms:
+                torch._foreach_add_(self.copies.views, copies.views)
+            has_terms |= penalty.adds_to_loss
+        return found, self.copies.distances([_gradient(p) for p in self.params]) if has_terms else None
 
     def _pick(self, values: Tensor, params: Sequence[Parameter]) -> Tensor:
         """Return the values of some parameters."""
@@ -69,22 +131,42 @@ class Shares:
             self._picked[key] = torch.tensor([self._positions[one] for one in key], device=values.device)
         return values[self._picked[key]]
 
-    def _fill(self, memory: Copies, penalty: Penalty, params: Sequence[Parameter], optimizer: Optimizer) -> Tensor:
+    def _fill(self, copies: Copies, penalty: Penalty, params: Sequence[Parameter], optimizer: Optimizer) -> Tensor:
         """Write this rank's part of the gradient of a penalty to memory, and return Σ|g|² of each parameter."""
-        at_once = not (is_cpu(memory.views[0]) and penalty.is_sum_over_tensors())
+        at_once = not (self._is_on_cpu and penalty.is_sum_over_tensors())
 
         def add(indices: Sequence[int]) -> None:
-            _add_gradient(penalty, optimizer, [self.params[i] for i in indices], [memory.views[i] for i in indices])
+            _add_gradient(penalty, optimizer, [self.params[i] for i in indices], [copies.views[i] for i in indices])
 
-        return memory.fill(self._batches_of(params), add, at_once=at_once)
+        return copies.fill(self._batches_of(params), add, at_once=at_once)
 
     def _batches_of(self, params: Sequence[Parameter]) -> list[list[int]]:
         """Return the positions of some parameters in each batch of the memory."""
         key = tuple(map(id, params))
         if key not in self._parts:
             chosen = {self._positions[one] for one in key}
-            self._parts[key] = [[index for index in batch if index in chosen] for batch in self.memory.layout.batches]
+            self._parts[key] = [[index for index in batch if index in chosen] for batch in self.copies.layout.batches]
         return self._parts[key]
+
+
+def _squares_of_gradients(params: Sequence[Parameter]) -> Tensor:
+    """Return Σ|g|² of this rank's part of each gradient; 0 of one that is missing."""
+    found = {index: _entries(p.grad) for index, p in enumerate(params) if p.grad is not None}
+    squares = torch.zeros(len(params), device=params[0].device)
+    if found:
+        values = Layout(list(found.values())).squares(list(found.values()))
+        squares = squares.to(values).index_copy(0, torch.tensor(list(found), device=values.device), values)
+    return squares
+
+
+def _are_dense(gradients: Sequence[Tensor | None]) -> TypeGuard[list[Tensor]]:
+    """Return whether all gradients exist, and none is sparse."""
+    return type(None) not in set(map(type, gradients)) and not any(map(attrgetter("is_sparse"), gradients))
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    """Return the entries of this rank's part of a gradient."""
+    return local_tensor(gradient.coalesce()._values() if gradient.is_sparse else gradient)
 
 
 def _add_gradient(penalty: Penalty, optimizer: Optimizer, params: Sequence[Parameter], parts: Sequence[Tensor]) -> None:

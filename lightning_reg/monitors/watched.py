@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_reg._tensors.shards import local_tensor, local_tensors, sum_each_over_shards
-from lightning_reg.monitors.measures import Copies, Layout
-from lightning_reg.monitors.relative import Shares
+from lightning_reg._tensors.shards import local_tensors, sum_each_over_shards
+from lightning_reg.monitors.measures import Copies
+from lightning_reg.monitors.relative import Before, Shares
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,20 +21,6 @@ if TYPE_CHECKING:
 
 KEYS = ("weight_norm", "grad_norm", "update_ratio", "zeros")
 """What is measured of each parameter or group."""
-
-
-class Before(NamedTuple):
-    """What is known before the optimizer steps.
-
-    Args:
-        gradients: Σ|g|² of this rank's part of each gradient.
-        weights: Σ|θ|² of this rank's part of each parameter.
-        relative_norms: For each penalty, how strong it is.
-    """
-
-    gradients: Tensor
-    weights: Tensor
-    relative_norms: dict[str, Tensor]
 
 
 class Watched:
@@ -53,7 +38,7 @@ class Watched:
         self._groups = _Groups(params, groups)
         self.keys = [f"{prefix}{name}/{key}" for name in self._groups.names for key in KEYS]
         self._copies = Copies(local_tensors(params))
-        self._shares: Shares | None = None
+        self._shares = self._all = Shares(self._params, self._copies)  # of the parameters, and of all that penalties act on
 
     def fits(self, params: Sequence[Parameter]) -> bool:
         """Return whether the same parameters still have the shapes that they had."""
@@ -61,22 +46,17 @@ class Watched:
 
     def before_step(self, penalties: Sequence[Penalty], optimizer: Optimizer) -> Before:
         """Measure the gradients and the penalties, and copy the weights."""
-        squares = _squares_of_gradients(self._params, self._copies.layout)
-        relative_norms = self._relative_norms(penalties, optimizer, squares)
-        return Before(squares, self._copies.take(local_tensors(self._params)), relative_norms)
-
-    def _relative_norms(self, penalties: Sequence[Penalty], optimizer: Optimizer, squares: Tensor) -> dict[str, Tensor]:
-        if not penalties:
-            return {}
         penalized = [p for penalty in penalties for p in penalty.parameters_of(optimizer)]
         others = list({id(p): p for p in penalized if id(p) not in self._ids}.values())
-        shares = self._shares
-        if shares is None or list(map(id, shares.params[len(self._params) :])) != list(map(id, others)):
+        if not others:
+            return self._shares.measure(penalties, optimizer)
+        if list(map(id, self._all.params[len(self._params) :])) != list(map(id, others)):
             params = [*self._params, *others]
-            shares = self._shares = Shares(params, Copies(local_tensors(params)) if others else self._copies)
-        if others:
-            squares = torch.cat([squares, _squares_of_gradients(others, Layout(local_tensors(others))).to(squares)])
-        return shares.measure(penalties, optimizer, squares)
+            self._all = Shares(params, Copies(local_tensors(params)))
+        weights, gradients, relative_norms = self._all.measure(penalties, optimizer)
+        self._copies.take(local_tensors(self._params))
+        count = len(self._params)
+        return Before(weights[:count], gradients[:count], relative_norms)
 
     def after_step(self, before: Before) -> Tensor:
         """Return the values of ``keys`` after a step."""
@@ -108,26 +88,3 @@ class _Groups:
         weights, gradients, updates, before, zeros = self._sums(sums)
         ratio = torch.where(updates == 0, updates, (updates / before).sqrt())
         return torch.stack([weights.sqrt(), gradients.sqrt(), ratio, zeros / self._entries], 1).flatten()
-
-
-def _squares_of_gradients(params: Sequence[Parameter], layout: Layout) -> Tensor:
-    """Return Σ|g|² of this rank's part of each gradient; 0 of one that is missing."""
-    gradients = [p.grad for p in params]
-    if _are_dense(gradients) and layout.fits(parts := local_tensors(gradients)):
-        return layout.squares(parts)
-    found = {index: _entries(gradient) for index, gradient in enumerate(gradients) if gradient is not None}
-    squares = torch.zeros(len(params), device=params[0].device)
-    if found:
-        values = Layout(list(found.values())).squares(list(found.values()))
-        squares = squares.to(values).index_copy(0, torch.tensor(list(found), device=values.device), values)
-    return squares
-
-
-def _are_dense(gradients: Sequence[Tensor | None]) -> TypeGuard[list[Tensor]]:
-    """Return whether all gradients exist, and none is sparse."""
-    return type(None) not in set(map(type, gradients)) and not any(map(attrgetter("is_sparse"), gradients))
-
-
-def _entries(gradient: Tensor) -> Tensor:
-    """Return the entries of this rank's part of a gradient."""
-    return local_tensor(gradient.coalesce()._values() if gradient.is_sparse else gradient)

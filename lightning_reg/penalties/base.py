@@ -132,12 +132,13 @@ class Penalty(ParameterRegularizer):
 
     @classmethod
     def is_sum_over_tensors(cls) -> bool:
-        """Return whether R(θ) is a sum over tensors, so that the gradient may be added for a few of them at a time.
+        """Return whether R(θ) is a sum over tensors, so that the gradient may be added for a few of them at a time."""
+        return bool(vars(cls.formula_class()).get("sums_over_tensors", False))
 
-        That is known of the class that defines the formula, and not of one that overrides it.
-        """
-        formulas = {"value", "add_gradient_"}
-        return bool(next(vars(owner) for owner in cls.__mro__ if formulas & vars(owner).keys()).get("sums_over_tensors", False))
+    @classmethod
+    def formula_class(cls) -> type:
+        """Return the class that defines the formula. What another class says of it may not hold after an override."""
+        return next(owner for owner in cls.__mro__ if {"value", "add_gradient_"} & vars(owner).keys())
 
     @property
     def scale(self) -> float:

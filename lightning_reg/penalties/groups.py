@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_reg._engine.tensor_arguments import tensor_list, units_list
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import accumulation_dtype, is_cpu, sum_scalars
-from lightning_reg._tensors.shards import full_tensor
+from lightning_reg._tensors.shards import full_tensor, local_tensor
 from lightning_reg._tensors.units import Units, local_unit_norms, smooth_unit_norms, unit_size, unit_view, wide_unit_norms
-from lightning_reg.penalties.base import Penalty
+from lightning_reg.penalties.elementwise import ElementwisePenalty
 from lightning_reg.penalties.fused import fused
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def add_group_lasso_gradient_(params: Tensors, strength: float, units: Units | S
         unit_view(p.grad, layout).addcmul_(unit_view(p, layout), factors, value=strength)
 
 
-class GroupLassoPenalty(Penalty):
+class GroupLassoPenalty(ElementwisePenalty):
     """Group lasso: J = L + λ Σ √n ‖w_u‖₂ over all output units u, each with n entries.
 
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
@@ -104,7 +104,6 @@ class GroupLassoPenalty(Penalty):
         W. Wen et al., "Learning Structured Sparsity in Deep Neural Networks", 2016.
     """
 
-    sums_over_tensors = True
     supports_fsdp1 = False
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -114,6 +113,14 @@ class GroupLassoPenalty(Penalty):
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
         """Add λ √n · w_u / ‖w_u‖."""
         add_group_lasso_gradient_(params, strength, self.units(params))
+
+    def entry_gradients(self, weights: Tensor, out: Tensor, *constants: Tensor) -> Tensor:
+        """Return w_u multiplied with √n / ‖w_u‖."""
+        return torch.mul(weights, *constants, out=out)
+
+    def entry_constants(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return √n / ‖w_u‖ of the unit of each entry."""
+        return [_expanded_factors(p, layout) for p, layout in zip(params, self.units(params), strict=True)]
 
 
 def _plain_group_lasso(params: Sequence[Tensor], layouts: Sequence[Units]) -> Tensor:
@@ -135,6 +142,13 @@ def _group_lasso_factors(norms: Tensor, p: Tensor, layout: Units) -> Tensor:
         norms = norms.to(accumulation_dtype(p.dtype).to_real())
     inverse = norms.clamp(min=torch.finfo(norms.dtype).tiny).reciprocal_()
     return inverse.mul_(unit_size(p, layout) ** 0.5).masked_fill_(norms == 0, 0.0)
+
+
+@torch.no_grad()
+def _expanded_factors(p: Tensor, layout: Units) -> Tensor:
+    """Return the factor of each entry of this rank's part, in the shape of that part."""
+    factors = _group_lasso_factors(local_unit_norms(p, layout), p, layout)
+    return factors.expand_as(unit_view(p, layout)).reshape(local_tensor(p).shape)
 
 
 def _group_lasso_gradients(

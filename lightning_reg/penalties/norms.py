@@ -14,7 +14,7 @@ from lightning_reg._tensors.chunks import CHUNK_ENTRIES, batched_chunks, chunks,
 from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import in_accumulation_dtype, is_cpu, magnitudes, real_pairs, sum_scalars, tensor_norms
 from lightning_reg._tensors.shards import full_tensor, local_tensors
-from lightning_reg.penalties.base import Penalty, Route
+from lightning_reg.penalties.elementwise import ElementwisePenalty
 from lightning_reg.penalties.fused import fused
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from lightning_reg._engine.selection import Params
     from lightning_reg._engine.tensor_arguments import Tensors
+    from lightning_reg.penalties.base import Route
     from lightning_reg.penalties.fused import GradientFunction, PlainFunction, ValueFunction
     from lightning_reg.schedules import Value
 
@@ -121,7 +122,7 @@ def add_l2_gradient_(params: Tensors, strength: float) -> None:
         torch._foreach_add_(dense_gradients(params), local_tensors(params), alpha=strength)
 
 
-class L1Penalty(Penalty):
+class L1Penalty(ElementwisePenalty):
     """Lasso (L1 regularization): J = L + λ Σ|θ|.
 
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
@@ -151,7 +152,6 @@ class L1Penalty(Penalty):
         R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", 1996.
     """
 
-    sums_over_tensors = True
     supports_complex = True
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -162,8 +162,12 @@ class L1Penalty(Penalty):
         """Add λ sign(θ)."""
         add_l1_gradient_(params, strength)
 
+    def entry_gradients(self, weights: Tensor, out: Tensor, *constants: Tensor) -> Tensor:
+        """Return sign(θ)."""
+        return torch.sgn(weights, out=out)
 
-class L2Penalty(Penalty):
+
+class L2Penalty(ElementwisePenalty):
     """Ridge (L2 regularization): J = L + (λ/2) Σθ².
 
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
@@ -196,7 +200,6 @@ class L2Penalty(Penalty):
         A. E. Hoerl, R. W. Kennard, "Ridge Regression: Biased Estimation for Nonorthogonal Problems", 1970.
     """
 
-    sums_over_tensors = True
     supports_complex = True
 
     def value(self, params: Sequence[Tensor]) -> Tensor:
@@ -207,13 +210,17 @@ class L2Penalty(Penalty):
         """Add λθ."""
         add_l2_gradient_(params, strength)
 
+    def entry_gradients(self, weights: Tensor, out: Tensor, *constants: Tensor) -> Tensor:
+        """Return θ."""
+        return weights
+
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look up the parameters, and warn if the optimizer decays them too."""
         super().attach(trainer, pl_module)
         self.warn_of_second_decay(trainer)
 
 
-class ElasticNetPenalty(Penalty):
+class ElasticNetPenalty(ElementwisePenalty):
     """Elastic net (L1 and L2 together): J = L + λ₁ Σ|θ| + (λ₂/2) Σθ².
 
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
@@ -245,7 +252,6 @@ class ElasticNetPenalty(Penalty):
         H. Zou, T. Hastie, "Regularization and Variable Selection via the Elastic Net", 2005.
     """
 
-    sums_over_tensors = True
     supports_complex = True
     valid_ranges = {"l1": NON_NEGATIVE, "l2": NON_NEGATIVE}
 
@@ -280,6 +286,10 @@ class ElasticNetPenalty(Penalty):
             add_l1_gradient_(params, strength * self.current["l1"])
         if self.current["l2"]:
             add_l2_gradient_(params, strength * self.current["l2"])
+
+    def entry_gradients(self, weights: Tensor, out: Tensor, *constants: Tensor) -> Tensor:
+        """Return λ₁ sign(θ) + λ₂ θ."""
+        return torch.sgn(weights, out=out).mul_(self.current["l1"]).add_(weights, alpha=self.current["l2"])
 
 
 def _fused_by_size(

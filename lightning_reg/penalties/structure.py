@@ -16,6 +16,7 @@ from lightning_reg._tensors.gradients import dense_gradients
 from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
 from lightning_reg._tensors.shards import full_tensor, local_tensors, shard_like
 from lightning_reg.penalties.base import Penalty, Route
+from lightning_reg.penalties.elementwise import ElementwisePenalty
 from lightning_reg.penalties.fused import fused
 from lightning_reg.penalties.norms import l2_penalty
 
@@ -148,7 +149,7 @@ class OrthogonalityPenalty(Penalty):
             )
 
 
-class StartingPointPenalty(Penalty):
+class StartingPointPenalty(ElementwisePenalty):
     """Stay close to the initial weights (L2-SP): J = L + (λ/2) Σ‖w − w⁰‖².
 
     Runs in: ``on_before_backward`` (added to the loss) or ``on_before_optimizer_step`` (added to the gradients), once per
@@ -182,7 +183,6 @@ class StartingPointPenalty(Penalty):
         X. Li, Y. Grandvalet, F. Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018.
     """
 
-    sums_over_tensors = True
     supports_complex = True
     state_entries = ("start",)
     fit_attributes = ("_references",)
@@ -207,6 +207,14 @@ class StartingPointPenalty(Penalty):
     def add_gradient_(self, params: Sequence[Tensor], strength: float) -> None:
         """Add λ (w − w⁰)."""
         add_distance_gradient_(params, self.references(params), strength)
+
+    def entry_gradients(self, weights: Tensor, out: Tensor, *constants: Tensor) -> Tensor:
+        """Return w − w⁰."""
+        return torch.sub(weights, *constants, out=out)
+
+    def entry_constants(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return this rank's part of w⁰."""
+        return local_tensors(self.references(params))
 
     def references(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return w⁰ for each parameter."""
