@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers import Classifier, Gan, Memory, fit, loader, same
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.testing import assert_close
 
 from lightning_reg import (
@@ -141,6 +144,22 @@ def test_only_every_nth_step(monkeypatch):
     keys = set(logger.steps[2])
     assert "reg/ParameterMonitor/net.0.weight/zeros" in keys
     assert "epoch" in keys
+
+
+@pytest.mark.parametrize("skipped", [(1,), (2,), (1, 2), (3,)])
+def test_steps_that_a_loss_scaler_skips(skipped):
+    """Nothing is reported of them, and nothing of them at the next step."""
+
+    class Overflows(Classifier):
+        def training_step(self, batch, batch_idx):
+            done = self.trainer.fit_loop.epoch_loop.total_batch_idx
+            return super().training_step(batch, batch_idx) * (float("inf") if done in skipped else 1.0)
+
+    logger = Memory()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
+    fit([ParameterMonitor(every_n_steps=2)], Overflows(), logger=logger, log_every_n_steps=50, plugins=[precision])
+    assert list(logger.steps) == [step for step in (1, 3, 5, 7) if step not in skipped]
+    assert all(map(math.isfinite, (value for row in logger.steps.values() for value in row.values())))
 
 
 def test_several_optimizers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -91,11 +92,11 @@ class Elementwise:
 
 def _everywhere(constants: Mapping[int, Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """Return constants of one dtype for all tensors, with zeros that take no memory for those that have none."""
-    dtype = max((constant.dtype for constant in constants.values()), key=lambda dtype: dtype.itemsize)
+    dtypes = set(map(attrgetter("dtype"), constants.values()))
+    dtype = max(dtypes, key=attrgetter("itemsize"))
     zero = torch.zeros((), dtype=dtype)
-    return [
-        constants[index].to(dtype) if index in constants else zero.expand(tensor.shape) for index, tensor in enumerate(like)
-    ]
+    everywhere = [constants[index] if index in constants else zero.expand(tensor.shape) for index, tensor in enumerate(like)]
+    return everywhere if len(dtypes) == 1 else [constant.to(dtype) for constant in everywhere]
 
 
 def _rows(indices: Mapping[float, Sequence[int]], layout: Layout) -> list[dict[float, Tensor | None]]:

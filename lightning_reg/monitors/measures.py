@@ -304,12 +304,14 @@ def _total(sums: Sequence[Tensor]) -> Tensor:
 
 def _part_squares(part: Tensor) -> Tensor:
     row = (torch.view_as_real(part) if part.is_complex() else part).reshape(-1)
-    rest = row[(whole := len(row) - len(row) % _ROW) :].to(accumulation_dtype(row.dtype))
-    if not whole:
-        return torch.dot(rest, rest)[None]
-    norms = torch.linalg.vector_norm(row[:whole].view(-1, _ROW), dim=1, dtype=rest.dtype)
-    squares = torch.dot(norms, norms)
-    return (squares + torch.dot(rest, rest) if len(rest) else squares)[None]
+    rest = len(row) % _ROW
+    if rest == len(row):
+        row = row.to(accumulation_dtype(row.dtype))
+        return torch.dot(row, row)[None]
+    rows = row[: len(row) - rest].view(-1, _ROW)
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(row.dtype))
+    squares = torch.dot(norms, norms)[None]
+    return squares + _part_squares(row[-rest:]) if rest else squares
 
 
 def _row_squares(rows: Tensor) -> Tensor:

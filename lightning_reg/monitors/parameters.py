@@ -108,7 +108,10 @@ class ParameterMonitor(ParameterRegularizer):
 
     def gradients(self, params: list[Parameter], optimizer: Optimizer, step: Step) -> None:
         """Measure the gradients, and remember the weights, if the step is due."""
-        if (step.number + 1) % self.every_n_steps or step.evaluation:
+        if step.evaluation:
+            return
+        self._before.pop(optimizer, None)  # of a step that a loss scaler has skipped
+        if (step.number + 1) % self.every_n_steps:
             return
         assert self._trainer is not None, "the fit has started"
         if self.groups is not None:

@@ -118,6 +118,7 @@ class GroupLassoPenalty(ElementwisePenalty):
         """Return w_u multiplied with √n / ‖w_u‖."""
         return torch.mul(weights, *constants, out=out)
 
+    @torch.no_grad()
     def entry_constants(self, params: Sequence[Tensor]) -> list[Tensor]:
         """Return √n / ‖w_u‖ of the unit of each entry."""
         return [_expanded_factors(p, layout) for p, layout in zip(params, self.units(params), strict=True)]
@@ -144,11 +145,11 @@ def _group_lasso_factors(norms: Tensor, p: Tensor, layout: Units) -> Tensor:
     return inverse.mul_(unit_size(p, layout) ** 0.5).masked_fill_(norms == 0, 0.0)
 
 
-@torch.no_grad()
 def _expanded_factors(p: Tensor, layout: Units) -> Tensor:
     """Return the factor of each entry of this rank's part, in the shape of that part."""
-    factors = _group_lasso_factors(local_unit_norms(p, layout), p, layout)
-    return factors.expand_as(unit_view(p, layout)).reshape(local_tensor(p).shape)
+    view = unit_view(p, layout)
+    factors = _group_lasso_factors(local_unit_norms(p, layout), p, layout).expand(view.shape)
+    return factors if layout.groups == 1 else factors.reshape(local_tensor(p).shape)
 
 
 def _group_lasso_gradients(

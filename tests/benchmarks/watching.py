@@ -44,11 +44,17 @@ def coverage_table() -> Table:
 
 
 class OfParameters(L2Penalty):
-    """A penalty on the gradients of given parameters, without a fit."""
+    """A penalty on given parameters, without a fit."""
 
-    def __init__(self, params: list[Tensor]) -> None:
-        super().__init__(1e-4, inject="gradient")
+    def __init__(self, params: list[Tensor], *, adds_to_loss: bool) -> None:
+        super().__init__(1e-4)
         self._given: Any = params
+        self._adds_to_loss = adds_to_loss
+
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether the penalty is part of the gradients, from which it must be subtracted."""
+        return self._adds_to_loss
 
     @property
     def scale(self) -> float:
@@ -61,30 +67,32 @@ class OfParameters(L2Penalty):
 
 
 def report_cost(label: str, params: list[Tensor], seconds: float) -> str:
-    """Return the time of ``ParameterMonitor`` on a step that it measures, as a multiple of one ``torch._foreach_add_``.
+    """Return the time of ``ParameterMonitor`` on a step that it measures, in floors of one ``torch._foreach_add_``.
 
     It is the time of the measurement, without that of putting the values into ``trainer.callback_metrics``, which is reported
-    for a single value. What a penalty adds is compared with adding the gradient of the penalty.
+    for a single value. What a penalty adds is given for both of its routes, beside the time to add its gradient.
     """
     tensors: Any = params
     gradients, weights = [p.grad for p in params if p.grad is not None], [p.detach() for p in params]
-    optimizer, penalty = SGD(params, lr=0.1), OfParameters(params)
+    optimizer = SGD(params, lr=0.1)
+    on_gradients, in_loss = (OfParameters(params, adds_to_loss=adds) for adds in (False, True))
     watched = Watched(tensors, [[str(index)] for index in range(len(params))], "")
     with torch.no_grad():
         values = watched.after_step(watched.before_step([], optimizer))
-        base, alone, with_penalty, gradient, publishing = measure(
+        floor, alone, with_gradients, with_loss, gradient, publishing = measure(
             [
                 lambda: torch._foreach_add_(gradients, weights, alpha=1e-4),
                 lambda: watched.after_step(watched.before_step([], optimizer)),
-                lambda: watched.after_step(watched.before_step([penalty], optimizer)),
+                lambda: watched.after_step(watched.before_step([on_gradients], optimizer)),
+                lambda: watched.after_step(watched.before_step([in_loss], optimizer)),
                 lambda: add_l2_gradient_(params, 1e-4),
                 lambda: dict(zip(watched.keys, values.unbind(), strict=True)),
             ],
             seconds,
         )
-    more = with_penalty - alone
+    times = (f"{time / floor:.2f}" for time in (alone, with_gradients - alone, with_loss - alone, gradient))
+    text = "{} floors. An L2 penalty adds {} on the gradients and {} in the loss; its gradient alone takes {}"
     return (
-        f"ParameterMonitor, {label}: {alone / base:.2f} times as long as one torch._foreach_add_ ({base * 1e3:.2f} ms). An L2 "
-        f"penalty adds {more / gradient:.2f} times the time of its gradient, {more / base:.2f} floors. Publishing takes "
+        f"ParameterMonitor, {label}, floor {floor * 1e3:.2f} ms: {text.format(*times)}. Publishing takes "
         f"{publishing / len(values) * 1e6:.2f} µs for each value"
     )
