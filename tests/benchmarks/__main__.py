@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 
 import rich
 import torch
@@ -38,7 +40,9 @@ def step_table() -> Table:
     table = Table(title="µs that a callback adds to a step of a tiny model, in steps that are not logged")
     for column in ("Callback", "without a logger", "with a logger"):
         table.add_column(column, justify="left" if column == "Callback" else "right")
-    for name, (without_logger, with_logger) in steps.added_by_each().items():
+    with redirect_stdout(StringIO()):  # the verdicts of the monitor
+        added = steps.added_by_each()
+    for name, (without_logger, with_logger) in added.items():
         table.add_row(name, f"{without_logger:.0f}", f"{with_logger:.0f}")
     return table
 
