@@ -102,7 +102,8 @@ def check(penalties, acting, params, optimizer=None, *, watched=None, rtol=1e-5,
         before = watched.before_step(penalties, optimizer or torch.optim.SGD(params, lr=0.1))
         found = {name: float(value) for name, value in before.relative_norms.items()}
     assert found == pytest.approx(expected, rel=rtol)
-    assert all(map(torch.equal, kept, [p.grad for p in params])), "the gradients must stay"
+    for one, p in zip(kept, params, strict=True):
+        assert_close(p.grad, one, rtol=0, atol=0, equal_nan=True)  # the gradients must stay
     return before, found
 
 
@@ -141,6 +142,44 @@ def test_complex_parameters(name):
     for inject in ROUTES:
         params = parameters(dtype=torch.complex64)
         check([given(FACTORIES[name], params, inject)], [params], params)
+
+
+@pytest.mark.parametrize("inject", ROUTES)
+@pytest.mark.parametrize("name", ["L1", "L2", "elastic net", "starting point"])
+@pytest.mark.parametrize("other", [torch.float64, torch.complex64, torch.bfloat16])
+def test_several_dtypes(other, name, inject):
+    """In one model, some of whose tensors are stacked and penalized in part."""
+    params = [*parameters(SHAPES[:4]), *parameters(SHAPES[:4], other)]
+    for chosen in (params, params[1:], params[:-1]):
+        check([given(FACTORIES[name], chosen, inject)], [chosen], params, rtol=2e-2 if other is torch.bfloat16 else 1e-5)
+        for p in params:
+            p.grad = torch.randn_like(p)
+
+
+@pytest.mark.parametrize("inject", ROUTES)
+@pytest.mark.parametrize("name", FACTORIES)
+def test_gradients_of_another_dtype(name, inject):
+    """Weights in half precision with gradients in float32, which torch allows where ``grad_dtype`` says so."""
+    params = parameters(dtype=torch.bfloat16)
+    for p in params:
+        gradient, p.grad = p.grad.float(), None
+        p.grad_dtype, p.grad = torch.float32, gradient
+    check([given(FACTORIES[name], params, inject)], [params], params, rtol=2e-2)
+    assert {p.grad_dtype for p in params} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_values_that_are_not_finite(name):
+    """Those of tensors that a penalty does not select do not reach its norm."""
+    for inject in ROUTES:
+        params = parameters()
+        chosen = [params[0], params[2], params[5]]
+        with torch.no_grad():
+            params[1].fill_(math.nan)
+            params[4].fill_(math.inf)
+        params[3].grad.fill_(math.nan)
+        _, found = check([given(FACTORIES[name], chosen, inject)], [chosen], params)
+        assert all(map(math.isfinite, found.values()))
 
 
 @pytest.mark.parametrize("inject", ROUTES)
@@ -250,6 +289,7 @@ def test_an_overridden_formula_is_not_elementwise():
         """Changes nothing of the formula."""
 
     assert is_elementwise(Renamed(0.1))
+    assert all(make(params="*").is_sum_over_tensors() for make in FACTORIES.values())
     assert not is_elementwise(Cubed(0.1))
     assert not is_elementwise(OrthogonalityPenalty(0.1))
     params = parameters()

@@ -91,12 +91,19 @@ class Elementwise:
 
 
 def _everywhere(constants: Mapping[int, Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """Return constants of one dtype for all tensors, with zeros that take no memory for those that have none."""
-    dtypes = set(map(attrgetter("dtype"), constants.values()))
-    dtype = max(dtypes, key=attrgetter("itemsize"))
-    zero = torch.zeros((), dtype=dtype)
-    everywhere = [constants[index] if index in constants else zero.expand(tensor.shape) for index, tensor in enumerate(like)]
-    return everywhere if len(dtypes) == 1 else [constant.to(dtype) for constant in everywhere]
+    """Return constants for all tensors, with zeros that take no memory for those that have none.
+
+    Tensors of one dtype, which may be stacked, get constants of one dtype.
+    """
+    dtypes: dict[torch.dtype, torch.dtype] = {}
+    for index, constant in constants.items():
+        dtype = like[index].dtype
+        dtypes[dtype] = torch.promote_types(constant.dtype, dtypes.get(dtype, constant.dtype))
+    zeros = {dtype: torch.zeros((), dtype=dtypes.get(dtype)) for dtype in set(map(attrgetter("dtype"), like))}
+    return [
+        constants[index].to(dtypes[tensor.dtype]) if index in constants else zeros[tensor.dtype].expand(tensor.shape)
+        for index, tensor in enumerate(like)
+    ]
 
 
 def _rows(indices: Mapping[float, Sequence[int]], layout: Layout) -> list[dict[float, Tensor | None]]:

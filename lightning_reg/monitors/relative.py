@@ -172,8 +172,11 @@ def _entries(gradient: Tensor) -> Tensor:
 def _add_gradient(penalty: Penalty, optimizer: Optimizer, params: Sequence[Parameter], parts: Sequence[Tensor]) -> None:
     """Add this rank's part of the gradient of a penalty to tensors, without changing ``.grad``."""
     kept = [p.grad for p in params]
+    dtypes = {p: p.grad_dtype for p in params if p.grad_dtype is not p.dtype}
     given = [_like(p, part) for p, part in zip(params, parts, strict=True)] if is_sharded(params) else parts
     try:
+        for p in dtypes:
+            p.grad, p.grad_dtype = None, None
         for p, gradient in zip(params, given, strict=True):
             p.grad = gradient
         for sign, signed in by_sign(optimizer, params).items():
@@ -183,6 +186,8 @@ def _add_gradient(penalty: Penalty, optimizer: Optimizer, params: Sequence[Param
             if p.grad is not None and p.grad is not gradient:  # the penalty has put another tensor in its place
                 gradient.copy_(p.grad)
     finally:
+        for p, dtype in dtypes.items():
+            p.grad, p.grad_dtype = None, dtype
         for p, original in zip(params, kept, strict=True):
             p.grad = original
 

@@ -19,8 +19,6 @@ class ElementwisePenalty(Penalty):
     The gradient may depend on a constant for each entry, such as its starting point.
     """
 
-    sums_over_tensors = True
-
     @abstractmethod
     def entry_gradients(self, weights: Tensor, out: Tensor, *constants: Tensor) -> Tensor:
         """Return ∇R(θ), without the strength, for entries of a tensor.
@@ -35,7 +33,12 @@ class ElementwisePenalty(Penalty):
         """Return a tensor of constants for each parameter, of the shape of this rank's part, or an empty list."""
         return []
 
+    @classmethod
+    def is_sum_over_tensors(cls) -> bool:
+        """Return whether ``entry_gradients`` belongs to the formula. A subclass may have overridden the formula."""
+        return "entry_gradients" in vars(cls.formula_class())
+
 
 def is_elementwise(penalty: Penalty) -> TypeGuard[ElementwisePenalty]:
-    """Return whether ``entry_gradients`` belongs to the formula of a penalty. A subclass may have overridden the formula."""
-    return isinstance(penalty, ElementwisePenalty) and "entry_gradients" in vars(penalty.formula_class())
+    """Return whether the gradient of a penalty can be computed entry by entry."""
+    return isinstance(penalty, ElementwisePenalty) and penalty.is_sum_over_tensors()
