@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from itertools import chain
 from operator import attrgetter, eq, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -170,11 +171,12 @@ class Copies:
         Args:
             batches: For each batch, the indices of the views to add to.
             add: Adds to the views with given indices.
-            at_once: Whether to call ``add`` once for all views, rather than for each batch while it is in the cache.
+            at_once: Whether to call ``add`` once for all views, in their order, rather than for each batch while it is in the
+                cache.
         """
         if at_once:
             torch._foreach_zero_(self.views)
-            add([index for batch in batches for index in batch])
+            add(sorted(chain(*batches)))
             return self.layout.join([_held_squares(held) for held in self._held])
         found = []
         for held, batch in zip(self._held, batches, strict=True):

@@ -133,7 +133,8 @@ class Shares:
 
     def _fill(self, copies: Copies, penalty: Penalty, params: Sequence[Parameter], optimizer: Optimizer) -> Tensor:
         """Write this rank's part of the gradient of a penalty to memory, and return Σ|g|² of each parameter."""
-        at_once = not (self._is_on_cpu and penalty.is_sum_over_tensors())
+        is_divisible = self._is_on_cpu and penalty.is_sum_over_tensors()
+        at_once = not is_divisible or is_sharded(params)  # the batches of ranks differ, and must not order their collectives
 
         def add(indices: Sequence[int]) -> None:
             _add_gradient(penalty, optimizer, [self.params[i] for i in indices], [copies.views[i] for i in indices])
