@@ -14,7 +14,7 @@ from lightning_reg import custom, functional
 from lightning_reg._engine.regularizer import Regularizer
 
 KINDS = ("constraints", "dropout", "gradients", "monitors", "penalties", "pruning", "shrinkage")
-BASES = {*custom.__all__, "GradientClipping", "MaskedRegularizer", "RewindingRegularizer"}
+BASES = {*custom.__all__, "ElementwisePenalty", "GradientClipping", "MaskedRegularizer", "RewindingRegularizer"}
 HELPERS = {"injections_of", "penalty_of_all"}
 
 

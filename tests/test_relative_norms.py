@@ -239,6 +239,18 @@ def test_parameters_that_are_not_watched(inject):
         assert float(watched.after_step(before)[2]) == pytest.approx(1)  # all of it has changed
 
 
+def test_other_parameters_that_change():
+    """They get another dtype in place, as by ``module.double()``."""
+    params = parameters()
+    watched = Watched(params[:3], [["0"], ["1"], ["2"]], "")
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    for dtype in (torch.float32, torch.float64):
+        for p in params[3:]:
+            p.grad, p.data = None, p.data.to(dtype)
+            p.grad = torch.randn_like(p)
+        check([given(FACTORIES["L2"], params, "gradient")], [params], params, optimizer, watched=watched)
+
+
 def test_weak_data_gradients_do_not_cancel():
     """The data's gradient is found by subtraction of each entry: the difference of two sums would have no correct digit."""
     params = parameters([(50, 60)])

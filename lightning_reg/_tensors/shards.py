@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Placement
 
 
@@ -33,6 +34,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Return whether any of the tensors is divided among ranks."""
     return DTensor in set(map(type, tensors))  # one set is cheaper than an isinstance check for each tensor
+
+
+def sharding(tensor: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
+    """Return how a tensor is divided among ranks, to compare with others; ``None`` if it is a plain tensor."""
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
 
 
 def divides(placement: Placement) -> bool:
@@ -76,7 +82,7 @@ def sum_each_over_shards(parts: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     by_sharding: dict[Any, list[int]] = {}
     for index, tensor in enumerate(tensors) if is_sharded(tensors) else ():
         if isinstance(tensor, DTensor):
-            by_sharding.setdefault((tensor.device_mesh, tensor.placements), []).append(index)
+            by_sharding.setdefault(sharding(tensor), []).append(index)
     for indices in by_sharding.values():
         if len(indices) == len(tensors):
             return sum_over_shards(parts, tensors[0])

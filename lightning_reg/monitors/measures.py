@@ -58,10 +58,11 @@ class Layout:
 
     Args:
         tensors: One or more dense tensors.
+        kinds: Something hashable for each tensor. Those of different kinds are in different batches.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.batches = _batches(tensors)
+    def __init__(self, tensors: Sequence[Tensor], kinds: Sequence[Hashable] | None = None) -> None:
+        self.batches = _batches(tensors, kinds or [None] * len(tensors))
         positions = [index for batch in self.batches for index in batch]
         self._order = torch.tensor(positions, device=tensors[0].device).argsort()
         self._pick = [_picker(batch) for batch in self.batches]
@@ -118,14 +119,20 @@ class Copies:
 
     Args:
         tensors: One or more dense tensors of the shapes, dtypes, and devices to copy.
+        kinds: Something hashable for each tensor. Those of different kinds are in different batches.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.layout = Layout(tensors)
+    def __init__(self, tensors: Sequence[Tensor], kinds: Sequence[Hashable] | None = None) -> None:
+        self.layout = Layout(tensors, kinds)
+        self._kinds = kinds
         self._held = [_empty_like(batch) for batch in self.layout.split(tensors)]
         views = iter([view for held in self._held for view in held.views])
         by_index = {index: next(views) for batch in self.layout.batches for index in batch}
         self.views = [by_index[index] for index in range(len(tensors))]
+
+    def more(self) -> Copies:
+        """Return further memory for copies of the same tensors."""
+        return Copies(self.views, self._kinds)
 
     def take(
         self, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, sums: PartSums | None = None
@@ -243,19 +250,19 @@ class _Held(NamedTuple):
         return self.stacked is None and len(self.views) > 1
 
 
-def _batches(tensors: Sequence[Tensor]) -> list[list[int]]:
+def _batches(tensors: Sequence[Tensor], kinds: Sequence[Hashable]) -> list[list[int]]:
     """Return the indices of tensors that are measured together."""
     batches: list[list[int]] = []
     growing: dict[Hashable, list[int]] = {}
     room: dict[Hashable, int] = {}
-    for index, tensor in enumerate(tensors):
+    for index, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True)):
         entries, most = tensor.numel(), chunk_entries(tensor.device)
         if entries > (SMALL if is_cpu(tensor) else most):  # read in chunks
             batches.append([index])
             continue
         if entries > SMALL:  # in a list, which needs no further memory
             most = sys.maxsize
-        key = (tensor.shape if entries <= SMALL else None, tensor.dtype, tensor.device)
+        key = (tensor.shape if entries <= SMALL else None, tensor.dtype, tensor.device, kind)
         if room.get(key, -1) < entries:
             growing[key], room[key] = [], most
             batches.append(growing[key])

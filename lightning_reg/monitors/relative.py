@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from lightning_reg._engine.steps import by_sign
 from lightning_reg._tensors.reductions import is_cpu
-from lightning_reg._tensors.shards import is_sharded, local_tensor, local_tensors, sum_each_over_shards
+from lightning_reg._tensors.shards import is_sharded, local_tensor, local_tensors, sharding, sum_each_over_shards
 from lightning_reg.monitors.elementwise import Elementwise
-from lightning_reg.monitors.measures import Copies, Layout
+from lightning_reg.monitors.measures import Layout
 from lightning_reg.penalties.elementwise import is_elementwise
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
+    from lightning_reg.monitors.measures import Copies
     from lightning_reg.penalties.base import Penalty
     from lightning_reg.penalties.elementwise import ElementwisePenalty
 
@@ -117,7 +118,7 @@ class Shares:
         found: dict[Penalty, Tensor] = {}
         has_terms = False  # whether the memory holds the terms that the loss has added to the gradients
         for penalty in sorted(penalized, key=attrgetter("adds_to_loss")):
-            copies = Copies(self.copies.views) if has_terms else self.copies
+            copies = self.copies.more() if has_terms else self.copies
             found[penalty] = self._fill(copies, penalty, penalized[penalty], optimizer)
             if has_terms:
                 torch._foreach_add_(self.copies.views, copies.views)
@@ -155,7 +156,8 @@ def _squares_of_gradients(params: Sequence[Parameter]) -> Tensor:
     found = {index: _entries(p.grad) for index, p in enumerate(params) if p.grad is not None}
     squares = torch.zeros(len(params), device=params[0].device)
     if found:
-        values = Layout(list(found.values())).squares(list(found.values()))
+        gradients = list(found.values())
+        values = Layout(gradients, [sharding(params[index]) for index in found]).squares(gradients)
         squares = squares.to(values).index_copy(0, torch.tensor(list(found), device=values.device), values)
     return squares
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_reg._tensors.shards import local_tensors, sum_each_over_shards
+from lightning_reg._tensors.shards import local_tensors, sharding, sum_each_over_shards
 from lightning_reg.monitors.measures import Copies
 from lightning_reg.monitors.relative import Before, Shares
 
@@ -37,7 +37,7 @@ class Watched:
         self._ids = set(map(id, params))
         self._groups = _Groups(params, groups)
         self.keys = [f"{prefix}{name}/{key}" for name in self._groups.names for key in KEYS]
-        self._copies = Copies(local_tensors(params))
+        self._copies = _copies(params)
         self._shares = self._all = Shares(self._params, self._copies)  # of the parameters, and of all that penalties act on
 
     def fits(self, params: Sequence[Parameter]) -> bool:
@@ -50,9 +50,9 @@ class Watched:
         others = list({id(p): p for p in penalized if id(p) not in self._ids}.values())
         if not others:
             return self._shares.measure(penalties, optimizer)
-        if list(map(id, self._all.params[len(self._params) :])) != list(map(id, others)):
-            params = [*self._params, *others]
-            self._all = Shares(params, Copies(local_tensors(params)))
+        params = [*self._params, *others]
+        if list(map(id, self._all.params)) != list(map(id, params)) or not self._all.copies.layout.fits(local_tensors(params)):
+            self._all = Shares(params, _copies(params))
         weights, gradients, relative_norms = self._all.measure(penalties, optimizer)
         self._copies.take(local_tensors(self._params))
         count = len(self._params)
@@ -63,6 +63,11 @@ class Watched:
         weights, updates, zeros = self._copies.changes(local_tensors(self._params))
         sums = torch.stack([weights, before.gradients, updates, before.weights, zeros])
         return self._groups.values(sum_each_over_shards(sums, self._params))
+
+
+def _copies(params: Sequence[Parameter]) -> Copies:
+    """Return memory for this rank's parts, stacked by sharding, so that all ranks sum what they all hold in the same order."""
+    return Copies(local_tensors(params), list(map(sharding, params)))
 
 
 class _Groups:
