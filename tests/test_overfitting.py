@@ -157,7 +157,7 @@ class Counting(Model):
 
     def __init__(self):
         super().__init__()
-        self.record = Record()
+        type(self).record = Record()  # the monitor looks into attributes of the instance
 
     def validation_step(self, batch, batch_idx):
         self.record.entries.append((len(batch[1]), self.net.training, self.trainer.validating, torch.is_grad_enabled()))
@@ -165,7 +165,7 @@ class Counting(Model):
 
 
 class Record:
-    """An object in which a test keeps something. The monitor does not look into it."""
+    """An object in which a test keeps something."""
 
     def __init__(self):
         self.entries = []
@@ -594,6 +594,65 @@ class Counts(Model):
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
         self.seen += len(batch[1])
+
+
+def collecting(held, collect):
+    """Return a class of models that collect something in ``self.held``, a copy of what is given."""
+
+    class Collects(Model):
+        def __init__(self):
+            super().__init__()
+            self.held = copy.deepcopy(held)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            collect(self.held)
+
+    return Collects
+
+
+class Meter:
+    """An average meter, as many projects write their own."""
+
+    def __init__(self):
+        self.total, self.all = np.float32(0), []
+
+    def add(self, value):
+        self.total += np.float32(value)
+
+
+COLLECTING = {
+    "dictionary of lists": ({"outputs": []}, lambda held: held["outputs"].append(1)),
+    "dictionary of numbers": ({"seen": 0}, lambda held: held.update(seen=held["seen"] + 1)),
+    "list of lists": ([[], []], lambda held: held[1].append(1)),
+    "list in a tuple": (([],), lambda held: held[0].append(1)),
+    "array": (np.zeros(3), lambda held: np.add(held, 1, out=held)),
+    "dictionary of tensors": ({"counts": torch.zeros(3)}, lambda held: held["counts"].add_(1)),
+    "meter": (Meter(), lambda held: held.add(1)),
+    "list in a meter": (Meter(), lambda held: held.all.append(1)),
+    "meters": ({"loss": Meter()}, lambda held: held["loss"].add(1)),
+}
+
+
+@pytest.mark.parametrize("name", COLLECTING)
+def test_what_is_collected_inside_an_attribute(name):
+    with pytest.raises(ValueError, match=r"Collects\.validation_step collects something in self\.held, where"):
+        run([OverfittingMonitor(metric="val/loss")], collecting(*COLLECTING[name])())
+
+
+def test_what_only_changes_inside_an_attribute_is_restored():
+    """Here, what the last batch left behind."""
+    held = {"last": [None], "meter": Meter(), "array": np.zeros(3)}
+
+    def replace(held):
+        held["last"][0] = torch.rand(2).tolist()
+        held["meter"].all = held["last"][0]
+
+    left = []
+    for monitors in ([OverfittingMonitor(metric="val/loss")], []):
+        model, _ = run(monitors, collecting(held, replace)())
+        left.append((model.held["last"], model.held["meter"].all))
+    assert left[0] == left[1]
 
 
 class LogsLater(Classifier):

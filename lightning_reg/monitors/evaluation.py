@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_reg._engine._evaluation import Logged
-    from lightning_reg.monitors.isolation import Attributes
+    from lightning_reg.monitors.attributes import Attributes
     from lightning_reg.monitors.samples import Sample
 
 _ROUNDING = 1e-4  # the largest relative difference of two means that rounding explains

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics import Metric
+
+from lightning_reg.monitors.attributes import Attributes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,6 @@ SEED = 201_711
 
 _DEPTH = 6  # how deep to look for random generators in a dataset
 _MANY = 1000  # the most entries of a container that is searched
-_CONTAINERS = (list, dict, set, deque)
 
 
 # Random numbers -----------------------------------------------------------------------------------------------------
@@ -184,85 +183,10 @@ def empty(module: nn.Module) -> None:
         metric.reset()
 
 
-class Attributes:
-    """The attributes of a module and of the modules in it.
-
-    Metrics are left out, since :func:`empty_metrics` restores them.
-
-    Args:
-        module: The module.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        inside_metrics = {id(part) for metric in metrics_in(module) for part in metric.modules()}
-        modules = [part for part in module.modules() if id(part) not in inside_metrics]
-        self._before = [(part, dict(vars(part)), _contents(part)) for part in modules]
-        self._versions = {name: value._version for name, value in _own(module) if _is_versioned(value)}
-
-    def kept(self) -> list[str]:
-        """Return the attributes of the module itself in which something has been collected since."""
-        _, before, contents = next(entry for entry in self._before if entry[0] is self._module)
-        return [name for name, value in _own(self._module) if self._gathers(name, value, before, contents)]
-
-    def _gathers(self, name: str, value: Any, before: dict[str, Any], contents: dict[str, Any]) -> bool:
-        old = before.get(name)
-        if name in contents and isinstance(value, _CONTAINERS):
-            return len(value) > len(contents[name])
-        if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor):
-            changed_in_place = value is old and name in self._versions and value._version != self._versions[name]
-            return changed_in_place or value.numel() > old.numel()
-        is_number = isinstance(value, (int, float)) and isinstance(old, (int, float))
-        return is_number and not isinstance(value, bool) and value != old
-
-    def restore(self) -> None:
-        """Restore all attributes, and the contents of lists, dictionaries, and sets."""
-        for part, attributes, contents in self._before:
-            for name, content in contents.items():
-                if not _same(attributes[name], content):
-                    _fill(attributes[name], content)
-            for name in vars(part).keys() - attributes.keys():
-                del vars(part)[name]
-            vars(part).update(attributes)
-
-
-_OF_LIGHTNING = frozenset(vars(LightningModule()))
-"""Attributes that each module has."""
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    yield from ((name, value) for name, value in vars(module).items() if name not in _OF_LIGHTNING)
-
-
-def _contents(part: nn.Module) -> dict[str, Any]:
-    """Return copies of the containers among a module's attributes."""
-    return {name: value.copy() for name, value in _own(part) if isinstance(value, _CONTAINERS)}
-
-
-def _is_versioned(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_inference()
-
-
-def _same(container: Any, content: Any) -> bool:
-    """Return whether a container holds exactly the same objects as its copy."""
-    if isinstance(container, dict):
-        return _same(list(container.items()), list(content.items()))
-    return len(container) == len(content) and all(map(_is, container, content))
-
-
-def _is(one: Any, other: Any) -> bool:
-    return one is other or (isinstance(one, tuple) and isinstance(other, tuple) and all(map(_is, one, other)))
-
-
-def _fill(container: Any, content: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(content)
-
-
 @contextmanager
 def untouched(module: nn.Module) -> Iterator[Attributes]:
     """Leave a module unchanged: modes, gradients, buffers, attributes, and metrics, whose states are empty in the meantime."""
-    attributes = Attributes(module)
+    attributes = Attributes(module, metrics_in(module))
     with ExitStack() as stack:
         stack.callback(attributes.restore)
         stack.enter_context(gradients_put_aside(module))
