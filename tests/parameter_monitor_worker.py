@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from distributed_worker import full_tensor
-from test_relative_norms import FACTORIES, ROUTES, given
+from test_relative_norms import FACTORIES, ROUTES, given, in_loss
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -55,7 +55,7 @@ def measure(module: nn.Module, name: str, inject: str, dim: int) -> dict[str, An
     watched = Watched(params, [[str(index)] for index in range(len(params))], "")
     optimizer = torch.optim.SGD(params, lr=0.1)
     with torch.no_grad():
-        before = watched.before_step([penalty], optimizer)
+        before = watched.before_step([penalty], optimizer, in_loss([penalty]))
         optimizer.step()
         after = watched.after_step(before)
     return {

@@ -29,6 +29,9 @@ from lightning_reg.monitors.watched import Watched
 pytestmark = pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 
 
+ROUTES = ["loss", "gradient"]
+
+
 class ByHand(Callback):
     """Records what a step does."""
 
@@ -122,6 +125,20 @@ def test_penalties_are_relative_to_the_data(inject):
     for name, share in shares.items():
         assert found[f"reg/ParameterMonitor/{name}/relative_norm"] == pytest.approx(share, rel=1e-3)
     assert len(shares) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_penalties_of_a_step_whose_loss_lacks_them():
+    """If the last accumulated batch has no loss, penalties act on the gradients, and are not part of the data's gradient."""
+
+    class Skips(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    both = {inject: monitored([L2Penalty(0.3, inject=inject)], Skips(), accumulate_grad_batches=2) for inject in ROUTES}
+    (loss, model), (gradient, other) = both["loss"], both["gradient"]
+    assert same(model, other)
+    assert loss == pytest.approx(gradient, rel=1e-6)
 
 
 def test_it_changes_nothing_beside_penalties():
@@ -256,7 +273,7 @@ def test_missing_and_sparse_gradients():
     embedding(torch.tensor([1, 1, 3])).sum().backward()
     watched = Watched([embedding.weight, unused], [["one"], ["two"]], "")
     with torch.no_grad():
-        before = watched.before_step([], torch.optim.SGD([unused], lr=0.1))
+        before = watched.before_step([], torch.optim.SGD([unused], lr=0.1), [])
         found = dict(zip(watched.keys, watched.after_step(before).tolist(), strict=True))
     assert found["one/grad_norm"] == pytest.approx((2 * 2**2 + 2) ** 0.5)
     assert found["two/grad_norm"] == found["two/update_ratio"] == 0

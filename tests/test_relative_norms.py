@@ -86,6 +86,10 @@ def norm(tensors):
     return math.sqrt(sum(float(tensor.abs().square().sum()) for tensor in tensors))
 
 
+def in_loss(penalties):
+    return [penalty for penalty in penalties if penalty.adds_to_loss]
+
+
 def check(penalties, acting, params, optimizer=None, *, watched=None, rtol=1e-5, signs=None):
     """Compare with the reference; the given gradients are those of the data."""
     data = {id(p): p.grad.clone().to(torch.promote_types(p.dtype, torch.float64)) for p in params}
@@ -99,7 +103,7 @@ def check(penalties, acting, params, optimizer=None, *, watched=None, rtol=1e-5,
     kept = [p.grad.clone() for p in params]
     watched = watched or Watched(params, [[str(index)] for index in range(len(params))], "")
     with torch.no_grad():
-        before = watched.before_step(penalties, optimizer or torch.optim.SGD(params, lr=0.1))
+        before = watched.before_step(penalties, optimizer or torch.optim.SGD(params, lr=0.1), in_loss(penalties))
         found = {name: float(value) for name, value in before.relative_norms.items()}
     assert found == pytest.approx(expected, rel=rtol)
     for one, p in zip(kept, params, strict=True):
@@ -281,10 +285,10 @@ def test_both_ways_agree(inject, monkeypatch):
     optimizer = torch.optim.SGD(params, lr=0.1)
     watched = [Watched(params, [["all"]] * len(params), "") for _ in range(2)]
     with torch.no_grad():
-        assert watched[0]._shares._elementwise(penalties) == penalties
-        found = watched[0].before_step(penalties, optimizer)
+        assert watched[0]._shares._elementwise(penalties, in_loss(penalties)) == penalties
+        found = watched[0].before_step(penalties, optimizer, in_loss(penalties))
         monkeypatch.setattr(relative, "is_elementwise", lambda penalty: False)
-        other = watched[1].before_step(penalties, optimizer)
+        other = watched[1].before_step(penalties, optimizer, in_loss(penalties))
     assert_close(found.relative_norms, other.relative_norms, rtol=1e-4, atol=0)
     assert_close(torch.stack(found[:2]), torch.stack(other[:2]), rtol=1e-5, atol=0)
 

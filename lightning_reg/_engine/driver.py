@@ -353,7 +353,7 @@ class Driver:
         """Return the number of the current optimizer step."""
         evaluation = max(self._steps.evaluations - 1, 0) if self._steps is not None else 0
         if self._automatic:
-            return Step(self.trainer.global_step, evaluation=evaluation)
+            return Step(self.trainer.global_step, evaluation=evaluation, is_penalized=self._penalized)
         return Step(self.trainer.fit_loop.total_batch_idx, self._steps_in_batch, evaluation)
 
     def objective_terms(self, optimizer: Optimizer) -> list[Tensor]:

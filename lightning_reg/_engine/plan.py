@@ -24,11 +24,14 @@ class Step(NamedTuple):
         index_in_batch: Its index among the steps of its batch; always 0 in automatic optimization.
         evaluation: How many times the optimizer has already evaluated its closure in this step. All evaluations draw the same
             random numbers, and only the first one counts in statistics.
+        is_penalized: Whether the loss of the step contains the penalties that are added to the loss. It does not if the
+            ``training_step`` of the last accumulated batch returned ``None``; then the gradients get them.
     """
 
     number: int
     index_in_batch: int = 0
     evaluation: int = 0
+    is_penalized: bool = False
 
     @property
     def key(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from lightning_reg.monitors.measures import Copies, Layout, Squares
+    from lightning_reg.penalties.base import Penalty
     from lightning_reg.penalties.elementwise import ElementwisePenalty
 
 
@@ -25,11 +26,13 @@ class _Acting(NamedTuple):
         penalty: The penalty.
         rows: For each batch, the rows that it acts on, by the sign of its gradient; ``None`` for all rows.
         constant: The index of its constants, if it has any.
+        is_in_loss: Whether it is part of the loss.
     """
 
     penalty: ElementwisePenalty
     rows: list[dict[float, Tensor | None]]
     constant: int | None
+    is_in_loss: bool
 
 
 class Elementwise:
@@ -40,6 +43,7 @@ class Elementwise:
         params: What each penalty acts on, by the sign of its gradient.
         positions: The position of each parameter, by its ``id``.
         copies: The memory of the parameters.
+        in_loss: The penalties that are part of the loss.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Elementwise:
         params: Sequence[Mapping[float, Sequence[Parameter]]],
         positions: Mapping[int, int],
         copies: Copies,
+        in_loss: Sequence[Penalty],
     ) -> None:
         self._layout = copies.layout
         self._acting: list[_Acting] = []
@@ -55,7 +60,8 @@ class Elementwise:
         for penalty, signed in zip(penalties, params, strict=True):
             indices = {sign: [positions[id(p)] for p in ps] for sign, ps in signed.items()}
             constants = penalty.entry_constants([p for ps in signed.values() for p in ps])
-            self._acting.append(_Acting(penalty, _rows(indices, self._layout), len(self.constants) if constants else None))
+            index = len(self.constants) if constants else None
+            self._acting.append(_Acting(penalty, _rows(indices, self._layout), index, penalty in in_loss))
             if constants:
                 self.constants.append(_everywhere(dict(zip(chain(*indices.values()), constants, strict=True)), copies.views))
 
@@ -64,7 +70,7 @@ class Elementwise:
     ) -> list[Tensor]:
         """Return the sums for a part of a batch."""
         found, data = [], gradients
-        for penalty, rows_of, index in self._acting:
+        for penalty, rows_of, index, is_in_loss in self._acting:
             own = torch.zeros_like(known[0])
             operands = [weights] if index is None else [weights, constants[index]]
             for sign, rows in rows_of[batch].items():
@@ -74,7 +80,7 @@ class Elementwise:
                     own = known[0] if term is weights else squares(term)
                 else:
                     own[rows] = squares(term)
-                if penalty.adds_to_loss:
+                if is_in_loss:
                     data = self._subtract(data, sign * penalty.scale, term, rows, is_first=data is gradients)
             found.append(own)
         return [*found, known[1] if data is gradients else squares(data)]

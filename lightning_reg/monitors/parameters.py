@@ -118,8 +118,9 @@ class ParameterMonitor(ParameterRegularizer):
             params = [p for p in params if self._groups_of(p)]
         if params:
             penalties = [cb for cb in regularizers_of(self._trainer) if isinstance(cb, Penalty)]
+            in_loss = [cb for cb in penalties if cb.adds_to_loss] if step.is_penalized else []
             watched = self._watched_of(params)
-            self._before[optimizer] = watched, watched.before_step(penalties, optimizer)
+            self._before[optimizer] = watched, watched.before_step(penalties, optimizer, in_loss)
 
     def _watched_of(self, params: list[Parameter]) -> Watched:
         """Return the objects that persist between steps, or new ones if the parameters have changed."""

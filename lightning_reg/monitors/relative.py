@@ -59,25 +59,26 @@ class Shares:
         self._picked: dict[tuple[int, ...], Tensor] = {}
         self._parts: dict[tuple[int, ...], list[list[int]]] = {}
 
-    def measure(self, penalties: Sequence[Penalty], optimizer: Optimizer) -> Before:
+    def measure(self, penalties: Sequence[Penalty], optimizer: Optimizer, in_loss: Sequence[Penalty]) -> Before:
         """Measure, and copy the parameters.
 
         Args:
             penalties: The penalties of a fit.
-            optimizer: The optimizer that is about to step. Its gradients contain the penalties that are part of the loss.
+            optimizer: The optimizer that is about to step.
+            in_loss: The penalties that are part of the loss, and so of the gradients.
         """
         penalized = {one: params for one in penalties if one.scale and (params := one.parameters_of(optimizer))}
         gradients, tensors = self._dense_gradients(), local_tensors(self.params)
-        elementwise = self._elementwise(penalized) if gradients is not None else []
+        elementwise = self._elementwise(penalized, in_loss) if gradients is not None else []
         others = {one: params for one, params in penalized.items() if one not in elementwise}
-        found, data = self._measure_whole(others, optimizer)
+        found, data = self._measure_whole(others, optimizer, in_loss)
         if gradients is None:
             weights, squares = self.copies.take(tensors)[0], _squares_of_gradients(self.params)
         elif not elementwise:
             weights, squares = self.copies.take(tensors, gradients)
         else:
             signed = [by_sign(optimizer, penalized[one]) for one in elementwise]
-            sums = Elementwise(elementwise, signed, self._positions, self.copies)
+            sums = Elementwise(elementwise, signed, self._positions, self.copies, in_loss)
             weights, squares, *own, rest = self.copies.take(tensors, gradients, sums)
             found |= {one: one.scale**2 * squares for one, squares in zip(elementwise, own, strict=True)}
             data = rest if data is None else data
@@ -93,7 +94,7 @@ class Shares:
         totals = sums[1:].sum(1) / torch.stack([self._pick(sums[0], params).sum() for params in penalized.values()])
         return dict(zip([one.name for one in penalized], totals.sqrt(), strict=True))
 
-    def _elementwise(self, penalties: Iterable[Penalty]) -> list[ElementwisePenalty]:
+    def _elementwise(self, penalties: Iterable[Penalty], in_loss: Sequence[Penalty]) -> list[ElementwisePenalty]:
         """Return the penalties to measure while the parameters are copied.
 
         What the loss contains is subtracted together, to find the gradient of the data.
@@ -101,8 +102,8 @@ class Shares:
         if not self._is_on_cpu:  # which alone gains from a cache
             return []
         found = [one for one in penalties if is_elementwise(one)]
-        together = all(map(is_elementwise, filter(attrgetter("adds_to_loss"), penalties)))
-        return [one for one in found if together or not one.adds_to_loss]
+        together = all(is_elementwise(one) for one in penalties if one in in_loss)
+        return [one for one in found if together or one not in in_loss]
 
     def _dense_gradients(self) -> list[Tensor] | None:
         """Return this rank's part of each gradient, or ``None`` unless all are dense and like the parameters."""
@@ -112,17 +113,17 @@ class Shares:
         return parts
 
     def _measure_whole(
-        self, penalized: Mapping[Penalty, Sequence[Parameter]], optimizer: Optimizer
+        self, penalized: Mapping[Penalty, Sequence[Parameter]], optimizer: Optimizer, in_loss: Sequence[Penalty]
     ) -> tuple[dict[Penalty, Tensor], Tensor | None]:
         """Return Σ|λ∇R|² for each penalty, and Σ|g|² of the data's gradient if the loss contains some of them."""
         found: dict[Penalty, Tensor] = {}
         has_terms = False  # whether the memory holds the terms that the loss has added to the gradients
-        for penalty in sorted(penalized, key=attrgetter("adds_to_loss")):
+        for penalty in sorted(penalized, key=in_loss.__contains__):
             copies = self.copies.more() if has_terms else self.copies
             found[penalty] = self._fill(copies, penalty, penalized[penalty], optimizer)
             if has_terms:
                 torch._foreach_add_(self.copies.views, copies.views)
-            has_terms |= penalty.adds_to_loss
+            has_terms |= penalty in in_loss
         return found, self.copies.distances([_gradient(p) for p in self.params]) if has_terms else None
 
     def _pick(self, values: Tensor, params: Sequence[Parameter]) -> Tensor:

@@ -44,16 +44,16 @@ class Watched:
         """Return whether the same parameters still have the shapes that they had."""
         return self._copies.layout.fits(local_tensors(params))
 
-    def before_step(self, penalties: Sequence[Penalty], optimizer: Optimizer) -> Before:
-        """Measure the gradients and the penalties, and copy the weights."""
+    def before_step(self, penalties: Sequence[Penalty], optimizer: Optimizer, in_loss: Sequence[Penalty]) -> Before:
+        """Measure the gradients and the penalties, some of which are part of the loss, and copy the weights."""
         penalized = [p for penalty in penalties for p in penalty.parameters_of(optimizer)]
         others = list({id(p): p for p in penalized if id(p) not in self._ids}.values())
         if not others:
-            return self._shares.measure(penalties, optimizer)
+            return self._shares.measure(penalties, optimizer, in_loss)
         params = [*self._params, *others]
         if list(map(id, self._all.params)) != list(map(id, params)) or not self._all.copies.layout.fits(local_tensors(params)):
             self._all = Shares(params, _copies(params))
-        weights, gradients, relative_norms = self._all.measure(penalties, optimizer)
+        weights, gradients, relative_norms = self._all.measure(penalties, optimizer, in_loss)
         self._copies.take(local_tensors(self._params))
         count = len(self._params)
         return Before(weights[:count], gradients[:count], relative_norms)
