@@ -78,13 +78,13 @@ def report_cost(label: str, params: list[Tensor], seconds: float) -> str:
     on_gradients, in_loss = (OfParameters(params, adds_to_loss=adds) for adds in (False, True))
     watched = Watched(tensors, [[str(index)] for index in range(len(params))], "")
     with torch.no_grad():
-        values = watched.after_step(watched.before_step([], optimizer))
+        values = watched.after_step(watched.before_step([], optimizer, []))
         floor, alone, with_gradients, with_loss, gradient, publishing = measure(
             [
                 lambda: torch._foreach_add_(gradients, weights, alpha=1e-4),
-                lambda: watched.after_step(watched.before_step([], optimizer)),
-                lambda: watched.after_step(watched.before_step([on_gradients], optimizer)),
-                lambda: watched.after_step(watched.before_step([in_loss], optimizer)),
+                lambda: watched.after_step(watched.before_step([], optimizer, [])),
+                lambda: watched.after_step(watched.before_step([on_gradients], optimizer, [])),
+                lambda: watched.after_step(watched.before_step([in_loss], optimizer, [in_loss])),
                 lambda: add_l2_gradient_(params, 1e-4),
                 lambda: dict(zip(watched.keys, values.unbind(), strict=True)),
             ],
