@@ -275,6 +275,22 @@ def noisy(first, last, **options):
     return DataLoader(Noisy(first, last), batch_size=16, **options)
 
 
+class Counted(Dataset):
+    """Digits with augmentations that depend on how often the dataset was asked, and with a cache."""
+
+    def __init__(self, size=150):
+        self.images, self.labels = digits(size)
+        self.asked, self.cache = 0, {}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        self.asked += 1
+        noise = self.cache.setdefault(index, self.asked % 7 + torch.rand(64))
+        return self.images[index] + 0.01 * (self.asked % 5) + 0.02 * noise, self.labels[index]
+
+
 def every_other():
     return part(0, 150, sampler=SubsetRandomSampler(range(0, 150, 2), torch.Generator().manual_seed(4)))
 
@@ -285,6 +301,7 @@ KINDS = {
     "augmentations": {"train": lambda: noisy(0, 150, shuffle=True), "val": lambda: noisy(1000, 1100)},
     "workers": {"train": lambda: noisy(0, 150, shuffle=True, num_workers=1)},
     "own sampler": {"train": every_other},
+    "dataset with a state": {"train": lambda: DataLoader(Subset(Counted(), range(150)), batch_size=16, shuffle=True)},
     "validation in mid-epoch": {"val_check_interval": 3},
     "accumulation": {"accumulate_grad_batches": 4, "val_check_interval": 3},
     "no sanity check": {"num_sanity_val_steps": 0},
@@ -421,8 +438,11 @@ def test_hooks_of_the_data_module_and_collate_functions_are_used():
 class Seen(Dataset):
     """The indices of the samples that it was asked for."""
 
+    asked = []
+
     def __init__(self, size):
-        self.size, self.asked = size, []
+        self.size = size
+        self.asked.clear()  # of the class, since attributes of the instance are restored
 
     def __len__(self):
         return self.size
@@ -492,6 +512,12 @@ def test_several_validation_loaders():
     monitor = OverfittingMonitor(metric="val/loss", samples=samples)
     _, trainer = run([monitor], Several(), val=loaders)
     assert monitor.points[-1].val == pytest.approx(float(trainer.callback_metrics["val/loss/dataloader_idx_1"]), rel=1e-5)
+
+
+def test_a_single_loader_in_a_dictionary():
+    monitor = OverfittingMonitor(metric="val/loss")
+    _, trainer = run([monitor], val={"digits": part(1000, 1300)})
+    assert monitor.points[-1].val == pytest.approx(float(trainer.callback_metrics["val/loss"]), rel=1e-5)
 
 
 def test_datasets_of_whole_batches():

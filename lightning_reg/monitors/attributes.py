@@ -1,9 +1,10 @@
-"""The attributes of a module: finds out whether a step collects something in them, and restores them."""
+"""The attributes of modules and datasets: finds out whether a step collects something in them, and restores them."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
+from contextlib import contextmanager
 from numbers import Number
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -61,13 +63,43 @@ class Attributes:
             vars(module).update(attributes)
 
 
+@contextmanager
+def datasets_restored(source: Any) -> Iterator[None]:
+    """Restore the attributes of a loader's dataset, and of datasets in it, such as counters and caches, with what they held."""
+    before = [(dataset, dict(vars(dataset)), _containers(vars(dataset))) for dataset in _datasets_in(source.dataset)]
+    try:
+        yield
+    finally:
+        for dataset, attributes, contents in before:
+            for name, content in contents.items():
+                _refill(attributes[name], content)
+            _refill(vars(dataset), attributes)
+
+
+def _datasets_in(dataset: Any) -> Iterator[Dataset[Any]]:
+    level, seen = [dataset], {id(dataset)}
+    while level:
+        found = [obj for obj in level if isinstance(obj, Dataset)]
+        yield from found
+        level = [inner for obj in found for value in vars(obj).values() for inner in _entries(value) if id(inner) not in seen]
+        seen.update(map(id, level))
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, (list, tuple)) and len(value) <= _MANY else [value]
+
+
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from ((name, value) for name, value in vars(module).items() if name not in _OF_LIGHTNING)
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
     """Return copies of the containers among a module's attributes."""
-    return {name: value.copy() for name, value in _own(module) if isinstance(value, _CONTAINERS)}
+    return _containers(dict(_own(module)))
+
+
+def _containers(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.copy() for name, value in attributes.items() if isinstance(value, _CONTAINERS)}
 
 
 def _gathers(value: Any, old: Any, content: Any = None) -> bool:

@@ -153,8 +153,9 @@ def check_drawable(loader: Any) -> DataLoader[Any]:
     Raises:
         DrawError: If they cannot.
     """
-    if isinstance(loader, Sequence) and len(loader) == 1:
-        return check_drawable(loader[0])
+    if isinstance(loader, (Mapping, Sequence)) and len(loader) == 1:
+        (only,) = loader.values() if isinstance(loader, Mapping) else loader
+        return check_drawable(only)
     if isinstance(loader, (Mapping, list, tuple)):
         raise DrawError(f"there are {len(loader)} loaders")
     if not isinstance(loader, DataLoader):
