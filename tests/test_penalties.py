@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import UNITS, Classifier, Fused, Gan, Memory, fit, identical, loader, parameter, same, weights
+from helpers import UNITS, Classifier, Fused, Gan, Memory, distance, fit, identical, loader, parameter, same, weights
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
@@ -339,6 +339,30 @@ class Custom(Penalty):
         return sum(p.square().log1p().sum() for p in params)
 
 
+def overriding(base):
+    """Return a class that overrides only the value of a penalty that has a closed form."""
+
+    class Doubled(base):
+        def value(self, params):
+            return 2 * super().value(params)
+
+    return Doubled
+
+
+@pytest.mark.parametrize("base", [L1Penalty, L2Penalty, GroupLassoPenalty, StartingPointPenalty])
+def test_a_new_value_replaces_the_closed_form(base):
+    """Otherwise the gradient route would train with the formula of the base class."""
+    doubled = fit([overriding(base)(0.3, inject="gradient")])
+    assert distance(doubled, fit([base(0.6, inject="gradient")])) < 1e-4
+    assert distance(doubled, fit([base(0.3, inject="gradient")])) > 1e-2
+
+    class Both(overriding(base)):
+        def add_gradient_(self, params, strength):
+            base.add_gradient_(self, params, 2 * strength)
+
+    assert same(fit([Both(0.3, inject="gradient")]), fit([base(0.6, inject="gradient")]))
+
+
 def test_custom_penalty_matches_on_both_routes():
     by_loss, by_gradient = (fit([Custom(0.01, inject=route)], Unused()) for route in ("loss", "gradient"))
     assert_close(weights(by_loss), weights(by_gradient))
@@ -396,6 +420,7 @@ def test_tied_weight_is_penalized_once(route):
 def test_value_is_computed_only_when_needed(route, evaluations):
     class Counts(L1Penalty):
         count = 0
+        add_gradient_ = L1Penalty.add_gradient_
 
         def value(self, params):
             self.count += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -45,7 +45,8 @@ class Penalty(ParameterRegularizer):
     optimizer step.
 
     A subclass overrides ``value``, which returns R(θ). If it also overrides ``add_gradient_`` with a closed form,
-    ``inject="gradient"`` needs no autograd graph.
+    ``inject="gradient"`` needs no autograd graph. Otherwise autograd differentiates ``value``, also in a subclass of a penalty
+    that has a closed form.
     The penalty covers every selected parameter, even one that took no part in the forward pass.
     With gradient accumulation, the penalty counts once per step, not once per batch.
     After ``backward(create_graph=True)``, second derivatives of the loss or of ``.grad`` include the penalty. If it is added
@@ -101,6 +102,12 @@ class Penalty(ParameterRegularizer):
         self._logged: dict[int, Tensor] = {}  # the last value for each optimizer
         self._trainer: Trainer | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Let no class inherit the closed form of a formula that it overrides."""
+        super().__init_subclass__(**options)
+        if "value" in vars(cls) and "add_gradient_" not in vars(cls):
+            cls.add_gradient_ = Penalty.add_gradient_  # type: ignore[method-assign]
+
     @abstractmethod
     def value(self, params: Sequence[Tensor]) -> Tensor:
         """Return R(θ) as a differentiable scalar."""
@@ -111,7 +118,7 @@ class Penalty(ParameterRegularizer):
         Sharded parameters are gathered for this, so that ``value`` sees full tensors. If ``value`` depends on a rank's data,
         the gradient is averaged over the ranks, like that of a loss.
         """
-        full_tensors = [full_tensor(p.detach()).requires_grad_() for p in params]
+        full_tensors = [_differentiable(p) for p in params]
         with torch.enable_grad():
             value = strength * self._checked_value(full_tensors)
             addends: Sequence[Tensor | None] = torch.autograd.grad(value, full_tensors, allow_unused=True)
@@ -277,6 +284,12 @@ class Penalty(ParameterRegularizer):
         if self.inject == "auto" and not self.tensors:
             return "loss or gradient"  # known when a fit starts
         return "loss" if self._uses_loss else "gradient"
+
+
+def _differentiable(p: Tensor) -> Tensor:
+    """Return a full tensor to differentiate with respect to: the parameter itself, by which a penalty may look things up."""
+    is_plain = p.is_leaf and p.requires_grad and not is_sharded([p]) and not p._backward_hooks
+    return p if is_plain else full_tensor(p.detach()).requires_grad_()
 
 
 def _have_graph(params: Sequence[Tensor]) -> bool:
