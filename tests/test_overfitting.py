@@ -845,6 +845,19 @@ def test_training_batches_of_another_form():
     assert isinstance(raised.value.__cause__, ValueError)
 
 
+def test_a_failure_on_validation_data_is_not_blamed_on_training_batches():
+    class Fails(Model):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if not self.trainer.sanity_checking and len(batch[0]) < 16:  # the monitor's batches are small
+                raise MemoryError("no memory")
+
+    images, labels = digits(150)
+    samples = DataLoader(TensorDataset(images, labels), batch_size=16, drop_last=True)
+    with pytest.raises(RuntimeError, match=r"failed on a batch of the validation data \(MemoryError: no memory\)$"):
+        run([OverfittingMonitor(metric="val/loss", samples={"train": samples, "val": DataLoader(samples.dataset, 8)})], Fails())
+
+
 def test_mistakes_show_before_the_training():
     class Trains(Keeps):
         def training_step(self, batch, batch_idx):

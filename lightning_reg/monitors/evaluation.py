@@ -154,17 +154,21 @@ def _is_close(one: float, other: float) -> bool:
     return abs(one - other) <= _ROUNDING * max(abs(other), 1e-8) or (math.isnan(one) and math.isnan(other))
 
 
+_FOR_BOTH = (
+    "The monitor uses it for both samples, so training batches must look like validation batches. If they differ, pass samples "
+    "that do not: samples={'train': <DataLoader>, 'val': <DataLoader>}"
+)
+
+
 def _run_step(trainer: Trainer, pl_module: LightningModule, batch: Any, index: int, data: str) -> dict[str, Logged]:
     """Return what ``validation_step`` logs for a batch."""
     with _evaluation.recorded_logs(trainer, pl_module) as logged:
         try:
             _evaluation.validation_step(trainer, batch, index)
         except Exception as error:
-            raise RuntimeError(
-                f"{class_name(pl_module)}.validation_step failed on a batch of the {data} ({type(error).__name__}: {error}). "
-                "The monitor uses it for both samples, so training batches must look like validation batches. If they differ, "
-                "pass samples that do not: samples={'train': <DataLoader>, 'val': <DataLoader>}"
-            ) from error
+            hint = "" if data.startswith("validation") else f". {_FOR_BOTH}"
+            what = f"{class_name(pl_module)}.validation_step failed on a batch of the {data}"
+            raise RuntimeError(f"{what} ({type(error).__name__}: {error}){hint}") from error
     return logged
 
 
