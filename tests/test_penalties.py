@@ -363,6 +363,17 @@ def test_a_new_value_replaces_the_closed_form(base):
     assert same(fit([Both(0.3, inject="gradient")]), fit([base(0.6, inject="gradient")]))
 
 
+def test_the_value_of_a_mixin_replaces_the_closed_form():
+    class Doubling:
+        def value(self, params):
+            return 2 * super().value(params)
+
+    class Mixed(Doubling, L2Penalty):
+        """Overrides the value in a base class that is no penalty."""
+
+    assert distance(fit([Mixed(0.3, inject="gradient")]), fit([L2Penalty(0.6, inject="gradient")])) < 1e-4
+
+
 def test_custom_penalty_matches_on_both_routes():
     by_loss, by_gradient = (fit([Custom(0.01, inject=route)], Unused()) for route in ("loss", "gradient"))
     assert_close(weights(by_loss), weights(by_gradient))

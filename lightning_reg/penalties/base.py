@@ -105,7 +105,7 @@ class Penalty(ParameterRegularizer):
     def __init_subclass__(cls, **options: Any) -> None:
         """Let no class inherit the closed form of a formula that it overrides."""
         super().__init_subclass__(**options)
-        if "value" in vars(cls) and "add_gradient_" not in vars(cls):
+        if "add_gradient_" not in vars(cls.formula_class()):
             cls.add_gradient_ = Penalty.add_gradient_  # type: ignore[method-assign]
 
     @abstractmethod
