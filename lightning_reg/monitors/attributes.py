@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from contextlib import contextmanager
 from numbers import Number
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _DEPTH = 3  # how deep to look into containers and objects
 _MANY = 1000  # the most entries of a container that is searched, and the most parts of an attribute
@@ -76,13 +77,34 @@ def datasets_restored(source: Any) -> Iterator[None]:
             _refill(vars(dataset), attributes)
 
 
+def reachable(root: Any, inside: Callable[[Any], Iterable[Any]], depth: float = math.inf) -> Iterator[Any]:
+    """Yield an object and all that is inside it, level by level, and nothing again that was on an earlier level.
+
+    Args:
+        root: The object.
+        inside: Returns what is directly inside an object.
+        depth: How many levels to go down.
+
+    Example:
+        >>> list(reachable([1, [2]], lambda obj: obj if isinstance(obj, list) else ()))
+        [[1, [2]], 1, [2], 2]
+    """
+    level, seen = [root], {id(root)}
+    while level and depth >= 0:
+        inner: list[Any] = []
+        for obj in level:
+            yield obj
+            inner += [found for found in inside(obj) if id(found) not in seen]
+            seen.update(map(id, inner))
+        level, depth = inner, depth - 1
+
+
 def _datasets_in(dataset: Any) -> Iterator[Dataset[Any]]:
-    level, seen = [dataset], {id(dataset)}
-    while level:
-        found = [obj for obj in level if isinstance(obj, Dataset)]
-        yield from found
-        level = [inner for obj in found for value in vars(obj).values() for inner in _entries(value) if id(inner) not in seen]
-        seen.update(map(id, level))
+    return (obj for obj in reachable(dataset, _in_dataset) if isinstance(obj, Dataset))
+
+
+def _in_dataset(obj: Any) -> list[Any]:
+    return [inner for value in vars(obj).values() for inner in _entries(value)] if isinstance(obj, Dataset) else []
 
 
 def _entries(value: Any) -> Iterable[Any]:
@@ -129,19 +151,7 @@ class _Part(NamedTuple):
 
 def _parts_of(value: Any) -> Iterator[Any]:
     """Return the containers, arrays, tensors, and plain objects in the value of an attribute, which is one of them itself."""
-    return itertools.islice(_walk(value), _MANY)
-
-
-def _walk(value: Any) -> Iterator[Any]:
-    level, seen = [value], {id(value)}
-    for _ in range(_DEPTH + 1):
-        inner: list[Any] = []
-        for obj in level:
-            if _is_part(obj):
-                yield obj
-            inner += [found for found in _inside(obj) if id(found) not in seen]
-            seen.update(map(id, inner))
-        level = inner
+    return itertools.islice(filter(_is_part, reachable(value, _inside, _DEPTH)), _MANY)
 
 
 def _is_part(obj: Any) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_reg.monitors.attributes import Attributes
+from lightning_reg.monitors.attributes import Attributes, reachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +23,7 @@ SEED = 201_711
 
 _DEPTH = 6  # how deep to look for random generators in a dataset
 _MANY = 1000  # the most entries of a container that is searched
+_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 # Random numbers -----------------------------------------------------------------------------------------------------
@@ -63,20 +64,11 @@ def generators_of(held: Any, depth: int = _DEPTH) -> Iterator[Any]:
         >>> [type(generator).__name__ for generator in generators_of([Flips()])]
         ['Generator']
     """
-    level, seen = [held], {id(held)}
-    for _ in range(depth + 1):
-        inner: list[Any] = []
-        for obj in level:
-            if isinstance(obj, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
-                yield obj
-            else:
-                inner += [part for part in _parts(obj) if id(part) not in seen]
-                seen.update(map(id, inner))
-        level = inner
+    return (obj for obj in reachable(held, _parts, depth) if isinstance(obj, _GENERATORS))
 
 
 def _parts(obj: Any) -> Iterable[Any]:
-    if isinstance(obj, (str, bytes, torch.Tensor, np.ndarray, type)):
+    if isinstance(obj, (str, bytes, torch.Tensor, np.ndarray, type, *_GENERATORS)):
         return ()
     if isinstance(obj, dict):
         return obj.values() if len(obj) <= _MANY else ()
