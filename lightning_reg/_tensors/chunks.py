@@ -13,10 +13,9 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from lightning_reg._tensors.reductions import accumulation_dtype, sum_scalars
-from lightning_reg._tensors.shards import local_tensors, sum_over_shards
+from lightning_reg._tensors.shards import local_tensors, sharding, sum_over_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -142,7 +141,7 @@ def sum_entries(tensors: Sequence[Tensor], function: Callable[..., Tensor]) -> T
     """
     by_sharding = defaultdict(list)
     for tensor in tensors:
-        by_sharding[(tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None].append(tensor)
+        by_sharding[sharding(tensor)].append(tensor)
     return sum_scalars([sum_over_shards(_local_sum(group, function), group[0]) for group in by_sharding.values()])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 
@@ -18,11 +18,21 @@ if TYPE_CHECKING:
 def dense_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Return this rank's part of each gradient, to add to. Missing gradients become zeros, sparse ones become dense."""
     gradients = [p.grad for p in params]
-    if type(None) in set(map(type, gradients)) or any(map(attrgetter("is_sparse"), gradients)):
+    if not are_dense(gradients):
         for p in params:
             p.grad = _zero_gradient(p) if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad
         gradients = [p.grad for p in params]
     return local_tensors(cast("list[Tensor]", gradients))
+
+
+def are_dense(gradients: Sequence[Tensor | None]) -> TypeGuard[list[Tensor]]:
+    """Return whether all gradients exist, and none is sparse."""
+    return type(None) not in set(map(type, gradients)) and not any(map(attrgetter("is_sparse"), gradients))
+
+
+def summed_entries(gradient: Tensor) -> Tensor:
+    """Return a dense gradient itself, and the values of a sparse one, summed over equal indices."""
+    return gradient.coalesce()._values() if gradient.is_sparse else gradient
 
 
 def _zero_gradient(p: Tensor) -> Tensor:
@@ -33,7 +43,7 @@ def _zero_gradient(p: Tensor) -> Tensor:
 
 def existing_gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients that exist and have entries, to read. A sparse one yields values, summed over equal indices."""
-    gradients = [p.grad.coalesce()._values() if p.grad.is_sparse else p.grad for p in params if p.grad is not None]
+    gradients = [summed_entries(p.grad) for p in params if p.grad is not None]
     return [gradient for gradient in gradients if gradient.numel()]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from lightning_reg._engine.steps import by_sign
+from lightning_reg._tensors.gradients import are_dense, summed_entries
 from lightning_reg._tensors.reductions import is_cpu
 from lightning_reg._tensors.shards import is_sharded, local_tensor, local_tensors, sharding, sum_each_over_shards
 from lightning_reg.monitors.elementwise import Elementwise
@@ -59,15 +59,15 @@ class Shares:
         self._picked: dict[tuple[int, ...], Tensor] = {}
         self._parts: dict[tuple[int, ...], list[list[int]]] = {}
 
-    def measure(self, penalties: Sequence[Penalty], optimizer: Optimizer, in_loss: Sequence[Penalty]) -> Before:
+    def measure(self, penalties: Mapping[Penalty, list[Parameter]], optimizer: Optimizer, in_loss: Sequence[Penalty]) -> Before:
         """Measure, and copy the parameters.
 
         Args:
-            penalties: The penalties of a fit.
+            penalties: The penalties of a fit, with the parameters of the optimizer that each acts on.
             optimizer: The optimizer that is about to step.
             in_loss: The penalties that are part of the loss, and so of the gradients.
         """
-        penalized = {one: params for one in penalties if one.scale and (params := one.parameters_of(optimizer))}
+        penalized = {one: params for one, params in penalties.items() if one.scale and params}
         gradients, tensors = self._dense_gradients(), local_tensors(self.params)
         elementwise = self._elementwise(penalized, in_loss) if gradients is not None else []
         others = {one: params for one, params in penalized.items() if one not in elementwise}
@@ -108,7 +108,7 @@ class Shares:
     def _dense_gradients(self) -> list[Tensor] | None:
         """Return this rank's part of each gradient, or ``None`` unless all are dense and like the parameters."""
         gradients = [p.grad for p in self.params]
-        if not _are_dense(gradients) or not self.copies.layout.fits(parts := local_tensors(gradients)):
+        if not are_dense(gradients) or not self.copies.layout.fits(parts := local_tensors(gradients)):
             return None
         return parts
 
@@ -154,7 +154,7 @@ class Shares:
 
 def _squares_of_gradients(params: Sequence[Parameter]) -> Tensor:
     """Return Σ|g|² of this rank's part of each gradient; 0 of one that is missing."""
-    found = {index: _entries(p.grad) for index, p in enumerate(params) if p.grad is not None}
+    found = {index: local_tensor(summed_entries(p.grad)) for index, p in enumerate(params) if p.grad is not None}
     squares = torch.zeros(len(params), device=params[0].device)
     if found:
         gradients = list(found.values())
@@ -163,20 +163,10 @@ def _squares_of_gradients(params: Sequence[Parameter]) -> Tensor:
     return squares
 
 
-def _are_dense(gradients: Sequence[Tensor | None]) -> TypeGuard[list[Tensor]]:
-    """Return whether all gradients exist, and none is sparse."""
-    return type(None) not in set(map(type, gradients)) and not any(map(attrgetter("is_sparse"), gradients))
-
-
-def _entries(gradient: Tensor) -> Tensor:
-    """Return the entries of this rank's part of a gradient."""
-    return local_tensor(gradient.coalesce()._values() if gradient.is_sparse else gradient)
-
-
 def _add_gradient(penalty: Penalty, optimizer: Optimizer, params: Sequence[Parameter], parts: Sequence[Tensor]) -> None:
     """Add this rank's part of the gradient of a penalty to tensors, without changing ``.grad``."""
     kept = [p.grad for p in params]
-    dtypes = {p: p.grad_dtype for p in params if p.grad_dtype is not p.dtype}
+    dtypes = {p: dtype for p in params if (dtype := getattr(p, "grad_dtype", p.dtype)) is not p.dtype}
     given = [_like(p, part) for p, part in zip(params, parts, strict=True)] if is_sharded(params) else parts
     try:
         for p in dtypes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,14 +47,14 @@ class Watched:
 
     def before_step(self, penalties: Sequence[Penalty], optimizer: Optimizer, in_loss: Sequence[Penalty]) -> Before:
         """Measure the gradients and the penalties, some of which are part of the loss, and copy the weights."""
-        penalized = [p for penalty in penalties for p in penalty.parameters_of(optimizer)]
-        others = list({id(p): p for p in penalized if id(p) not in self._ids}.values())
+        penalized = {penalty: penalty.parameters_of(optimizer) for penalty in penalties}
+        others = list({id(p): p for p in chain(*penalized.values()) if id(p) not in self._ids}.values())
         if not others:
-            return self._shares.measure(penalties, optimizer, in_loss)
+            return self._shares.measure(penalized, optimizer, in_loss)
         params = [*self._params, *others]
         if list(map(id, self._all.params)) != list(map(id, params)) or not self._all.copies.layout.fits(local_tensors(params)):
             self._all = Shares(params, _copies(params))
-        weights, gradients, relative_norms = self._all.measure(penalties, optimizer, in_loss)
+        weights, gradients, relative_norms = self._all.measure(penalized, optimizer, in_loss)
         self._copies.take(local_tensors(self._params))
         count = len(self._params)
         return Before(weights[:count], gradients[:count], relative_norms)
