@@ -24,6 +24,13 @@ from lightning_reg import OverfittingMonitor
 class Logs:
     """Mixin for a model that logs a loss and a torchmetrics metric."""
 
+    def on_validation_start(self) -> None:
+        """Average the running statistics of the ranks, so that a sample has the same value on each of them."""
+        for buffer in self.buffers():
+            if buffer.is_floating_point():
+                torch.distributed.all_reduce(buffer)
+                buffer /= torch.distributed.get_world_size()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         logits = self(batch[0].view(-1, 8, 8))
         self.log("val/loss", cross_entropy(logits, batch[1]), sync_dist=True)
