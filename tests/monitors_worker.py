@@ -15,6 +15,7 @@ from helpers import QUIET, Memory, digits, seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,6 +24,12 @@ from lightning_reg import OverfittingMonitor
 
 class Logs:
     """Mixin for a model that logs a loss and a torchmetrics metric."""
+
+    def configure_model(self) -> None:
+        """Shard batch normalization too, because FSDP2 does not average the gradients of other parameters over the ranks."""
+        super().configure_model()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.net[2], mesh=self.device_mesh["data_parallel"])
 
     def on_validation_start(self) -> None:
         """Average the running statistics of the ranks, so that a sample has the same value on each of them."""
