@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _STATE = "_swapped_class"  # the attribute of a module with a swapped class that holds its state
+_KNOWS_EXPORTS = torch.__version__ >= "2.12"  # before, is_exporting() is also true under torch.compile
 
 
 class Rate:
@@ -168,7 +169,7 @@ def _reduce_as_original(self: Any, protocol: Any) -> Any:
 
 def _reads_tensors() -> bool:
     """Return whether compiled code must also run at other rates. An exported program keeps the rate of its export."""
-    return is_compiling() and not is_exporting()
+    return is_compiling() and not (is_exporting() if _KNOWS_EXPORTS else torch.compiler._is_exporting_flag)
 
 
 def _drop_channels(x: Tensor, p: float | Tensor, batch_ndim: int) -> Tensor:
