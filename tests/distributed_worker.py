@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from digits import DigitsClassifier
 from helpers import QUIET, Memory, digits, seed, validating
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -99,16 +98,21 @@ def gradient_processing() -> list[Callback]:
     ]
 
 
-class Digits(DigitsClassifier):
-    """The digits model with SGD. Its dropout depends only on the samples, not on the rank that computes them."""
+class Digits(LightningModule):
+    """A perceptron with two hidden layers. Its dropout depends only on the samples, not on the rank that computes them."""
 
     def __init__(self, weight_decay: float = 0.0, validates: bool = False) -> None:
         torch.manual_seed(0)
-        super().__init__(hidden=32, lr=0.1)
-        self.weight_decay = weight_decay
-        self.net.insert(3, nn.Dropout(0.1))
+        super().__init__()
+        self.lr, self.weight_decay = 0.1, weight_decay
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)
+        )
         if validates:
             self.__class__ = validating(type(self))
+
+    def forward(self, images: Tensor) -> Any:
+        return self.net(images)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         images, labels, numbers = batch

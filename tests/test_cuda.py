@@ -13,7 +13,6 @@ from torch.testing import assert_close
 from tests.benchmarks.cuda import count_syncs, measure_bandwidth
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
 @needs_cuda
