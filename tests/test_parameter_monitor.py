@@ -240,19 +240,23 @@ def test_parameters_without_dimensions():
 
 
 def test_list_batches_of_devices(monkeypatch):
-    """What other devices do with large tensors, on the CPU."""
+    """What other devices do with all tensors but small ones of one shape, on the CPU."""
     monkeypatch.setattr(measures, "is_cpu", lambda tensor: False)
-    after = [torch.randn(shape) for shape in [(SMALL + 1,), (300, 300), (5,), (SMALL + 1,), (5,)]]
+    monkeypatch.setattr(measures, "_EXACT", 80_000)
+    after = [torch.randn(shape) for shape in [(SMALL + 1,), (300, 300), (5,), (SMALL + 1,), (5,), (), (0,), (2, 3)]]
     after[1][0, :7] = 0
+    after[7][1] = 0
     before = [tensor + torch.randn_like(tensor) for tensor in after]
-    assert Layout(before).batches == [[0, 1, 3], [2, 4]]
+    assert Layout(before).batches == [[0, 2, 3, 4, 5, 6, 7], [1]]
     copies = Copies(before)
     (old,) = copies.take(before)
     new, change, zeros = copies.changes(after)
-    assert_close(old, torch.stack([tensor.square().sum() for tensor in before]))
-    assert_close(new, torch.stack([tensor.square().sum() for tensor in after]))
-    assert_close(change, torch.stack([(one - two).square().sum() for one, two in zip(before, after, strict=True)]))
-    assert zeros.tolist() == [0, 7, 0, 0, 0]
+    differences = [one - two for one, two in zip(before, after, strict=True)]
+    for found, tensors in ((old, before), (new, after), (change, differences), (Layout(after).squares(after), after)):
+        expected = torch.stack([tensor.double().square().sum() for tensor in tensors])
+        assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert zeros.tolist() == [0, 7, 0, 0, 0, 0, 0, 3]
+    assert Layout([torch.ones(3)] * 16 + [torch.ones(5)]).batches == [list(range(16)), [16]]
 
 
 def test_halves_in_lists_of_devices(monkeypatch):

@@ -1,7 +1,7 @@
 """Sums over many tensors in few passes: Σ|x|² of each, the size of an update, and the number of zeros.
 
-Small tensors of one shape are stacked. On the CPU, large ones are read in chunks that fit a processor cache; on other devices,
-one call takes a list of them. Each function returns a vector with one value for each tensor, on the device of the
+Small tensors of one shape are stacked. On the CPU, each other tensor is read in chunks that fit a processor cache; on other
+devices, one call takes a list of them. Each function returns a vector with one value for each tensor, on the device of the
 tensors, so that nothing waits for a device.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from itertools import chain
 from operator import attrgetter, eq, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 SMALL = 1 << 16
 """The most entries of a tensor that is stacked with others of its shape."""
+_MANY = 16
+"""The least number of tensors of one shape that are stacked on other devices than the CPU. For fewer, a list is faster."""
+_EXACT = 1 << 24
+"""The most entries that float32 can count one by one."""
 _ROW = 1024
 """The number of entries that are summed at a time. It makes sums as exact as float32 allows, and is as fast as one sum."""
 
@@ -111,7 +116,8 @@ class Layout:
             >>> Layout(pair).squares(pair)
             tensor([25.,  4.])
         """
-        return self.join([_squares(batch, self.stack) for batch in self.split(tensors)])
+        batches = self.split(tensors)
+        return self.join([_row_squares(self.stack(batch)) if _is_stack(batch) else _squares(batch) for batch in batches])
 
 
 class Copies:
@@ -246,29 +252,39 @@ class _Held(NamedTuple):
 
     @property
     def is_list(self) -> bool:
-        """Whether there are several copies that are not stacked."""
-        return self.stacked is None and len(self.views) > 1
+        """Whether they are a list, so that one call takes all of them."""
+        return self.entries is not None
 
 
 def _batches(tensors: Sequence[Tensor], kinds: Sequence[Hashable]) -> list[list[int]]:
     """Return the indices of tensors that are measured together."""
+    kept = [(tensor.dtype, tensor.device, kind) for tensor, kind in zip(tensors, kinds, strict=True)]
+    stacks = [(tensor.shape, one) if tensor.numel() <= SMALL else None for tensor, one in zip(tensors, kept, strict=True)]
+    counts: Counter[Hashable] = Counter(stacks)
     batches: list[list[int]] = []
     growing: dict[Hashable, list[int]] = {}
     room: dict[Hashable, int] = {}
-    for index, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True)):
+    for index, tensor in enumerate(tensors):
         entries, most = tensor.numel(), chunk_entries(tensor.device)
-        if entries > (SMALL if is_cpu(tensor) else most):  # read in chunks
-            batches.append([index])
-            continue
-        if entries > SMALL:  # in a list, which needs no further memory
-            most = sys.maxsize
-        key = (tensor.shape if entries <= SMALL else None, tensor.dtype, tensor.device, kind)
+        key: Hashable = stacks[index]
+        on_cpu = is_cpu(tensor)
+        if key is None or counts[key] < (2 if on_cpu else _MANY):
+            if on_cpu:
+                batches.append([index])
+                continue
+            key, most = (entries > _EXACT, kept[index]), sys.maxsize  # a list needs no further memory
         if room.get(key, -1) < entries:
             growing[key], room[key] = [], most
             batches.append(growing[key])
         growing[key].append(index)
         room[key] -= entries
     return batches
+
+
+def _is_stack(batch: Sequence[Tensor]) -> bool:
+    """Return whether the tensors of a batch are to be stacked: several small ones of one shape."""
+    first = batch[0]
+    return len(batch) > 1 and first.numel() <= SMALL and all(tensor.shape == first.shape for tensor in batch)
 
 
 def _picker(batch: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]]:
@@ -280,11 +296,11 @@ def _picker(batch: list[int]) -> Callable[[Sequence[Tensor]], tuple[Tensor, ...]
 
 def _empty_like(batch: tuple[Tensor, ...]) -> _Held:
     first = batch[0]
-    if len(batch) == 1 or first.numel() > SMALL:
-        sizes = torch.tensor([float(tensor.numel()) for tensor in batch], device=first.device)
-        return _Held(tuple(torch.empty_like(tensor) for tensor in batch), None, sizes)
-    stacked = torch.empty((len(batch), *first.shape), dtype=first.dtype, device=first.device)
-    return _Held(stacked.unbind(), stacked)
+    if _is_stack(batch):
+        stacked = torch.empty((len(batch), *first.shape), dtype=first.dtype, device=first.device)
+        return _Held(stacked.unbind(), stacked)
+    entries = None if is_cpu(first) else torch.tensor([tensor.numel() for tensor in batch], device=first.device)
+    return _Held(tuple(torch.empty_like(tensor) for tensor in batch), None, entries)
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -296,14 +312,15 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return chunks(*tensors)
 
 
-def _squares(batch: tuple[Tensor, ...], stack: Callable[[tuple[Tensor, ...]], Tensor]) -> Tensor:
-    if len(batch) == 1:
+def _squares(batch: tuple[Tensor, ...]) -> Tensor:
+    """Return Σ|x|² of each tensor of a batch that is not stacked."""
+    if is_cpu(batch[0]):
         return _total([_part_squares(part) for (part,) in _parts(batch[0])])
-    return _list_squares(batch) if batch[0].numel() > SMALL else _row_squares(stack(batch))
+    return _list_squares(batch)
 
 
 def _held_squares(held: _Held) -> Tensor:
-    return _row_squares(held.stacked) if held.stacked is not None else _squares(held.views, torch.stack)
+    return _squares(held.views) if held.stacked is None else _row_squares(held.stacked)
 
 
 def _total(sums: Sequence[Tensor]) -> Tensor:
@@ -348,7 +365,12 @@ def _row_zeros(rows: Tensor, buffer: Tensor) -> Tensor:
 def _list_zeros(held: _Held, tensors: tuple[Tensor, ...]) -> Tensor:
     """Return the number of zeros of each of a list of tensors."""
     assert held.entries is not None, "it is a list"
-    return held.entries - torch.stack([torch.linalg.vector_norm(tensor, 0, dtype=_norm_dtype(tensor)) for tensor in tensors])
+    if tensors[0].numel() > _EXACT:
+        nonzeros = [torch.count_nonzero(tensor) for tensor in tensors]
+    else:
+        dtype = _norm_dtype(tensors[0])
+        nonzeros = [torch.linalg.vector_norm(tensor, 0, dtype=dtype) for tensor in tensors]  # one kernel instead of two
+    return held.entries - torch.stack(nonzeros)
 
 
 def _is_zero(tensor: Tensor, buffer: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Shares:
         gradients, tensors = self._dense_gradients(), local_tensors(self.params)
         elementwise = self._elementwise(penalized, in_loss) if gradients is not None else []
         others = {one: params for one, params in penalized.items() if one not in elementwise}
-        found, data = self._measure_whole(others, optimizer, in_loss)
+        found, data = self._measure_whole(others, gradients, optimizer, in_loss)
         if gradients is None:
             weights, squares = self.copies.take(tensors)[0], _squares_of_gradients(self.params)
         elif not elementwise:
@@ -113,7 +113,11 @@ class Shares:
         return parts
 
     def _measure_whole(
-        self, penalized: Mapping[Penalty, Sequence[Parameter]], optimizer: Optimizer, in_loss: Sequence[Penalty]
+        self,
+        penalized: Mapping[Penalty, Sequence[Parameter]],
+        gradients: Sequence[Tensor] | None,
+        optimizer: Optimizer,
+        in_loss: Sequence[Penalty],
     ) -> tuple[dict[Penalty, Tensor], Tensor | None]:
         """Return Σ|λ∇R|² for each penalty, and Σ|g|² of the data's gradient if the loss contains some of them."""
         found: dict[Penalty, Tensor] = {}
@@ -124,7 +128,9 @@ class Shares:
             if has_terms:
                 torch._foreach_add_(self.copies.views, copies.views)
             has_terms |= penalty in in_loss
-        return found, self.copies.distances([_gradient(p) for p in self.params]) if has_terms else None
+        if not has_terms:
+            return found, None
+        return found, self.copies.distances([_gradient(p) for p in self.params] if gradients is None else gradients)
 
     def _pick(self, values: Tensor, params: Sequence[Parameter]) -> Tensor:
         """Return the values of some parameters."""
