@@ -22,8 +22,9 @@ from lightning_reg import (
     StartingPointPenalty,
     WeightDecay,
 )
-from lightning_reg.monitors import measures
-from lightning_reg.monitors.measures import SMALL, Copies, Layout
+from lightning_reg.monitors import layout, sums
+from lightning_reg.monitors.copies import Copies
+from lightning_reg.monitors.layout import SMALL, Layout
 from lightning_reg.monitors.watched import Watched
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
@@ -241,8 +242,9 @@ def test_parameters_without_dimensions():
 
 def test_list_batches_of_devices(monkeypatch):
     """What other devices do with all tensors but small ones of one shape, on the CPU."""
-    monkeypatch.setattr(measures, "is_cpu", lambda tensor: False)
-    monkeypatch.setattr(measures, "_EXACT", 80_000)
+    monkeypatch.setattr(layout, "is_cpu", lambda tensor: False)
+    for module in (layout, sums):
+        monkeypatch.setattr(module, "EXACT", 80_000)
     after = [torch.randn(shape) for shape in [(SMALL + 1,), (300, 300), (5,), (SMALL + 1,), (5,), (), (0,), (2, 3)]]
     after[1][0, :7] = 0
     after[7][1] = 0
@@ -261,7 +263,7 @@ def test_list_batches_of_devices(monkeypatch):
 
 def test_halves_in_lists_of_devices(monkeypatch):
     """The number of zeros of half-precision tensors is exact too."""
-    monkeypatch.setattr(measures, "is_cpu", lambda tensor: False)
+    monkeypatch.setattr(layout, "is_cpu", lambda tensor: False)
     tensors = [torch.randn(SMALL + 1 + index).to(torch.bfloat16) for index in range(2)]
     tensors[1][:5] = 0
     copies = Copies(tensors)

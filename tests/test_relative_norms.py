@@ -22,7 +22,7 @@ from lightning_reg import (
 )
 from lightning_reg._tensors.units import Units
 from lightning_reg.monitors import relative
-from lightning_reg.monitors.measures import SMALL
+from lightning_reg.monitors.layout import SMALL
 from lightning_reg.monitors.watched import Watched
 from lightning_reg.penalties.elementwise import is_elementwise
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-    from lightning_reg.monitors.measures import Copies, Layout, Squares
+    from lightning_reg.monitors.copies import Copies, Squares
+    from lightning_reg.monitors.layout import Layout
     from lightning_reg.penalties.base import Penalty
     from lightning_reg.penalties.elementwise import ElementwisePenalty
 

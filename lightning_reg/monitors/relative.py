@@ -12,7 +12,7 @@ from lightning_reg._tensors.gradients import are_dense, summed_entries
 from lightning_reg._tensors.reductions import is_cpu
 from lightning_reg._tensors.shards import is_sharded, local_tensor, local_tensors, sharding, sum_each_over_shards
 from lightning_reg.monitors.elementwise import Elementwise
-from lightning_reg.monitors.measures import Layout
+from lightning_reg.monitors.layout import Layout
 from lightning_reg.penalties.elementwise import is_elementwise
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
 
-    from lightning_reg.monitors.measures import Copies
+    from lightning_reg.monitors.copies import Copies
     from lightning_reg.penalties.base import Penalty
     from lightning_reg.penalties.elementwise import ElementwisePenalty
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_reg._tensors.shards import local_tensors, sharding, sum_each_over_shards
-from lightning_reg.monitors.measures import Copies
+from lightning_reg.monitors.copies import Copies
 from lightning_reg.monitors.relative import Before, Shares
 
 if TYPE_CHECKING:
