@@ -867,4 +867,5 @@ def test_compiled_step():
     def callbacks():
         return [WeightClipping(0.05), WeightDecay(0.1)]
 
-    assert same(fit(callbacks(), with_optimizer(make)), fit(callbacks()))
+    compiled, eager, plain = fit(callbacks(), with_optimizer(make)), fit(callbacks()), fit([])
+    assert distance(compiled, eager) < 1e-5 * distance(plain, eager)  # torch 2.10 rounds differently in compiled steps

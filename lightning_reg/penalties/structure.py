@@ -274,7 +274,9 @@ def _matrix(p: Tensor) -> Tensor:
 def _product(first: Tensor, second: Tensor) -> Tensor:
     """Return a matrix product in the precision of its factors, under autocast too."""
     device = first.device.type
-    is_lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Before torch 2.12, torch.compile does not know the first question, which only devices without autocast need.
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    is_lowered = has_autocast and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if is_lowered else nullcontext():
         return first @ second
 
