@@ -234,9 +234,7 @@ def command_line(package: Any, folder: Path) -> dict[str, Any]:
 
 def checks(package: Any, folder: Path) -> dict[str, Callable[[], Any]]:
     """Return everything that is done with a package, by name."""
-    averaging = [package.callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=2)]
-    if hasattr(package.callbacks, "EMAWeightAveraging"):  # from Lightning 2.6 on
-        averaging.append(package.callbacks.EMAWeightAveraging())
+    averaging = [package.callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=2), package.callbacks.EMAWeightAveraging()]
     return {
         "plain": lambda: trained(package, []),
         "everything": lambda: trained(package, everything()),

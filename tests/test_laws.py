@@ -12,12 +12,11 @@ import sys
 import types
 from contextlib import nullcontext
 
-import lightning.pytorch.callbacks
 import pytest
 import torch
 from helpers import QUIET, Classifier, Gan, Memory, distance, fit, loader, same, traces, vars_of, weights
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
 from table import ROWS, SEED, SETS, changes, every_callback, everything, model
 from torch import nn
@@ -435,12 +434,11 @@ def test_compiled_training_matches_eager(row, monkeypatch):
     assert_close({name.replace("_orig_mod.", ""): p for name, p in trained.items()}, eager)
 
 
-AVERAGES = {"SWA": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)}
-if EMA := getattr(lightning.pytorch.callbacks, "EMAWeightAveraging", None):  # from Lightning 2.6 on
-    AVERAGES |= {
-        "EMA": lambda: EMA(decay=0.5),
-        "EMA on epochs": lambda: EMA(decay=0.5, update_every_n_steps=1000, update_starting_at_epoch=0),
-    }
+AVERAGES = {
+    "SWA": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+    "EMA": lambda: EMAWeightAveraging(decay=0.5),
+    "EMA on epochs": lambda: EMAWeightAveraging(decay=0.5, update_every_n_steps=1000, update_starting_at_epoch=0),
+}
 
 
 @every_callback

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers import Classifier
-from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import RichModelSummary
 from lightning.pytorch.demos.boring_classes import BoringModel
 from processes import run_script
 from table import ROWS, everything
@@ -70,8 +70,6 @@ def test_everything_else_is_alike(runs, what):
 
 @pytest.mark.parametrize("callback", ["StochasticWeightAveraging", "EMAWeightAveraging"])
 def test_averages_are_alike(runs, callback):
-    if not hasattr(lightning_callbacks, callback):
-        pytest.skip("Lightning has it from 2.6 on")
     new, old = (runs[package][f"averaged by {callback}"] for package in (NEW, OLD))
     assert old == new
     assert old["logged"]["15"]["reg/to the end/strength"] == pytest.approx(0.1 * 15 / 16)  # SWA's fifth epoch does not count
@@ -174,7 +172,7 @@ def test_classes_are_recognized_by_name_and_package():
     class ModelSummary:
         pass
 
-    class Richer(lightning_callbacks.RichModelSummary):
+    class Richer(RichModelSummary):
         pass
 
     assert _lightning.is_instance_of(Richer(), "ModelSummary")

@@ -9,8 +9,8 @@ import optimizers
 import pytest
 import torch
 from helpers import QUIET, Classifier, Gan, Memory, fit, loader, same, weights
-from lightning.pytorch import Callback, Trainer, callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -149,12 +149,9 @@ def test_masking_gradients_alone_does_not_keep_zeros(optimizer):
 
 AVERAGES = {
     "SWA": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
+    "EMA": lambda: EMAWeightAveraging(decay=0.9),
+    "EMA on epochs": lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=1000, update_starting_at_epoch=1),
 }
-if EMA := getattr(lightning_callbacks, "EMAWeightAveraging", None):  # from Lightning 2.6 on
-    AVERAGES |= {
-        "EMA": lambda: EMA(decay=0.9),
-        "EMA on epochs": lambda: EMA(decay=0.9, update_every_n_steps=1000, update_starting_at_epoch=1),
-    }
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -46,7 +46,7 @@ def is_code_of_lightning(frame: FrameType) -> bool:
 def derive_from_both(callback_class: type) -> None:
     """Make a callback class also a subclass of ``pytorch_lightning.Callback``, if that has been imported.
 
-    The LightningCLI of ``pytorch_lightning`` accepts no other class, and neither does its Trainer before version 2.6.
+    The LightningCLI of ``pytorch_lightning`` accepts no other class.
     """
     module = sys.modules.get("pytorch_lightning.callbacks.callback")
     if module is not None and not issubclass(callback_class, module.Callback):
