@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_reg import L2Penalty, OverfittingMonitor
 from lightning_reg.monitors.samples import BATCHES
@@ -291,6 +292,37 @@ class Counted(Dataset):
         return self.images[index] + 0.01 * (self.asked % 5) + 0.02 * noise, self.labels[index]
 
 
+class OfNoClass:
+    """The same without a base class of torch."""
+
+    __init__, __len__, __getitem__ = Counted.__init__, Counted.__len__, Counted.__getitem__
+
+
+class Batches(Counted):
+    """Whole batches of these digits."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        images, labels = zip(*(super(Batches, self).__getitem__(i) for i in range(index, 150, 10)), strict=True)
+        return torch.stack(images), torch.stack(labels)
+
+
+class Rotates(Sampler):
+    """Other indices in each epoch. It holds something that cannot be copied."""
+
+    def __init__(self):
+        self.epoch, self.lock = 0, Lock()
+
+    def __len__(self):
+        return 100
+
+    def __iter__(self):
+        self.epoch += 1
+        return ((self.epoch * 30 + i) % 150 for i in range(100))
+
+
 def every_other():
     return part(0, 150, sampler=SubsetRandomSampler(range(0, 150, 2), torch.Generator().manual_seed(4)))
 
@@ -302,6 +334,9 @@ KINDS = {
     "workers": {"train": lambda: noisy(0, 150, shuffle=True, num_workers=1)},
     "own sampler": {"train": every_other},
     "dataset with a state": {"train": lambda: DataLoader(Subset(Counted(), range(150)), batch_size=16, shuffle=True)},
+    "dataset of no class of torch": {"train": lambda: DataLoader(OfNoClass(), batch_size=16, shuffle=True)},
+    "whole batches with a state": {"train": lambda: DataLoader(Batches(), batch_size=None, shuffle=True)},
+    "sampler with a state": {"train": lambda: part(0, 150, sampler=Rotates())},
     "validation in mid-epoch": {"val_check_interval": 3},
     "accumulation": {"accumulate_grad_batches": 4, "val_check_interval": 3},
     "no sanity check": {"num_sanity_val_steps": 0},

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
-from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -65,16 +64,28 @@ class Attributes:
 
 
 @contextmanager
-def datasets_restored(source: Any) -> Iterator[None]:
-    """Restore the attributes of a loader's dataset, and of datasets in it, such as counters and caches, with what they held."""
-    before = [(dataset, dict(vars(dataset)), _containers(vars(dataset))) for dataset in _datasets_in(source.dataset)]
+def state_restored(root: Any, kind: type) -> Iterator[None]:
+    """Restore the attributes of a dataset or sampler, and of those in it, such as counters and caches, with what they held.
+
+    Args:
+        root: The dataset or sampler.
+        kind: The class of those in it.
+    """
+
+    def has_state(obj: Any) -> bool:
+        return isinstance(obj, kind) or (obj is root and hasattr(obj, "__dict__"))
+
+    def inside(obj: Any) -> list[Any]:
+        return [inner for value in vars(obj).values() for inner in _entries(value)] if has_state(obj) else []
+
+    before = [(obj, dict(vars(obj)), _containers(vars(obj))) for obj in reachable(root, inside) if has_state(obj)]
     try:
         yield
     finally:
-        for dataset, attributes, contents in before:
+        for obj, attributes, contents in before:
             for name, content in contents.items():
                 _refill(attributes[name], content)
-            _refill(vars(dataset), attributes)
+            _refill(vars(obj), attributes)
 
 
 def reachable(root: Any, inside: Callable[[Any], Iterable[Any]], depth: float = math.inf) -> Iterator[Any]:
@@ -97,14 +108,6 @@ def reachable(root: Any, inside: Callable[[Any], Iterable[Any]], depth: float = 
             inner += [found for found in inside(obj) if id(found) not in seen]
             seen.update(map(id, inner))
         level, depth = inner, depth - 1
-
-
-def _datasets_in(dataset: Any) -> Iterator[Dataset[Any]]:
-    return (obj for obj in reachable(dataset, _in_dataset) if isinstance(obj, Dataset))
-
-
-def _in_dataset(obj: Any) -> list[Any]:
-    return [inner for value in vars(obj).values() for inner in _entries(value)] if isinstance(obj, Dataset) else []
 
 
 def _entries(value: Any) -> Iterable[Any]:

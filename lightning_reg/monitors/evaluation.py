@@ -7,12 +7,13 @@ import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 from lightning_reg._engine import _evaluation, _lightning
 from lightning_reg._engine.arguments import close_matches
 from lightning_reg._engine.names import class_name
-from lightning_reg.monitors.attributes import datasets_restored
+from lightning_reg.monitors.attributes import state_restored
 from lightning_reg.monitors.isolation import empty, own_random_numbers, untouched
 from lightning_reg.monitors.statistics import estimate
 
@@ -64,7 +65,7 @@ def measure(
     """
     results = _Results()
     random_numbers = own_random_numbers(trainer.strategy.root_device, sample.source)
-    data_kept = datasets_restored(sample.source)
+    data_kept = state_restored(sample.source.dataset, Dataset)
     with torch.no_grad(), warnings.catch_warnings(), random_numbers, data_kept, untouched(pl_module) as attributes:
         warnings.simplefilter("ignore")  # validation has already shown them, unless only small batches raise them
         for index, (batch, size) in enumerate(sample.batches()):

@@ -13,13 +13,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
 )
 
+from lightning_reg.monitors.attributes import state_restored
 from lightning_reg.monitors.isolation import SEED
 
 if TYPE_CHECKING:
@@ -220,15 +223,17 @@ def _length(dataset: Any) -> int:
 
 def _visited(sampler: Any, dataset: Any) -> list[Any]:
     """Return the indices that a sampler yields in an epoch, without advancing the sampler itself."""
+    own = sampler
     with suppress(Exception):  # it may hold something that cannot be copied
-        sampler = copy.deepcopy(sampler, {id(dataset): dataset})
-    try:
-        most = len(sampler)
-    except TypeError:
-        most = _length(dataset)
+        own = copy.deepcopy(sampler, {id(dataset): dataset})
     asked: list[Any] = []
-    for wanted in itertools.islice(iter(sampler), most):
-        asked += wanted if isinstance(wanted, (list, tuple)) else [wanted]
+    with state_restored(sampler, Sampler):
+        try:
+            most = len(own)
+        except TypeError:
+            most = _length(dataset)
+        for wanted in itertools.islice(iter(own), most):
+            asked += wanted if isinstance(wanted, (list, tuple)) else [wanted]
     return list(dict.fromkeys(asked))
 
 
@@ -261,7 +266,8 @@ def sample_of(
         raise DrawError("it has no samples")
     holds_batches = loader.batch_sampler is None
     if holds_batches:
-        samples = max(BATCHES, samples // batch_size(loader.collate_fn(loader.dataset[members[0]])))
+        with state_restored(loader.dataset, Dataset):
+            samples = max(BATCHES, samples // batch_size(loader.collate_fn(loader.dataset[members[0]])))
     if is_shared:
         drawn = draw(members, samples)
         share = [drawn[i % len(drawn)] for i in range(rank, max(len(drawn) // ranks, 1) * ranks, ranks)]
