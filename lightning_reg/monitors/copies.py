@@ -8,44 +8,34 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from lightning_reg.monitors.layout import Layout, is_list, is_stack
-from lightning_reg.monitors.sums import (
-    list_squares,
-    list_zeros,
-    part_squares,
-    part_zeros,
-    parts,
-    row_squares,
-    row_zeros,
-    tensor_squares,
-    total,
-)
+from lightning_reg.monitors.sums import joined, list_norms, list_zeros, parts, row_norms, row_zeros, tensor_squares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from torch import Tensor
 
-    Squares = Callable[[Any], Tensor]
-    """Returns Σ|x|² of each tensor of a part of a batch: of each row of stacked tensors, or of a chunk of a tensor."""
+    Norms = Callable[[Any], Tensor]
+    """Returns the norm of each row of a part of a batch: of each of several stacked tensors, or of pieces of one tensor."""
 
 
-class PartSums(Protocol):
-    """Computes sums of tensors and gradients, part by part."""
+class PartNorms(Protocol):
+    """Computes norms of what follows from tensors and gradients, part by part."""
 
     @property
     def constants(self) -> Sequence[Sequence[Tensor]]:
         """Lists of other tensors, each with one for each tensor and of its shape."""
 
     def of_part(
-        self, batch: int, squares: Squares, known: Sequence[Tensor], weights: Tensor, gradients: Tensor, *constants: Tensor
+        self, batch: int, norms: Norms, known: Sequence[Tensor], weights: Tensor, gradients: Tensor, *constants: Tensor
     ) -> Sequence[Tensor]:
-        """Return the sums for a part of a batch.
+        """Return the norms of each row of a part of a batch.
 
         Args:
             batch: The index of the batch.
-            squares: Returns Σ|x|² of each tensor of the part.
-            known: Σ|θ|² and Σ|g|².
-            weights: The weights θ: one row for each tensor, or a chunk of one tensor.
+            norms: Returns the norm of each row.
+            known: The norms of the weights and the gradients.
+            weights: The weights θ: one row for each tensor, or rows of one tensor.
             gradients: The gradients g.
             constants: The matching part of each list of constants.
         """
@@ -72,42 +62,42 @@ class Copies:
         return Copies(self.views, self._kinds)
 
     def take(
-        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, sums: PartSums | None = None
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, more: PartNorms | None = None
     ) -> Tensor:
-        """Copy tensors, and return rows with Σ|x|² of each and, if gradients are given, Σ|g|², and further sums.
+        """Copy tensors, and return rows with Σ|x|² of each and, if gradients are given, Σ|g|², and further sums of squares.
 
         Args:
             tensors: The tensors to copy.
             gradients: A tensor of the same shape and dtype for each.
-            sums: Computes further sums of tensors and gradients, part by part, while these are in the cache.
+            more: Computes norms of what follows from tensors and gradients, part by part, while these are in the cache.
 
         Example:
             >>> Copies([torch.zeros(2)]).take([torch.tensor([3.0, 4.0])], [torch.tensor([1.0, 2.0])])
             tensor([[25.],
                     [ 5.]])
         """
-        others = [*([gradients] if gradients else []), *(sums.constants if sums else [])]
+        others = [*([gradients] if gradients else []), *(more.constants if more else [])]
         batches = zip(self._held, self.layout.split(tensors), *map(self.layout.split, others), strict=True)
         found = []
-        for index, (held, batch, *more) in enumerate(batches):
-            found_parts = []
-            for squares, *values in self._taken(held, batch, more):
-                known = [squares(one) for one in values[: 2 if gradients else 1]]
-                found_parts.append(torch.stack([*known, *(sums.of_part(index, squares, known, *values) if sums else [])]))
-            found.append(total(found_parts))
+        for index, (held, batch, *matching) in enumerate(batches):
+            of_parts = []
+            for norms, *values in self._taken(held, batch, matching):
+                known = [norms(one) for one in values[: 2 if gradients else 1]]
+                of_parts.append([*known, *(more.of_part(index, norms, known, *values) if more else [])])
+            found.append(held.squares(of_parts))
         return self.layout.join(found)
 
     def _taken(self, held: _Held, batch: tuple[Tensor, ...], others: list[tuple[Tensor, ...]]) -> Iterator[tuple[Any, ...]]:
-        """Copy a batch, and yield for each part how to sum squares, the copies, and the matching parts of other tensors."""
+        """Copy a batch, and yield for each part how to compute norms, the copies, and the matching parts of other tensors."""
         if held.stacked is not None:
             torch.stack(batch, out=held.stacked)
-            yield row_squares, held.stacked, *(self.layout.stack(other, index) for index, other in enumerate(others))
+            yield row_norms, held.stacked, *(self.layout.stack(other, index) for index, other in enumerate(others))
         elif held.entries is not None:
             torch._foreach_copy_(held.views, batch)
-            yield list_squares, held.views, *others
+            yield list_norms, held.views, *others
         else:
             for copy, weights, *more in parts(held.views[0], batch[0], *(other[0] for other in others)):
-                yield part_squares, copy.copy_(weights), *more
+                yield row_norms, copy.copy_(weights), *more
 
     def fill(self, batches: Sequence[list[int]], add: Callable[[list[int]], None], *, at_once: bool) -> Tensor:
         """Set the copies to zero, let a function add to ``views``, and return Σ|x|² of each.
@@ -133,9 +123,8 @@ class Copies:
     def distances(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return Σ|x − copy|² of each tensor. The copies are overwritten."""
         batches = zip(self._held, self.layout.split(tensors), strict=True)
-        return self.layout.join(
-            [total([squares(change) for squares, _, change, _ in self._changed(*pair)]) for pair in batches]
-        )
+        changed = [(held, [[norms(change)] for norms, _, change, _ in self._changed(held, batch)]) for held, batch in batches]
+        return self.layout.join([held.squares(of_parts) for held, of_parts in changed])[0]
 
     def changes(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return rows with Σ|x|², Σ|x − copy|², and the number of zeros of each tensor. The copies are overwritten.
@@ -150,28 +139,31 @@ class Copies:
         """
         found = []
         for held, batch in zip(self._held, self.layout.split(tensors), strict=True):
-            sums = []
-            for squares, new, change, zeros in self._changed(held, batch):
-                known = [squares(new), squares(change)]
-                sums.append(torch.stack([*known, zeros(new, change).to(known[0])]))
-            found.append(total(sums))
+            of_parts, counts = [], []
+            for norms, new, change, zeros in self._changed(held, batch):
+                of_parts.append([norms(new), norms(change)])
+                counts.append(zeros(new, change))
+            squares = held.squares(of_parts)
+            found.append(torch.cat([squares, held.sums([joined(counts)]).to(squares)]))
         return self.layout.join(found)
 
     def _changed(
         self, held: _Held, batch: tuple[Tensor, ...]
-    ) -> Iterator[tuple[Squares, Any, Any, Callable[[Any, Any], Tensor]]]:
-        """Yield each part of a batch with its difference from the copies, and how to sum squares and count zeros."""
+    ) -> Iterator[tuple[Norms, Any, Any, Callable[[Any, Any], Tensor]]]:
+        """Yield each part of a batch with its difference from the copies, and how to compute norms and count zeros."""
         entries = held.entries
         if held.stacked is not None:
             rows = self.layout.stack(batch)
-            yield row_squares, rows, held.stacked.sub_(rows), row_zeros
+            yield row_norms, rows, held.stacked.sub_(rows), row_zeros
         elif entries is not None:
             torch._foreach_sub_(held.views, batch)
-            yield list_squares, batch, held.views, lambda tensors, _: list_zeros(tensors, entries)
+            yield list_norms, batch, held.views, lambda tensors, _: list_zeros(tensors, entries)
         else:
-            for copy, new in parts(held.views[0], batch[0]):  # the buffer stays in the cache, other than the copies
-                change = torch.sub(copy, new, out=self.layout.buffer(new, new.shape, "change"))
-                yield part_squares, new, change, part_zeros
+            change = None  # a buffer, which stays in the cache, other than the copies
+            for copy, new in parts(held.views[0], batch[0]):
+                if change is None or change.shape != new.shape:
+                    change = self.layout.buffer(new, new.shape, "change")
+                yield row_norms, new, torch.sub(copy, new, out=change), row_zeros
 
 
 class _Held(NamedTuple):
@@ -181,6 +173,15 @@ class _Held(NamedTuple):
     stacked: Tensor | None
     entries: Tensor | None = None
     """The number of entries of each, if they are a list."""
+
+    def squares(self, norms: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return rows of squared norms of each tensor, from the norms of the rows of each part."""
+        return self.sums([joined(column).square() for column in zip(*norms, strict=True)])
+
+    def sums(self, values: Sequence[Tensor]) -> Tensor:
+        """Return rows of sums for each tensor, from values for each row of all parts."""
+        sums = torch.stack(list(values))
+        return sums.sum(1, keepdim=True) if self.stacked is None and self.entries is None else sums
 
 
 def _empty_like(batch: tuple[Tensor, ...]) -> _Held:
@@ -194,5 +195,5 @@ def _empty_like(batch: tuple[Tensor, ...]) -> _Held:
 
 def _held_squares(held: _Held) -> Tensor:
     if held.stacked is not None:
-        return row_squares(held.stacked)
-    return tensor_squares(held.views[0]) if held.entries is None else list_squares(held.views)
+        return row_norms(held.stacked).square()
+    return tensor_squares(held.views[0]) if held.entries is None else list_norms(held.views).square()

@@ -1,4 +1,4 @@
-"""Sums over the gradients of elementwise penalties, computed for one part of the weights after the other."""
+"""Norms of the gradients of elementwise penalties, computed for one part of the weights after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-    from lightning_reg.monitors.copies import Copies, Squares
+    from lightning_reg.monitors.copies import Copies, Norms
     from lightning_reg.monitors.layout import Layout
     from lightning_reg.penalties.base import Penalty
     from lightning_reg.penalties.elementwise import ElementwisePenalty
@@ -37,7 +37,7 @@ class _Acting(NamedTuple):
 
 
 class Elementwise:
-    """Sums for each penalty Σ|∇R|², and at last Σ|g|² of the gradients without the penalties that are part of the loss.
+    """Computes for each penalty ‖∇R‖, and at last ‖g‖ of the gradients without the penalties that are part of the loss.
 
     Args:
         penalties: The penalties.
@@ -67,9 +67,9 @@ class Elementwise:
                 self.constants.append(_everywhere(dict(zip(chain(*indices.values()), constants, strict=True)), copies.views))
 
     def of_part(
-        self, batch: int, squares: Squares, known: Sequence[Tensor], weights: Tensor, gradients: Tensor, *constants: Tensor
+        self, batch: int, norms: Norms, known: Sequence[Tensor], weights: Tensor, gradients: Tensor, *constants: Tensor
     ) -> list[Tensor]:
-        """Return the sums for a part of a batch."""
+        """Return the norms of each row of a part of a batch."""
         found, data = [], gradients
         for penalty, rows_of, index, is_in_loss in self._acting:
             own = torch.zeros_like(known[0])
@@ -78,13 +78,13 @@ class Elementwise:
                 chosen, *constant = operands if rows is None else [operand[rows] for operand in operands]
                 term = penalty.entry_gradients(chosen, self._buffer(chosen, "penalty"), *constant)
                 if rows is None:
-                    own = known[0] if term is weights else squares(term)
+                    own = known[0] if term is weights else norms(term)
                 else:
-                    own[rows] = squares(term)
+                    own[rows] = norms(term)
                 if is_in_loss:
                     data = self._subtract(data, sign * penalty.scale, term, rows, is_first=data is gradients)
             found.append(own)
-        return [*found, known[1] if data is gradients else squares(data)]
+        return [*found, known[1] if data is gradients else norms(data)]
 
     def _subtract(self, data: Tensor, factor: float, term: Tensor, rows: Tensor | None, *, is_first: bool) -> Tensor:
         """Return g − λ∇R in a buffer."""

@@ -1,6 +1,6 @@
 """How tensors are divided into batches, each of which is measured in a few calls.
 
-Small tensors of one shape are stacked. On the CPU, each other tensor is read in chunks that fit a processor cache; on other
+Small tensors of one shape are stacked. On the CPU, each other tensor is read in parts that fit a processor cache; on other
 devices, one call takes a list of them.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 from lightning_reg._tensors.chunks import chunk_entries
 from lightning_reg._tensors.reductions import is_cpu
-from lightning_reg.monitors.sums import EXACT, list_squares, row_squares, tensor_squares
+from lightning_reg.monitors.sums import EXACT, list_norms, row_norms, tensor_squares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Sequence
@@ -91,8 +91,8 @@ class Layout:
 
     def _squares(self, batch: tuple[Tensor, ...]) -> Tensor:
         if is_stack(batch):
-            return row_squares(self.stack(batch))
-        return list_squares(batch) if is_list(batch) else tensor_squares(batch[0])
+            return row_norms(self.stack(batch)).square()
+        return list_norms(batch).square() if is_list(batch) else tensor_squares(batch[0])
 
 
 def is_stack(batch: Sequence[Tensor]) -> bool:

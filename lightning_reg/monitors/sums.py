@@ -1,6 +1,6 @@
-"""Sums over tensors in few passes: Σ|x|² and the number of zeros of rows, of parts of one tensor, and of lists of tensors.
+"""Norms and numbers of zeros of tensors in few passes: of stacked tensors, of parts of one tensor, and of lists of tensors.
 
-Each function returns a vector with one value for each tensor, on the device of the tensors, so that nothing waits for a device.
+Each function returns a vector on the device of the tensors, so that nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -19,62 +19,49 @@ if TYPE_CHECKING:
 
 EXACT = 1 << 24
 """The most entries that float32 can count one by one."""
-_ROW = 1024
-"""The number of entries that are summed at a time. It makes sums as exact as float32 allows, and is as fast as one sum."""
+_ROW, _ROWS = 1024, 256
+"""The number of entries in a row of a part, and the number of rows. Rows make sums as exact as float32 allows."""
 
 
 def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors of one shape into matching chunks, in the order of the memory if it is the same for all."""
+    """Split tensors of one shape into matching parts that fit a processor cache, each with several rows.
+
+    Example:
+        >>> [tuple(part.shape) for (part,) in parts(torch.zeros(300, 1025))]
+        [(256, 1024), (44, 1024), (1, 300)]
+    """
     first = tensors[0]
     if not first.is_contiguous() and len({tensor.stride() for tensor in tensors}) == 1:
         order = sorted(range(first.ndim), key=first.stride, reverse=True)
         tensors = tuple(tensor.permute(order) for tensor in tensors)
-    return chunks(*tensors)
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return (found if found[0].ndim > 1 else tuple(one[None] for one in found) for found in chunks(*tensors))
+    return _parts_in_order([tensor.view(-1) for tensor in tensors])
 
 
-def total(sums: Sequence[Tensor]) -> Tensor:
-    """Return the sum over parts."""
-    return sums[0] if len(sums) == 1 else torch.stack(list(sums)).sum(0)
+def _parts_in_order(flat: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    entries = flat[0].numel()
+    whole = entries - entries % _ROW
+    if whole:
+        yield from zip(*(torch.split(one[:whole].view(-1, _ROW), _ROWS) for one in flat), strict=True)
+    if whole < entries or not entries:
+        yield tuple(one[None, whole:] for one in flat)
 
 
-def tensor_squares(tensor: Tensor) -> Tensor:
-    """Return Σ|x|² of one tensor, as a vector with one value."""
-    return total([part_squares(part) for (part,) in parts(tensor)])
+def row_norms(rows: Tensor) -> Tensor:
+    """Return the norm of each row."""
+    norms: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1, dtype=_norm_dtype(rows))
+    return norms
 
 
-def part_squares(part: Tensor) -> Tensor:
-    """Return Σ|x|² of a part of a tensor, as a vector with one value."""
-    row = (torch.view_as_real(part) if part.is_complex() else part).reshape(-1)
-    rest = len(row) % _ROW
-    if rest == len(row):
-        row = row.to(accumulation_dtype(row.dtype))
-        return torch.dot(row, row)[None]
-    rows = row[: len(row) - rest].view(-1, _ROW)
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=accumulation_dtype(row.dtype))
-    squares = torch.dot(norms, norms)[None]
-    return squares + part_squares(row[-rest:]) if rest else squares
-
-
-def row_squares(rows: Tensor) -> Tensor:
-    """Return Σ|x|² of each of several stacked tensors."""
-    norms: Tensor = torch.linalg.vector_norm(rows.view(len(rows), -1), dim=1, dtype=_norm_dtype(rows))
-    return norms**2
-
-
-def list_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Return Σ|x|² of each tensor of a list."""
-    dtype = _norm_dtype(tensors[0])
-    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype)) ** 2
-
-
-def part_zeros(part: Tensor, buffer: Tensor) -> Tensor:
-    """Return the number of zeros in a part of a tensor, as a vector with one value. Overwrites the buffer."""
-    return _is_zero(part, buffer).sum()[None]
+def list_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each tensor of a list."""
+    return torch.stack(torch._foreach_norm(list(tensors), 2, _norm_dtype(tensors[0])))
 
 
 def row_zeros(rows: Tensor, buffer: Tensor) -> Tensor:
-    """Return the number of zeros in each of several stacked tensors. Overwrites the buffer."""
-    return _is_zero(rows, buffer).view(len(rows), -1).sum(1)
+    """Return the number of zeros in each row. Overwrites the buffer."""
+    return _flat(_is_zero(rows, buffer)).sum(1)
 
 
 def list_zeros(tensors: Sequence[Tensor], entries: Tensor) -> Tensor:
@@ -92,12 +79,29 @@ def list_zeros(tensors: Sequence[Tensor], entries: Tensor) -> Tensor:
     return entries - torch.stack(nonzeros)
 
 
+def tensor_squares(tensor: Tensor) -> Tensor:
+    """Return Σ|x|² of one tensor, as a vector with one value."""
+    return joined([row_norms(part) for (part,) in parts(tensor)]).square().sum()[None]
+
+
+def joined(found: Sequence[Tensor]) -> Tensor:
+    """Return the values of several parts as one vector."""
+    return found[0] if len(found) == 1 else torch.cat(list(found))
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """Return a tensor with one dimension for the rows and one for their entries."""
+    return rows if rows.ndim == 2 else rows.reshape(rows.shape[0], -1)
+
+
 def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
-    return None if tensor.is_complex() else accumulation_dtype(tensor.dtype)
+    if tensor.dtype is torch.float32 or tensor.is_complex():
+        return None
+    return accumulation_dtype(tensor.dtype)
 
 
 def _is_zero(tensor: Tensor, buffer: Tensor) -> Tensor:
     """Return where entries are 0, as a tensor to sum. Overwrites the buffer."""
-    if tensor.dtype is torch.float32:  # faster than bool, and exact for the entries of a chunk
+    if tensor.dtype is torch.float32:  # faster than bool, and exact for the entries of a part
         return torch.eq(tensor, 0, out=buffer)
     return tensor == 0
