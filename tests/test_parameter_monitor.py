@@ -240,6 +240,14 @@ def test_parameters_without_dimensions():
     assert [found[f"reg/ParameterMonitor/{name}/zeros"] for name in ("first", "second")] == [0, 1]
 
 
+def test_parameters_without_entries():
+    """Several, with more than one dimension, are stacked."""
+    empty = [torch.empty(0, 3), torch.empty(0, 3), torch.empty(0), torch.empty(2, 0, 4)]
+    copies = Copies(empty)
+    assert copies.take(empty).tolist() == [[0] * 4]
+    assert copies.changes(empty).tolist() == [[0] * 4] * 3
+
+
 def test_list_batches_of_devices(monkeypatch):
     """What other devices do with all tensors but small ones of one shape, on the CPU."""
     monkeypatch.setattr(layout, "is_cpu", lambda tensor: False)

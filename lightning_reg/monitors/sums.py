@@ -91,7 +91,7 @@ def joined(found: Sequence[Tensor]) -> Tensor:
 
 def _flat(rows: Tensor) -> Tensor:
     """Return a tensor with one dimension for the rows and one for their entries."""
-    return rows if rows.ndim == 2 else rows.reshape(rows.shape[0], -1)
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
 
 
 def _norm_dtype(tensor: Tensor) -> torch.dtype | None:
