@@ -65,6 +65,12 @@ def test_two_ranks_on_one_device_are_identical(two_ranks, tmp_path):
         assert_close(first["weights"], expected, **TOLERANCE)
 
 
+def test_these_tests_and_the_benchmarks_need_no_extra():
+    """A machine with a GPU may have little installed."""
+    without = "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'optuna'])); "
+    run_script("-c", f"{without}import device_worker, test_cuda, tests.benchmarks.__main__")
+
+
 def test_bandwidth_benchmark_runs():
     rows = measure_bandwidth("cuda" if torch.cuda.is_available() else "cpu", millions=4, seconds=0.05)
     assert len(rows) == 5
