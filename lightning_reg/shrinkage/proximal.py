@@ -50,7 +50,10 @@ def soft_threshold_(params: Tensors, threshold: float | Tensor) -> None:
     """
     params = tensor_list("soft_threshold_: params", params)
     for part in local_tensors(params):
-        part.copy_(_shrunk(part, threshold) if isinstance(threshold, Tensor) else softshrink(part, threshold))
+        if isinstance(threshold, Tensor):
+            part.copy_(_shrunk(part, threshold))
+        else:
+            part.copy_(softshrink(in_accumulation_dtype(part), threshold))  # torch 2.14 rounds the threshold to half precision
 
 
 @torch.no_grad()
