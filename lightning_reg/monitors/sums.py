@@ -35,7 +35,7 @@ def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         order = sorted(range(first.ndim), key=first.stride, reverse=True)
         tensors = tuple(tensor.permute(order) for tensor in tensors)
     if not all(tensor.is_contiguous() for tensor in tensors):
-        return (found if found[0].ndim > 1 else tuple(one[None] for one in found) for found in chunks(*tensors))
+        return (found if found[0].ndim > 1 else tuple(one[:, None] for one in found) for found in chunks(*tensors))
     return _parts_in_order([tensor.view(-1) for tensor in tensors])
 
 
