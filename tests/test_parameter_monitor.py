@@ -240,6 +240,22 @@ def test_parameters_without_dimensions():
     assert [found[f"reg/ParameterMonitor/{name}/zeros"] for name in ("first", "second")] == [0, 1]
 
 
+@pytest.mark.parametrize("constant", [True, False])
+def test_sums_of_tensors_in_different_orders(constant):
+    """What is in one order in the weights and in another one in the gradients, or one constant for all, is as exact."""
+    weights, gradients = torch.randn(2, 500_001), torch.randn(500_001, 2).t()
+
+    class Constants:
+        constants = ([torch.zeros(()).expand(2, 500_001)],) if constant else ()
+
+        def of_part(self, batch, norms, known, *values):
+            return [norms(values[0])]
+
+    found = Copies([weights]).take([weights], [gradients], Constants())
+    expected = [[tensor.double().square().sum()] for tensor in (weights, gradients, weights)]
+    assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-6, atol=0)
+
+
 def test_parameters_without_entries():
     """Several, with more than one dimension, are stacked."""
     empty = [torch.empty(0, 3), torch.empty(0, 3), torch.empty(0), torch.empty(2, 0, 4)]

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 EXACT = 1 << 24
 """The most entries that float32 can count one by one."""
 _ROW, _ROWS = 1024, 256
-"""The number of entries in a row of a part, and the number of rows. Rows make sums as exact as float32 allows."""
+"""The number of entries in a row of a part, and the most rows."""
+_LONG = 1 << 12
+"""The most entries whose squares are summed at a time, so that sums are as exact as float32 allows."""
 
 
 def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors of one shape into matching parts that fit a processor cache, each with several rows.
+    """Split tensors of one shape into matching parts that fit a processor cache: several rows of a flat tensor, if possible.
 
     Example:
         >>> [tuple(part.shape) for (part,) in parts(torch.zeros(300, 1025))]
@@ -35,7 +37,7 @@ def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         order = sorted(range(first.ndim), key=first.stride, reverse=True)
         tensors = tuple(tensor.permute(order) for tensor in tensors)
     if not all(tensor.is_contiguous() for tensor in tensors):
-        return (found if found[0].ndim > 1 else tuple(one[:, None] for one in found) for found in chunks(*tensors))
+        return (found if found[0].ndim > 1 else tuple(one[None] for one in found) for found in chunks(*tensors))
     return _parts_in_order([tensor.view(-1) for tensor in tensors])
 
 
@@ -50,7 +52,13 @@ def _parts_in_order(flat: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
 
 def row_norms(rows: Tensor) -> Tensor:
     """Return the norm of each row."""
-    norms: Tensor = torch.linalg.vector_norm(_flat(rows), dim=1, dtype=_norm_dtype(rows))
+    flat, dtype = _flat(rows), _norm_dtype(rows)
+    entries = flat.shape[1]
+    if entries > _LONG:
+        whole = entries - entries % _ROW
+        pieces = (flat[:, :whole].view(len(flat), -1, _ROW), flat[:, None, whole:])
+        flat = torch.cat([torch.linalg.vector_norm(piece, dim=2, dtype=dtype) for piece in pieces], 1)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype)
     return norms
 
 
