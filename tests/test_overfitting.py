@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import re
 from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,16 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from lightning_reg import L2Penalty, OverfittingMonitor
 from lightning_reg.monitors.samples import BATCHES
@@ -298,6 +309,57 @@ class OfNoClass:
     __init__, __len__, __getitem__ = Counted.__init__, Counted.__len__, Counted.__getitem__
 
 
+class Deep:
+    """Digits with augmentations that depend on states of several kinds, all of which are changed in place."""
+
+    def __init__(self):
+        self.images, self.labels = digits(150)
+        self.array, self.tensor = np.zeros(3), torch.zeros(3)
+        self.nested, self.holder = {"seen": []}, SimpleNamespace(asked=0)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        self.array[1] += 1
+        self.tensor[1] += 1
+        self.nested["seen"].append(index)
+        self.holder.asked += 1
+        states = (self.array[1], self.tensor[1], len(self.nested["seen"]), self.holder.asked)
+        return self.images[index] + sum(0.01 * (state % 7) for state in states), self.labels[index]
+
+
+class Collates:
+    """A collate function with a state."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, samples):
+        self.asked += 1
+        images, labels = default_collate(samples)
+        return images + 0.01 * (self.asked % 7), labels
+
+
+class Wrapped:
+    """A sampler of no class of torch, which reads a dataset."""
+
+    def __init__(self, dataset):
+        self.dataset, self.sampler = dataset, Rotates()
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        assert self.dataset[0] is not None
+        return iter(self.sampler)
+
+
+def deep():
+    dataset = Subset(Deep(), range(150))
+    return DataLoader(dataset, batch_size=16, sampler=Wrapped(dataset), collate_fn=Collates())
+
+
 class Batches(Counted):
     """Whole batches of these digits."""
 
@@ -307,6 +369,14 @@ class Batches(Counted):
     def __getitem__(self, index):
         images, labels = zip(*(super(Batches, self).__getitem__(i) for i in range(index, 150, 10)), strict=True)
         return torch.stack(images), torch.stack(labels)
+
+
+class Endless(Sampler):
+    def __len__(self):
+        raise NotImplementedError
+
+    def __iter__(self):
+        return itertools.count()
 
 
 class Rotates(Sampler):
@@ -336,6 +406,7 @@ KINDS = {
     "dataset with a state": {"train": lambda: DataLoader(Subset(Counted(), range(150)), batch_size=16, shuffle=True)},
     "dataset of no class of torch": {"train": lambda: DataLoader(OfNoClass(), batch_size=16, shuffle=True)},
     "whole batches with a state": {"train": lambda: DataLoader(Batches(), batch_size=None, shuffle=True)},
+    "states of many kinds": {"train": deep},
     "sampler with a state": {"train": lambda: part(0, 150, sampler=Rotates())},
     "validation in mid-epoch": {"val_check_interval": 3},
     "accumulation": {"accumulate_grad_batches": 4, "val_check_interval": 3},
@@ -370,6 +441,15 @@ def test_nothing_changes(kind, tmp_path):
     assert saved["callbacks"].keys() == expected["callbacks"].keys()
     assert saved["loops"].keys() == expected["loops"].keys()
     assert {key: float(v) for key, v in found.items() if "reg/" not in key} == {key: float(v) for key, v in monitored.items()}
+
+
+def test_a_loader_that_is_given_and_trained_with_is_left_as_it_was():
+    trained = []
+    for is_watched in (True, False):
+        train = part(0, 150, sampler=Rotates())
+        monitors = [OverfittingMonitor(metric="val/loss", samples={"train": train})] if is_watched else []
+        trained.append(run(monitors, train=train)[0])
+    assert same(*trained)
 
 
 class Gradients(Callback):
@@ -817,6 +897,11 @@ MISTAKES = {
         mistake(train=lambda: DataLoader(Unsized(), sampler=iter(range(50)))),
         r"the dataset Unsized has no length\. Pass one, as in samples=<DataLoader>",
     ),
+    "sampler to read once": (
+        mistake(train=lambda: part(0, 50, sampler=(index for index in range(50)))),
+        r"its sampler is an iterator, which can be read only once\. Pass one, as in samples=<DataLoader>",
+    ),
+    "sampler without a length": (mistake(train=lambda: DataLoader(Unsized(), sampler=Endless())), "Unsized has no length"),
     "no loader": (
         mistake(train=lambda: NotALoader()),
         r"the loader is not a torch\.utils\.data\.DataLoader but a NotALoader\. Pass one",

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from contextlib import contextmanager
 from numbers import Number
+from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -64,24 +65,21 @@ class Attributes:
 
 
 @contextmanager
-def state_restored(root: Any, kind: type) -> Iterator[None]:
-    """Restore the attributes of a dataset or sampler, and of those in it, such as counters and caches, with what they held.
+def state_restored(loader: Any) -> Iterator[None]:
+    """Restore what the dataset, the samplers, and the collate function of a loader hold, such as counters and caches.
 
-    Args:
-        root: The dataset or sampler.
-        kind: The class of those in it.
+    This covers their attributes, and those of all objects in them that can be called, indexed, or iterated over. In these, it
+    covers containers, plain objects, and small arrays and tensors, even if they have been changed in place. It does not cover
+    iterators and ``__slots__``.
     """
-
-    def has_state(obj: Any) -> bool:
-        return isinstance(obj, kind) or (obj is root and hasattr(obj, "__dict__"))
-
-    def inside(obj: Any) -> list[Any]:
-        return [inner for value in vars(obj).values() for inner in _entries(value)] if has_state(obj) else []
-
-    before = [(obj, dict(vars(obj)), _containers(vars(obj))) for obj in reachable(root, inside) if has_state(obj)]
+    roots = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler", "collate_fn")]
+    before = [(obj, dict(vars(obj)), _containers(vars(obj))) for obj in reachable(roots, _held) if _has_state(obj)]
+    parts = [_copied(part) for _, attributes, _ in before for value in attributes.values() for part in _parts_of(value)]
     try:
         yield
     finally:
+        for part in filter(None, parts):
+            _restore(part)
         for obj, attributes, contents in before:
             for name, content in contents.items():
                 _refill(attributes[name], content)
@@ -110,8 +108,24 @@ def reachable(root: Any, inside: Callable[[Any], Iterable[Any]], depth: float = 
         level, depth = inner, depth - 1
 
 
-def _entries(value: Any) -> Iterable[Any]:
-    return value if isinstance(value, (list, tuple)) and len(value) <= _MANY else [value]
+def _has_state(obj: Any) -> bool:
+    if isinstance(obj, (nn.Module, type, MethodType, *_DATA)) or not isinstance(getattr(obj, "__dict__", None), dict):
+        return False
+    return callable(obj) or hasattr(type(obj), "__getitem__") or hasattr(type(obj), "__iter__")
+
+
+def _held(obj: Any) -> Iterable[Any]:
+    """Return what is directly in a container or in an object with a state."""
+    if isinstance(obj, (list, tuple, dict)):
+        return () if len(obj) > _MANY else obj.values() if isinstance(obj, dict) else obj
+    return vars(obj).values() if _has_state(obj) else ()
+
+
+def _copied(obj: Any) -> _Part | None:
+    """Return an object with a copy of its content, unless it is a large array or tensor."""
+    if isinstance(obj, torch.Tensor):
+        return _Part(obj, obj.clone()) if obj.numel() <= _MANY else None
+    return None if isinstance(obj, np.ndarray) and obj.size > _MANY else _part(obj)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -145,7 +159,7 @@ class _Part(NamedTuple):
 
     Args:
         itself: The object.
-        content: Its content; the version of a tensor.
+        content: Its content, or the version of a tensor that must not change.
     """
 
     itself: Any
@@ -202,9 +216,10 @@ def _has_collected(part: _Part) -> bool:
 def _restore(part: _Part) -> None:
     itself, content = part
     if isinstance(itself, torch.Tensor):
-        return  # a change in place has been an error
-    if isinstance(itself, np.ndarray):
-        if itself.flags.writeable:
+        if isinstance(content, torch.Tensor) and not torch.equal(itself, content):  # else a change has been an error
+            itself.detach().copy_(content)
+    elif isinstance(itself, np.ndarray):
+        if itself.flags.writeable and itself.tobytes() != content.tobytes():
             itself[...] = content
     else:
         _refill(itself if isinstance(itself, _CONTAINERS) else vars(itself), content)

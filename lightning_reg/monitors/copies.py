@@ -121,13 +121,13 @@ class Copies:
         return self.layout.join(found)
 
     def distances(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return Σ|x − copy|² of each tensor. The copies are overwritten."""
+        """Return Σ|x − copy|² of each tensor. The copies may be overwritten."""
         batches = zip(self._held, self.layout.split(tensors), strict=True)
         changed = [(held, [[norms(change)] for norms, _, change, _ in self._changed(held, batch)]) for held, batch in batches]
         return self.layout.join([held.squares(of_parts) for held, of_parts in changed])[0]
 
     def changes(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return rows with Σ|x|², Σ|x − copy|², and the number of zeros of each tensor. The copies are overwritten.
+        """Return rows with Σ|x|², Σ|x − copy|², and the number of zeros of each tensor. The copies may be overwritten.
 
         Example:
             >>> copies = Copies([torch.zeros(2)])

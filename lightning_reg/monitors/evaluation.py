@@ -7,7 +7,6 @@ import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 from torchmetrics import Metric
 
 from lightning_reg._engine import _evaluation, _lightning
@@ -65,7 +64,7 @@ def measure(
     """
     results = _Results()
     random_numbers = own_random_numbers(trainer.strategy.root_device, sample.source)
-    data_kept = state_restored(sample.source.dataset, Dataset)
+    data_kept = state_restored(sample.source)
     with torch.no_grad(), warnings.catch_warnings(), random_numbers, data_kept, untouched(pl_module) as attributes:
         warnings.simplefilter("ignore")  # validation has already shown them, unless only small batches raise them
         for index, (batch, size) in enumerate(sample.batches()):

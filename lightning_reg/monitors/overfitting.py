@@ -19,6 +19,7 @@ from lightning_reg._engine.names import class_name
 from lightning_reg._engine.regularizer import Regularizer
 from lightning_reg._engine.state_checks import is_number
 from lightning_reg._engine.technique import Phase
+from lightning_reg.monitors.attributes import state_restored
 from lightning_reg.monitors.curves import Point, point_of
 from lightning_reg.monitors.evaluation import measure
 from lightning_reg.monitors.figure import draw_curves
@@ -170,7 +171,7 @@ class OverfittingMonitor(Regularizer):
         batches = trainer.num_training_batches if kind == "train" else math.inf
         samples = self.samples if isinstance(self.samples, int) else SAMPLES
         try:
-            with own_random_numbers(trainer.strategy.root_device, loader):
+            with own_random_numbers(trainer.strategy.root_device, loader), state_restored(loader):
                 return sample_of(loader, samples, batches, rank=rank, ranks=ranks, least=_evaluation.least(trainer))
         except DrawError as error:
             example = "samples=<DataLoader>" if kind == "train" else "samples={'train': <DataLoader>, 'val': <DataLoader>}"

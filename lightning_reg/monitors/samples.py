@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,20 +12,17 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
 )
 
-from lightning_reg.monitors.attributes import state_restored
 from lightning_reg.monitors.isolation import SEED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 BATCHES = 20
 """The minimum number of batches in a sample, over all ranks, if it has that many samples: enough for an interval."""
@@ -182,7 +178,7 @@ class Population:
         batches: The number of batches in an epoch, to which the trainer may limit it.
 
     Raises:
-        DrawError: If the dataset has no length.
+        DrawError: If the dataset has no length, or the sampler can be read only once.
 
     Attributes:
         members: The indices that the dataset accepts.
@@ -217,23 +213,25 @@ def _innermost(sampler: Any) -> Any:
 def _length(dataset: Any) -> int:
     try:
         return len(dataset)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         raise DrawError(f"the dataset {type(dataset).__name__} has no length") from None
 
 
 def _visited(sampler: Any, dataset: Any) -> list[Any]:
     """Return the indices that a sampler yields in an epoch, without advancing the sampler itself."""
-    own = sampler
-    with suppress(Exception):  # it may hold something that cannot be copied
+    try:
         own = copy.deepcopy(sampler, {id(dataset): dataset})
+    except Exception:  # it holds something that cannot be copied; its attributes are restored
+        if any(isinstance(one, Iterator) for one in (sampler, getattr(sampler, "sampler", None))):
+            raise DrawError("its sampler is an iterator, which can be read only once") from None
+        own = sampler
     asked: list[Any] = []
-    with state_restored(sampler, Sampler):
-        try:
-            most = len(own)
-        except TypeError:
-            most = _length(dataset)
-        for wanted in itertools.islice(iter(own), most):
-            asked += wanted if isinstance(wanted, (list, tuple)) else [wanted]
+    try:
+        most = len(own)
+    except (TypeError, NotImplementedError):
+        most = _length(dataset)
+    for wanted in itertools.islice(iter(own), most):
+        asked += wanted if isinstance(wanted, (list, tuple)) else [wanted]
     return list(dict.fromkeys(asked))
 
 
@@ -266,8 +264,7 @@ def sample_of(
         raise DrawError("it has no samples")
     holds_batches = loader.batch_sampler is None
     if holds_batches:
-        with state_restored(loader.dataset, Dataset):
-            samples = max(BATCHES, samples // batch_size(loader.collate_fn(loader.dataset[members[0]])))
+        samples = max(BATCHES, samples // batch_size(loader.collate_fn(loader.dataset[members[0]])))
     if is_shared:
         drawn = draw(members, samples)
         share = [drawn[i % len(drawn)] for i in range(rank, max(len(drawn) // ranks, 1) * ranks, ranks)]
