@@ -73,17 +73,15 @@ def state_restored(loader: Any) -> Iterator[None]:
     iterators and ``__slots__``.
     """
     roots = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler", "collate_fn")]
-    before = [(obj, dict(vars(obj)), _containers(vars(obj))) for obj in reachable(roots, _held) if _has_state(obj)]
-    parts = [_copied(part) for _, attributes, _ in before for value in attributes.values() for part in _parts_of(value)]
+    holders = [obj for obj in reachable(roots, _held) if _has_state(obj)]
+    inside = [part for holder in holders for value in vars(holder).values() for part in _parts_of(value)]
+    parts = {id(obj): obj for obj in (*holders, *inside)}.values()  # each once
+    before = [copied for copied in map(_copied, parts) if copied]
     try:
         yield
     finally:
-        for part in filter(None, parts):
+        for part in before:
             _restore(part)
-        for obj, attributes, contents in before:
-            for name, content in contents.items():
-                _refill(attributes[name], content)
-            _refill(vars(obj), attributes)
 
 
 def reachable(root: Any, inside: Callable[[Any], Iterable[Any]], depth: float = math.inf) -> Iterator[Any]:
@@ -108,6 +106,18 @@ def reachable(root: Any, inside: Callable[[Any], Iterable[Any]], depth: float = 
         level, depth = inner, depth - 1
 
 
+def entries(container: Any) -> Iterable[Any]:
+    """Return the entries of a container, or none if there are too many to search.
+
+    Example:
+        >>> list(entries({"first": 1, "second": 2})), list(entries([0] * 1001))
+        ([1, 2], [])
+    """
+    if len(container) > _MANY:
+        return ()
+    return container.values() if isinstance(container, dict) else container
+
+
 def _has_state(obj: Any) -> bool:
     if isinstance(obj, (nn.Module, type, MethodType, *_DATA)) or not isinstance(getattr(obj, "__dict__", None), dict):
         return False
@@ -117,7 +127,7 @@ def _has_state(obj: Any) -> bool:
 def _held(obj: Any) -> Iterable[Any]:
     """Return what is directly in a container or in an object with a state."""
     if isinstance(obj, (list, tuple, dict)):
-        return () if len(obj) > _MANY else obj.values() if isinstance(obj, dict) else obj
+        return entries(obj)
     return vars(obj).values() if _has_state(obj) else ()
 
 
@@ -134,11 +144,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _contents(module: nn.Module) -> dict[str, Any]:
     """Return copies of the containers among a module's attributes."""
-    return _containers(dict(_own(module)))
-
-
-def _containers(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.copy() for name, value in attributes.items() if isinstance(value, _CONTAINERS)}
+    return {name: value.copy() for name, value in _own(module) if isinstance(value, _CONTAINERS)}
 
 
 def _gathers(value: Any, old: Any, content: Any = None) -> bool:
@@ -189,9 +195,7 @@ def _is_plain(obj: Any) -> bool:
 
 def _inside(obj: Any) -> list[Any]:
     if isinstance(obj, (tuple, *_CONTAINERS)):
-        if len(obj) > _MANY:
-            return []
-        return list(obj.values() if isinstance(obj, dict) else obj)
+        return list(entries(obj))
     return list(vars(obj).values()) if _is_plain(obj) else []
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from lightning_reg.monitors.attributes import Attributes, reachable
+from lightning_reg.monitors.attributes import Attributes, entries, reachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,6 @@ SEED = 201_711
 """The seed for drawing and evaluating samples. Its value does not matter."""
 
 _DEPTH = 6  # how deep to look for random generators in a dataset
-_MANY = 1000  # the most entries of a container that is searched
 _GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
@@ -70,10 +69,8 @@ def generators_of(held: Any, depth: int = _DEPTH) -> Iterator[Any]:
 def _parts(obj: Any) -> Iterable[Any]:
     if isinstance(obj, (str, bytes, torch.Tensor, np.ndarray, type, *_GENERATORS)):
         return ()
-    if isinstance(obj, dict):
-        return obj.values() if len(obj) <= _MANY else ()
-    if isinstance(obj, (list, tuple)):
-        return obj if len(obj) <= _MANY else ()
+    if isinstance(obj, (dict, list, tuple)):
+        return entries(obj)
     return getattr(obj, "__dict__", {}).values()
 
 
