@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
-from lightning_reg.monitors.layout import Layout, is_list, is_stack
-from lightning_reg.monitors.sums import joined, list_norms, list_zeros, parts, row_norms, row_zeros, tensor_squares
+from lightning_reg.monitors.layout import Layout, is_list, is_stack, squares_of
+from lightning_reg.monitors.sums import joined, list_norms, list_zeros, parts, row_norms, row_zeros
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -111,13 +111,13 @@ class Copies:
         if at_once:
             torch._foreach_zero_(self.views)
             add(sorted(chain(*batches)))
-            return self.layout.join([_held_squares(held) for held in self._held])
+            return self.layout.join([squares_of(held.views, held.stacked) for held in self._held])
         found = []
         for held, batch in zip(self._held, batches, strict=True):
             torch._foreach_zero_(held.views if held.stacked is None else [held.stacked])
             if batch:
                 add(batch)
-            found.append(_held_squares(held))
+            found.append(squares_of(held.views, held.stacked))
         return self.layout.join(found)
 
     def distances(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -191,9 +191,3 @@ def _empty_like(batch: tuple[Tensor, ...]) -> _Held:
         return _Held(stacked.unbind(), stacked)
     entries = torch.tensor([tensor.numel() for tensor in batch], device=first.device) if is_list(batch) else None
     return _Held(tuple(torch.empty_like(tensor) for tensor in batch), None, entries)
-
-
-def _held_squares(held: _Held) -> Tensor:
-    if held.stacked is not None:
-        return row_norms(held.stacked).square()
-    return tensor_squares(held.views[0]) if held.entries is None else list_norms(held.views).square()

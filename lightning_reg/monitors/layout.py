@@ -87,12 +87,7 @@ class Layout:
             >>> Layout(pair).squares(pair)
             tensor([25.,  4.])
         """
-        return self.join([self._squares(batch) for batch in self.split(tensors)])
-
-    def _squares(self, batch: tuple[Tensor, ...]) -> Tensor:
-        if is_stack(batch):
-            return row_norms(self.stack(batch)).square()
-        return list_norms(batch).square() if is_list(batch) else tensor_squares(batch[0])
+        return self.join([squares_of(batch, self.stack(batch) if is_stack(batch) else None) for batch in self.split(tensors)])
 
 
 def is_stack(batch: Sequence[Tensor]) -> bool:
@@ -104,6 +99,13 @@ def is_stack(batch: Sequence[Tensor]) -> bool:
 def is_list(batch: Sequence[Tensor]) -> bool:
     """Return whether one call is to take all tensors of a batch, as a list."""
     return not is_cpu(batch[0]) and not is_stack(batch)
+
+
+def squares_of(batch: Sequence[Tensor], stacked: Tensor | None) -> Tensor:
+    """Return Σ|x|² of each tensor of a batch, which may be stacked."""
+    if stacked is not None:
+        return row_norms(stacked).square()
+    return list_norms(batch).square() if is_list(batch) else tensor_squares(batch[0])
 
 
 def _batches(tensors: Sequence[Tensor], kinds: Sequence[Hashable]) -> list[list[int]]:
