@@ -274,7 +274,7 @@ def _matrix(p: Tensor) -> Tensor:
 def _product(first: Tensor, second: Tensor) -> Tensor:
     """Return a matrix product in the precision of its factors, under autocast too."""
     device = first.device.type
-    # Before torch 2.12, torch.compile does not know the first question, which only devices without autocast need.
+    # Before torch 2.12, torch.compile cannot trace is_autocast_available, which only devices without autocast need.
     has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     is_lowered = has_autocast and torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False) if is_lowered else nullcontext():
