@@ -68,7 +68,8 @@ def test_two_ranks_on_one_device_are_identical(two_ranks, tmp_path):
 def test_these_tests_and_the_benchmarks_need_no_extra():
     """A machine with a GPU may have little installed."""
     without = "import sys; sys.modules.update(dict.fromkeys(['jsonargparse', 'optuna'])); "
-    run_script("-c", f"{without}import device_worker, test_cuda, tests.benchmarks.__main__")
+    printed = run_script("-c", f"{without}import device_worker, test_cuda, tests.benchmarks.__main__; print('imported')")
+    assert printed == "imported\n"
 
 
 def test_bandwidth_benchmark_runs():
